@@ -1,0 +1,81 @@
+"""Flags to settings: `--seed 1`, `--seed=1`, `--train.seed 1`, `--exact`, `--no-exact`, `--exact true`."""
+
+from typing import Any
+
+from shoal.config.names import Fact, Setting, names, nearest, setting
+from shoal.errors import UserError
+
+_TRUTH = {"true", "false", "yes", "no", "on", "off", "1", "0"}
+_BARE = {"resume_from_checkpoint": "latest"}
+
+
+def flag_settings(words: list[str]) -> list[Setting]:
+    """The settings that the words of a command line give, in their order.
+
+    A setting that is a list takes all words up to the next flag (what a shell makes of `--data corpus/*.txt`)
+    and may be repeated. Raises UserError for an unknown flag, a missing value, a word that belongs to no flag.
+    """
+    settings: list[Setting] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise UserError(word, "it belongs to no flag", "put a recipe first, and a value behind its flag")
+        flag, equals, text = word.partition("=")
+        name = flag[2:].replace("-", "_")
+        fact = names().get(name)
+        value: Any
+        if fact is None and (denied := _denied(name)) is not None:
+            name, value = denied, False
+        elif equals:
+            value = text
+        else:
+            value = _value(fact, name, flag, rest)
+        found = setting(name, value, f"flag {flag}")
+        if found is None:
+            raise _unknown(flag, name)
+        if fact and fact.takes_many:
+            found = _joined(settings, found)
+        settings.append(found)
+    return settings
+
+
+def _denied(name: str) -> str | None:
+    """`no_exact` denies `exact`."""
+    fact = names().get(name.removeprefix("no_")) if name.startswith("no_") else None
+    denied = name.removeprefix("no_")
+    return denied if fact and (fact.is_yes_or_no or denied in fact.switches) else None
+
+
+def _value(fact: Fact | None, name: str, flag: str, rest: list[str]) -> Any:
+    """Takes the value of a flag off the front of `rest`."""
+    follows = bool(rest) and not rest[0].startswith("--")
+    if fact and (fact.is_yes_or_no or name in fact.switches):
+        return rest.pop(0) if follows and rest[0].lower() in _TRUTH else True
+    if fact and fact.takes_many and follows:
+        values = []
+        while rest and not rest[0].startswith("--"):
+            values.append(rest.pop(0))
+        return values
+    if follows:
+        return rest.pop(0)
+    if fact and fact.field in _BARE:
+        return _BARE[fact.field]
+    if fact is None and not name.startswith("model."):
+        raise _unknown(flag, name)
+    raise UserError(flag, "no value follows", f"write {flag} VALUE")
+
+
+def _joined(settings: list[Setting], found: Setting) -> Setting:
+    """`--data a --data b` is `--data a,b`."""
+    values: list[str] = []
+    before = [earlier for earlier in settings if earlier.key == found.key][-1:]
+    for entry in (*before, found):
+        values += [entry.value] if isinstance(entry.value, str) else entry.value
+    return Setting(found.section, found.field, values, found.origin)
+
+
+def _unknown(flag: str, name: str) -> UserError:
+    meant = nearest(name, names())
+    change = f"did you mean --{meant.replace('_', '-')}" if meant else "`shoal train --help` lists the flags"
+    return UserError(flag, "there is no such flag", change)

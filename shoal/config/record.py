@@ -1,0 +1,218 @@
+"""What a run is: every setting with its type, default, meaning, and the other names people know it by."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from shoal.config.values import (
+    Names,
+    Number,
+    Optimizer,
+    Precision,
+    Shares,
+    Warmup,
+    Whole,
+    Workers,
+    guess,
+    renamed,
+)
+
+
+def fact(
+    default: Any,
+    meaning: str,
+    *aliases: str,
+    switches: dict[str, tuple[str, str]] | None = None,
+    **limits: Any,
+) -> Any:
+    """One setting. A switch is a yes/no name for two of its values: {name: (when on, when off)}."""
+    extra: dict[str, Any] = {"aliases": list(aliases), "switches": switches or {}}
+    return Field(default, description=meaning, json_schema_extra=extra, **limits)
+
+
+class Section(BaseModel):
+    """A group of settings. `primary` is the one that a bare `--model X` or `model: X` sets."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, allow_inf_nan=False)
+    primary: ClassVar[str] = ""
+
+
+class ModelConfig(Section):
+    """Which model. Every further key is a dimension of its Hugging Face config, as in hidden_size: 64."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, defer_build=True)
+    primary: ClassVar[str] = "name"
+
+    name: str = fact("llama-tiny", "a preset, a Hugging Face folder or a hub name", "model_name_or_path")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _typed_dimensions(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {key: value if key == "name" else guess(value) for key, value in given.items()}
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The dimensions that were set, by the names of the model's Hugging Face config."""
+        return dict(self.model_extra or {})
+
+
+class DataConfig(Section):
+    """What the model learns from, and how text becomes windows of tokens."""
+
+    primary: ClassVar[str] = "path"
+
+    path: Names = fact(["builtin"], "files, folders, globs, URLs, hf:NAME, or builtin", "train_file")
+    text_field: str = fact("text", "the field or column that holds the text", "text_column")
+    tokenizer: str = fact(
+        "auto", "a folder or hub name; auto = the model's own, else train a BPE", "tokenizer_name"
+    )
+    vocab_size: Whole = fact(4096, "tokens in a BPE that is trained here", ge=257)
+    sequence_length: Whole = fact(
+        256, "tokens in a window", "max_length", "max_seq_length", "seq_length", "block_size", ge=2
+    )
+    eval_path: Names = fact(
+        [], "documents to validate on; none = hold out a part of the data", "validation_file"
+    )
+    eval_fraction: Number = fact(
+        0.02, "share of the documents held out when eval_path is not given", "validation_split", ge=0, lt=1
+    )
+    cache_dir: str = fact("", "where prepared data lies; empty = $XDG_CACHE_HOME/shoal or ~/.cache/shoal")
+
+
+class TrainConfig(Section):
+    """The optimisation: how long, how much at once, how fast, in which arithmetic."""
+
+    task: str = fact("causal-lm", "what is learnt")
+    max_steps: Whole = fact(0, "steps to train for; 0 = by epochs", ge=0)
+    num_train_epochs: Number = fact(1.0, "passes over the data when max_steps is 0", "epochs", gt=0)
+    global_batch_size: Whole | None = fact(
+        None, "samples in a step over all workers; empty = 32", "train_batch_size", ge=1
+    )
+    per_device_train_batch_size: Whole | None = fact(
+        None,
+        "samples in a micro-batch; empty = 8",
+        "micro_batch_size",
+        "batch_size",
+        "train_micro_batch_size_per_gpu",
+        ge=1,
+    )
+    gradient_accumulation_steps: Whole | None = fact(
+        None,
+        "micro-batches a worker takes in a step; empty = what follows from the other two",
+        "accumulate_grad_batches",
+        ge=1,
+    )
+    learning_rate: Number = fact(1e-3, "the highest rate, reached after warm-up", "lr", ge=0)
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = fact(
+        "cosine", "how the rate falls after warm-up", "lr_scheduler"
+    )
+    warmup_steps: Warmup = fact(0.03, "steps of warm-up; below 1 = share of all steps", "warmup_ratio", ge=0)
+    weight_decay: Number = fact(0.1, "decoupled decay of the matrices", ge=0)
+    max_grad_norm: Number = fact(
+        1.0,
+        "the global norm gradients are clipped to; 0 = off",
+        "gradient_clipping",
+        "gradient_clip_val",
+        ge=0,
+    )
+    optim: Optimizer = fact("adamw", "the optimizer", "optimizer")
+    precision: Precision = fact(
+        "auto",
+        "arithmetic; auto = bf16-mixed where the processor has the instructions",
+        "mixed_precision",
+        switches={"bf16": ("bf16-mixed", "32-true"), "fp16": ("16-mixed", "auto")},
+    )
+    compile: bool = fact(False, "compile the model with torch.compile", "torch_compile")
+    seed: Whole = fact(42, "fixes the weights, the order of the data and every mask", ge=0)
+    exact: bool = fact(
+        False, "sum gradients in one fixed tree: the same bytes at any worker count", "full_determinism"
+    )
+    threads: Whole = fact(1, "threads of a worker", ge=1)
+    max_nonfinite_steps: Whole = fact(3, "stop after so many steps in a row without a finite gradient", ge=1)
+
+
+class StrategyConfig(Section):
+    """How the replicas agree."""
+
+    primary: ClassVar[str] = "name"
+
+    name: Annotated[str, BeforeValidator(renamed({"ddp": "allreduce"}))] = fact(
+        "allreduce", "the way to synchronise"
+    )
+    bucket_mb: Number = fact(
+        25.0, "megabytes (10^6 bytes) of gradients reduced at once", "bucket_cap_mb", gt=0
+    )
+    balance: Shares = fact(
+        "auto", "shares of the micro-batches: auto = by measured speed, off = equal, or 3,1"
+    )
+
+
+class EvalConfig(Section):
+    """When the model is validated."""
+
+    eval_steps: Whole = fact(0, "validate every so many steps; 0 = only at the end", ge=0)
+
+
+class CheckpointConfig(Section):
+    """Where the run is written, how often, and what it goes on from."""
+
+    output_dir: str = fact("", "the folder of the run; empty = runs/<model>", "out_dir")
+    save_steps: Whole = fact(500, "save every so many steps; 0 = only at the end", ge=0)
+    save_total_limit: Whole = fact(2, "checkpoints kept beside the best one", ge=1)
+    resume_from_checkpoint: str = fact(
+        "", "latest or the folder of a checkpoint; empty = start anew", "resume"
+    )
+    overwrite_output_dir: bool = fact(False, "replace a finished run in output_dir")
+
+
+class LogConfig(Section):
+    """What is told while the run goes on."""
+
+    logging_steps: Whole = fact(10, "print every so many steps", ge=1)
+    report_to: Names = fact([], "trackers that also get the metrics: tensorboard")
+    ledger: bool = fact(False, "record which rank computed which sample, for `shoal audit`")
+
+
+class LaunchConfig(Section):
+    """How many workers, and where."""
+
+    nproc_per_node: Workers = fact(
+        "auto", "workers on this machine; auto = as many as cores and batch allow", "num_processes", "devices"
+    )
+
+
+def _opened_by(section: type[Section]) -> BeforeValidator:
+    """Lets a section be written as its primary field alone, or left empty in a file."""
+
+    def open_section(given: Any) -> Any:
+        if given is None:
+            return {}
+        return {section.primary: given} if section.primary and isinstance(given, str | list) else given
+
+    return BeforeValidator(open_section, json_schema_input_type=section | str if section.primary else section)
+
+
+class RunConfig(BaseModel):
+    """A whole run. Built from nothing but defaults it is the job of `shoal train`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+
+    model: Annotated[ModelConfig, _opened_by(ModelConfig)] = ModelConfig.model_construct()
+    data: Annotated[DataConfig, _opened_by(DataConfig)] = DataConfig.model_construct()
+    train: Annotated[TrainConfig, _opened_by(TrainConfig)] = TrainConfig.model_construct()
+    strategy: Annotated[StrategyConfig, _opened_by(StrategyConfig)] = StrategyConfig.model_construct()
+    eval: Annotated[EvalConfig, _opened_by(EvalConfig)] = EvalConfig.model_construct()
+    checkpoint: Annotated[CheckpointConfig, _opened_by(CheckpointConfig)] = CheckpointConfig.model_construct()
+    log: Annotated[LogConfig, _opened_by(LogConfig)] = LogConfig.model_construct()
+    launch: Annotated[LaunchConfig, _opened_by(LaunchConfig)] = LaunchConfig.model_construct()
+
+    def to_json(self) -> str:
+        """The record as JSON text, to hand to another process."""
+        return self.model_dump_json()
+
+    @classmethod
+    def from_json(cls, text: str) -> "RunConfig":
+        """The record that `to_json` wrote."""
+        return cls.model_validate_json(text)

@@ -1,0 +1,112 @@
+"""File, environment and flags to one record, with the origin of every value."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from shoal.config.flags import flag_settings
+from shoal.config.names import Setting, sections, setting
+from shoal.config.record import RunConfig
+from shoal.config.sources import environment_settings, file_settings
+from shoal.errors import UserError
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The record of a run, and where each value came from: {"train.seed": "recipe.yaml:7"}."""
+
+    config: RunConfig
+    origins: dict[str, str]
+
+
+def load_config(
+    file: Path | None = None,
+    flags: list[str] | None = None,
+    environ: Mapping[str, str] | None = None,
+    **arguments: Any,
+) -> Resolved:
+    """The record of a run: defaults, then file, environment, flags, and the arguments of a Python call.
+
+    Folders left empty (`cache_dir`, `output_dir`) are filled in. Raises UserError, naming the origin, for
+    whatever is no setting or does not fit its type.
+    """
+    environ = environ or {}
+    given = file_settings(file) if file else []
+    given += environment_settings(environ)
+    given += flag_settings(flags or [])
+    given += [_argument(name, value) for name, value in arguments.items()]
+    last = {entry.key: entry for entry in given}
+    config = _validated(last)
+    origins = {key: last[key].origin if key in last else "default" for key in _keys(config)}
+    return _with_folders(Resolved(config, origins), environ)
+
+
+def dump_yaml(resolved: Resolved) -> str:
+    """The record as YAML that `load_config` reads back, the origin of each value behind it."""
+    lines = []
+    for section in sections():
+        lines.append(f"{section}:")
+        for field, value in getattr(resolved.config, section).model_dump().items():
+            entry = f"  {_yaml_entry(field, value)}"
+            lines.append(f"{entry:<48}  # {resolved.origins[f'{section}.{field}']}")
+    return "\n".join(lines) + "\n"
+
+
+def _yaml_entry(field: str, value: Any) -> str:
+    import yaml
+
+    return yaml.safe_dump({field: value}, default_flow_style=True, width=inf).strip()[1:-1]
+
+
+def _argument(name: str, value: Any) -> Setting:
+    found = setting(name, value, f"argument {name}")
+    if found is None:
+        raise UserError(f"argument {name}", "there is no such setting", "see `shoal config show`")
+    return found
+
+
+def _validated(last: Mapping[str, Setting]) -> RunConfig:
+    tree: dict[str, dict[str, Any]] = {section: {} for section in sections()}
+    for entry in last.values():
+        tree[entry.section][entry.field] = entry.value
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        problems = {_place(problem): _problem(problem, last) for problem in error.errors()}
+    if len(problems) == 1:
+        raise UserError(*problems.popitem()[1])
+    listed = " | ".join(f"{asked}: {found}; {change}" for asked, found, change in problems.values())
+    raise UserError("the configuration", f"{len(problems)} problems: {listed}", "correct them")
+
+
+def _place(problem: Any) -> str:
+    """`train.seed` (what pydantic adds behind it tells the members of a union apart)"""
+    return ".".join(str(part) for part in problem["loc"][:2])
+
+
+def _problem(problem: Any, last: Mapping[str, Setting]) -> tuple[str, str, str]:
+    """(asked, found, change) of one problem that pydantic found."""
+    key = _place(problem)
+    message = str(problem.get("ctx", {}).get("error", problem["msg"])).removeprefix("Input ")
+    return last[key].asked, f"{problem['input']!r} does not fit", f"it {message}"
+
+
+def _keys(config: RunConfig) -> list[str]:
+    return [f"{section}.{field}" for section in sections() for field in getattr(config, section).model_dump()]
+
+
+def _with_folders(resolved: Resolved, environ: Mapping[str, str]) -> Resolved:
+    config, origins = resolved.config, dict(resolved.origins)
+    data, checkpoint = config.data, config.checkpoint
+    if not data.cache_dir:
+        home = environ.get("XDG_CACHE_HOME")
+        origins["data.cache_dir"] = "XDG_CACHE_HOME" if home else "default"
+        data = data.model_copy(update={"cache_dir": str(Path(home or "~/.cache").expanduser() / "shoal")})
+    if not checkpoint.output_dir:
+        folder = str(Path("runs") / Path(config.model.name).name)
+        checkpoint = checkpoint.model_copy(update={"output_dir": folder})
+    return Resolved(config.model_copy(update={"data": data, "checkpoint": checkpoint}), origins)

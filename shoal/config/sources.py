@@ -1,0 +1,107 @@
+"""Settings from a YAML file, with the line of each, and from the environment."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from shoal.config.names import Setting, names, nearest, sections, setting
+from shoal.errors import UserError
+
+PREFIX = "SHOAL_"
+
+
+def environment_settings(environ: Mapping[str, str]) -> list[Setting]:
+    """The settings that variables such as SHOAL_SEED give.
+
+    Raises UserError for a variable that is nearly the name of a setting. Others that begin with SHOAL_ are
+    not ours to judge: Kubernetes sets SHOAL_SERVICE_HOST and more for a service called shoal.
+    """
+    settings = []
+    for variable in sorted(name for name in environ if name.startswith(PREFIX)):
+        name = variable.removeprefix(PREFIX).lower()
+        if name in names():
+            found = setting(name, environ[variable], variable)
+            assert found is not None
+            settings.append(found)
+        elif (meant := nearest(name, names())) and abs(len(meant) - len(name)) <= 2:
+            raise UserError(variable, "there is no such setting", f"did you mean {PREFIX}{meant.upper()}")
+    return settings
+
+
+def file_settings(file: Path) -> list[Setting]:
+    """The settings of a recipe. Raises UserError with file and line for what is not YAML or not a setting."""
+    import yaml
+
+    try:
+        loader = yaml.SafeLoader(file.read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+        return list(_settings(file, loader, root)) if root else []
+    except OSError as error:
+        raise UserError(str(file), error.strerror or str(error), "give the path of a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} byte {error.start}", "not UTF-8 text", "give a YAML file in UTF-8") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{file}:{line}", f"not YAML, {error.problem}", "correct the line") from None
+    except yaml.YAMLError as error:
+        raise UserError(str(file), f"not YAML, {error}".replace("\n", " "), "give a YAML file") from None
+
+
+def _settings(file: Path, loader: Any, root: Any) -> Iterator[Setting]:
+    for section, node, where in _items(file, loader, root):
+        if section not in sections():
+            raise _unknown(where, section)
+        if node.id != "mapping":
+            yield from _shorthand(loader, section, node, where)
+            continue
+        for field, value, line in _items(file, loader, node):
+            found = _in_section(section, field, loader.construct_object(value, deep=True), line)
+            if found is None:
+                raise _unknown(line, field, section)
+            yield found
+
+
+def _items(file: Path, loader: Any, node: Any) -> Iterator[tuple[str, Any, str]]:
+    """(key, value node, `file:line`) of a mapping; refuses what is no mapping, and a key written twice."""
+    where = f"{file}:{node.start_mark.line + 1}"
+    if node.id != "mapping":
+        raise UserError(where, "not a mapping of keys to values", "write sections, as in `train:`")
+    seen: dict[str, str] = {}
+    for key_node, value_node in node.value:
+        key = str(loader.construct_object(key_node))
+        where = f"{file}:{key_node.start_mark.line + 1}"
+        if key in seen:
+            raise UserError(where, f"{key} is already set at {seen[key]}", "keep one of the two")
+        seen[key] = where
+        yield key, value_node, where
+
+
+def _shorthand(loader: Any, section: str, node: Any, where: str) -> Iterator[Setting]:
+    value = loader.construct_object(node, deep=True)
+    primary = sections()[section].primary
+    if value is None:
+        return
+    if not primary:
+        raise UserError(where, f"{section} is given as {value!r}", f"write keys below `{section}:`")
+    yield Setting(section, primary, value, where)
+
+
+def _in_section(section: str, field: str, value: Any, origin: str) -> Setting | None:
+    """The setting, by any of its names, but only in the section it belongs to."""
+    name = field.replace("-", "_")
+    found = setting(f"{section}.{name}", value, origin)
+    fact = names().get(name)
+    if fact and fact.section == section and not (fact.primary and name == section):
+        found = setting(name, value, origin)
+    return found
+
+
+def _unknown(where: str, key: str, section: str = "") -> UserError:
+    name = key.replace("-", "_")
+    meant = nearest(name, [*sections(), *names()] if not section else names())
+    if meant in names() and meant not in sections():
+        fact = names()[meant]
+        meant = f"{meant} in {fact.section}" if fact.section != section and "." not in meant else meant
+    asked = f"{where} {section}.{key}" if section else f"{where} {key}"
+    change = f"did you mean {meant}" if meant else "`shoal config show` lists the settings"
+    return UserError(asked, "there is no such setting", change)

@@ -1,0 +1,116 @@
+"""How people write values, alike in files, flags and the environment: `10M`, `2e9`, `1e-3`, `a,b`, `ddp`.
+
+Every function here takes what was written and returns the value, or raises ValueError with a sentence that
+begins with "should", which ends up behind the name of the setting.
+"""
+
+import re
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator
+
+_NUMBER = re.compile(r"([+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)([kKMGBT]?)")
+_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+
+
+def number(given: Any) -> Any:
+    """`1e-3`, `0.5`, `10M` as a float; what is not text passes through, except true and false."""
+    exact = _decimal(given, "a number, such as 1e-3, 0.5 or 10k")
+    return float(exact) if exact is not None else given
+
+
+def whole_number(given: Any) -> Any:
+    """`42`, `10k`, `2e9`, `1B` as an int; what is not text passes through, except true and false."""
+    wanted = "a whole number, such as 1000, 10k or 2e9"
+    exact = _decimal(given, wanted)
+    if exact is None:
+        return given
+    if exact != exact.to_integral_value():
+        raise ValueError(f"should be {wanted}")
+    return int(exact)
+
+
+def _decimal(given: Any, wanted: str) -> Decimal | None:
+    if not isinstance(given, str | bool):
+        return None
+    match = _NUMBER.fullmatch(given.strip()) if isinstance(given, str) else None
+    if not match:
+        raise ValueError(f"should be {wanted}")
+    return Decimal(match[1].replace("_", "")) * _UNITS[match[2]]
+
+
+def names(given: Any) -> Any:
+    """`a,b`, `[a, b]` or `none` as a list of names; commas separate, blanks around a name do not count."""
+    words = [given] if isinstance(given, str) else given
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        return given
+    parts = [part.strip() for word in words for part in word.split(",")]
+    return [] if parts == ["none"] else [part for part in parts if part]
+
+
+def guess(given: Any) -> Any:
+    """Text without a declared type (a model dimension): a number or a truth value if it reads as one."""
+    if not isinstance(given, str):
+        return given
+    if given.lower() in ("true", "false"):
+        return given.lower() == "true"
+    if given.lower() in ("null", "none"):
+        return None
+    try:
+        return whole_number(given)
+    except ValueError:
+        pass
+    try:
+        return number(given)
+    except ValueError:
+        return given
+
+
+def renamed(table: dict[str, str]) -> Callable[[Any], Any]:
+    """Other tools' words for a choice, in ours; a word that is not in the table passes through."""
+    return lambda given: table.get(given, given) if isinstance(given, str) else given
+
+
+def _optimizer(given: Any) -> Any:
+    return renamed({"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adam": "adamw"})(given)
+
+
+def _precision(given: Any) -> Any:
+    if str(given) in ("fp16", "16-mixed", "16-true", "float16", "16"):
+        raise ValueError("should not be fp16: without loss scaling its gradients underflow; use --bf16")
+    words = {"bf16": "bf16-mixed", "no": "32-true", "fp32": "32-true", "32": "32-true", "64": "64-true"}
+    return renamed(words)(str(given) if isinstance(given, int) else given)
+
+
+def _warmup(given: float) -> float:
+    if given >= 1 and given % 1:
+        raise ValueError("should be a whole number of steps, or a share of them below 1")
+    return given
+
+
+def _shares(given: Any) -> Any:
+    text = str(given).lower() if isinstance(given, bool) else given
+    text = renamed({"false": "off", "true": "auto", "none": "off"})(text)
+    if isinstance(text, list):
+        text = ",".join(str(part) for part in text)
+    if text not in ("auto", "off") and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", str(text)):
+        raise ValueError("should be auto, off, or one share a worker such as 3,1")
+    return str(text)
+
+
+def _workers(given: Any) -> Any:
+    return given if given in ("auto", "cpu", "gpu") else whole_number(given)
+
+
+Number = Annotated[float, BeforeValidator(number, json_schema_input_type=float | str)]
+Whole = Annotated[int, BeforeValidator(whole_number, json_schema_input_type=int | str)]
+Warmup = Annotated[Number, AfterValidator(_warmup)]
+Names = Annotated[list[str], BeforeValidator(names, json_schema_input_type=list[str] | str)]
+Optimizer = Annotated[Literal["adamw", "muon", "sgd"], BeforeValidator(_optimizer)]
+Precision = Annotated[Literal["auto", "bf16-mixed", "32-true", "64-true"], BeforeValidator(_precision)]
+Shares = Annotated[str, BeforeValidator(_shares)]
+Workers = Annotated[
+    int | Literal["auto", "cpu", "gpu"], BeforeValidator(_workers, json_schema_input_type=int | str)
+]

@@ -1,0 +1,57 @@
+"""The two halves of a causal language model: the body that makes hidden states, the head that makes logits.
+
+They are used apart so that the loss can be taken in chunks, with logits never whole in memory.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROBE_TOKENS = 4
+
+
+def final_hidden(model: "PreTrainedModel", inputs: dict[str, Any]) -> Tensor:
+    """The body's final hidden states [B, T, H] for the inputs of `isolation.packed_inputs`."""
+    return model.base_model(**_fit(model, inputs)).last_hidden_state
+
+
+def logits(model: "PreTrainedModel", inputs: dict[str, Any]) -> Tensor:
+    """The logits [B, T, V], whole, for the inputs of `isolation.packed_inputs`."""
+    return model(**_fit(model, inputs)).logits
+
+
+def head(model: "PreTrainedModel") -> tuple[Tensor, Tensor | None]:
+    """The output embedding: its weight [V, H] and bias [V] or None."""
+    layer = model.get_output_embeddings()
+    return layer.weight, layer.bias
+
+
+@torch.no_grad()
+def has_plain_head(model: "PreTrainedModel") -> bool:
+    """Whether logits are nothing but the linear head of the hidden states, as a chunked loss takes them to be.
+
+    Families that scale or cap their logits (Gemma 2, Cohere, Granite, ...) are found by trying, not by name.
+    """
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, nn.Linear):
+        return False
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(PROBE_TOKENS, device=layer.weight.device)[None]
+    inputs = {"input_ids": ids, "position_ids": ids, "attention_mask": None}
+    whole, parts = logits(model, inputs), layer(final_hidden(model, inputs))
+    model.train(was_training)
+    return whole.shape == parts.shape and torch.allclose(whole, parts, rtol=1e-4, atol=1e-5)
+
+
+def _fit(model: "PreTrainedModel", inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs as this model's attention takes them: "eager" adds its mask to the scores."""
+    mask = inputs.get("attention_mask")
+    if mask is not None and model.config._attn_implementation == "eager":
+        blocked = torch.finfo(model.dtype).min
+        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill_(~mask, blocked)
+    return {**inputs, "attention_mask": mask, "use_cache": False}

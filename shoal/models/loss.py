@@ -1,0 +1,98 @@
+"""Cross entropy as a sum over label tokens, taken in chunks so that logits never stand whole in memory."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shoal.models.heads import final_hidden, head, logits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+IGNORED = -100
+CHUNK_TOKENS = 512
+
+
+def summed_cross_entropy(
+    model: "PreTrainedModel", inputs: dict[str, Any], labels: Tensor, chunked: bool = True
+) -> Tensor:
+    """The cross entropy (nats) summed over labels [B, T]: a scalar in float32 (float64 for a float64 model).
+
+    Labels stand where they are predicted (already shifted); -100 is ignored. `inputs` are those of
+    `isolation.packed_inputs`. `chunked` needs a model with `heads.has_plain_head`.
+    """
+    if chunked:
+        return linear_cross_entropy(final_hidden(model, inputs), *head(model), labels)
+    return cross_entropy(logits(model, inputs), labels)
+
+
+def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
+    """The sum over labels [...] of the cross entropy (nats) of whole logits [..., V], in at least float32."""
+    wide = scores.to(_wide(scores.dtype)).flatten(0, -2)
+    return F.cross_entropy(wide, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """`cross_entropy(F.linear(hidden, weight, bias), labels)` without the logits whole in memory.
+
+    hidden [..., H], weight [V, H], bias [V] or None, labels [...]. Matrix products run in the autocast dtype
+    where autocast is on, sums over tokens in at least float32.
+    """
+    hidden, labels = hidden.flatten(0, -2), labels.flatten()
+    kind = hidden.device.type
+    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    with torch.autocast(kind, enabled=False):
+        return _LinearCrossEntropy.apply(hidden, weight, bias, labels, compute)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Takes the gradients in the forward pass, while a chunk's logits are at hand: none is made twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, compute: torch.dtype
+    ) -> Tensor:
+        wide = _wide(hidden.dtype)
+        low_hidden, low_weight = hidden.to(compute), weight.to(compute)
+        total = hidden.new_zeros((), dtype=wide)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=wide)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        for start in range(0, len(labels), CHUNK_TOKENS):
+            part = slice(start, start + CHUNK_TOKENS)
+            scores = F.linear(low_hidden[part], low_weight)
+            if bias is not None:
+                scores = scores + bias
+            loss, error = _loss_and_error(scores, labels[part], wide)
+            total += loss
+            low_error = error.to(compute)
+            grad_hidden[part] = low_error @ low_weight
+            grad_weight += low_error.T @ low_hidden[part]
+            if grad_bias is not None:
+                grad_bias += error.sum(0)
+        grads = [grad_hidden, grad_weight.to(weight.dtype)]
+        ctx.has_bias = grad_bias is not None
+        ctx.save_for_backward(*grads, *([grad_bias] if grad_bias is not None else []))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [(saved * grad).to(saved.dtype) for saved in ctx.saved_tensors]
+        return (*scaled, None, None) if ctx.has_bias else (*scaled, None, None, None)
+
+
+def _loss_and_error(scores: Tensor, labels: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of a chunk of logits [N, V]: the summed loss, and its gradient softmax - onehot (ignored rows 0)."""
+    used = labels != IGNORED
+    at = labels.where(used, 0)[:, None]
+    log_probability = torch.log_softmax(scores, dim=-1, dtype=wide)
+    loss = -(log_probability.gather(1, at)[:, 0] * used).sum()
+    error = log_probability.exp_()
+    error.scatter_add_(1, at, torch.full_like(at, -1, dtype=wide))
+    return loss, error.mul_(used[:, None])
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,6 +1,6 @@
 """The typed record of a run: one definition for file, flags, Python, docs and schema."""
 
-from shoal.config.batch import Batch, resolve_batch, resolve_workers
+from shoal.config.batch import Batch, resolve_batch, resolve_workers, usable_cores
 from shoal.config.record import (
     CheckpointConfig,
     DataConfig,
@@ -30,4 +30,5 @@ __all__ = [
     "load_config",
     "resolve_batch",
     "resolve_workers",
+    "usable_cores",
 ]

@@ -1,5 +1,6 @@
 """Batch arithmetic: any two of global batch, per-device batch and accumulation give the third."""
 
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
@@ -57,8 +58,14 @@ def resolve_batch(config: RunConfig, workers: int) -> Batch:
     return _cut(total, each, workers)
 
 
-def resolve_workers(config: RunConfig, devices: int) -> int:
-    """How many workers to start on a machine with so many free `devices` (cores, or GPUs).
+def usable_cores() -> int:
+    """The cores this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)  # absent on macOS and Windows
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def resolve_workers(config: RunConfig, devices: int | None = None) -> int:
+    """How many workers to start on a machine with so many `devices` (GPUs, or if None its usable cores).
 
     A number is taken as it stands (more than cores is allowed, more than micro-batches is not); `auto`, `cpu`
     and `gpu` mean the most workers that the devices and the batch allow, `threads` cores each.
@@ -67,7 +74,7 @@ def resolve_workers(config: RunConfig, devices: int) -> int:
     if isinstance(asked, int):
         resolve_batch(config, asked)
         return asked
-    for workers in range(max(1, devices // config.train.threads), 0, -1):
+    for workers in range(max(1, (devices or usable_cores()) // config.train.threads), 0, -1):
         with suppress(UserError):
             resolve_batch(config, workers)
             return workers

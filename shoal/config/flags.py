@@ -13,7 +13,7 @@ def flag_settings(words: list[str]) -> list[Setting]:
     """The settings that the words of a command line give, in their order.
 
     A setting that is a list takes all words up to the next flag (what a shell makes of `--data corpus/*.txt`)
-    and may be repeated. Raises UserError for an unknown flag, a missing value, a word that belongs to no flag.
+    and may be repeated. Raises UserError for an unknown flag, a missing value, a word without a flag.
     """
     settings: list[Setting] = []
     rest = list(words)

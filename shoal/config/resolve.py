@@ -1,5 +1,6 @@
 """File, environment and flags to one record, with the origin of every value."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
@@ -31,10 +32,10 @@ def load_config(
 ) -> Resolved:
     """The record of a run: defaults, then file, environment, flags, and the arguments of a Python call.
 
-    Folders left empty (`cache_dir`, `output_dir`) are filled in. Raises UserError, naming the origin, for
-    whatever is no setting or does not fit its type.
+    `environ` is this process's own if None. Folders left empty (`cache_dir`, `output_dir`) are filled in.
+    Raises UserError, naming the origin, for whatever is no setting or does not fit its type.
     """
-    environ = environ or {}
+    environ = os.environ if environ is None else environ
     given = file_settings(file) if file else []
     given += environment_settings(environ)
     given += flag_settings(flags or [])

@@ -1,0 +1,227 @@
+"""The command line: one function a verb, which parses, calls and prints. Heavy imports wait for the call."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from shoal.errors import DONE, FAILED, INTERRUPTED, ShoalError, UserError
+
+if TYPE_CHECKING:
+    from shoal.config import Resolved
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run `shoal` with these words (those of the command line if None); returns the exit code.
+
+    0 done, 1 failed, 2 bad input, 75 stopped and saved (start again to go on), 130 interrupted.
+    """
+    words = sys.argv[1:] if words is None else words
+    verb, rest = (words[0], words[1:]) if words else ("--help", [])
+    try:
+        return VERBS[verb](rest) if verb in VERBS else _about(verb)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever reads along, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except ShoalError as error:
+        print(f"shoal: error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def train(words: list[str]) -> int:
+    """Train a model: shoal train [RECIPE.yaml] [--flag value ...]"""
+    if _asks_help(words):
+        return _print_settings(train)
+    from shoal.engines.local import launch
+
+    return launch(_resolve(words))
+
+
+def prepare(words: list[str]) -> int:
+    """Turn text into token shards and stop: shoal prepare [RECIPE.yaml] [--flag value ...]"""
+    if _asks_help(words):
+        return _print_settings(prepare)
+    config = _resolve(words).config
+    from shoal.tasks import TASKS
+
+    print(TASKS[config.train.task].prepare(config))
+    return DONE
+
+
+def evaluate(words: list[str]) -> int:
+    """Measure a run or a model folder on held-out data: shoal evaluate FOLDER [--flag value ...]"""
+    if _asks_help(words):
+        return _print_settings(evaluate)
+    from shoal.engines.local import launch
+
+    folder, flags = _first_word(words, "the folder of a run or a model")
+    return launch(_of_trained(Path(folder), flags), "evaluate")
+
+
+def generate(words: list[str]) -> int:
+    """Write on from a prompt, or from each prompt of a file: shoal generate FOLDER --prompt TEXT"""
+    parser = _Parser(generate)
+    parser.add_argument("model", metavar="FOLDER", help="the folder of a run or a model")
+    parser.add_argument("--prompt", help="the text to go on from; streamed to the terminal")
+    parser.add_argument(
+        "--prompts-file", type=Path, help="prompts: .txt, one a line, or .jsonl with `prompt`"
+    )
+    parser.add_argument("--output-file", type=Path, help="where completions go as JSONL, in order")
+    parser.add_argument("--max-new-tokens", type=int, help="the most tokens to add")
+    parser.add_argument("--temperature", type=float, help="0 takes the likeliest token")
+    parser.add_argument("--top-k", type=int, help="draw among so many of the likeliest tokens")
+    parser.add_argument(
+        "--top-p", type=float, help="draw among the likeliest tokens of this joint probability"
+    )
+    parser.add_argument("--stop", action="append", help="a text that ends a completion; may be repeated")
+    parser.add_argument("--seed", type=int, help="fixes what is drawn, at any worker count")
+    parser.add_argument("--batch-size", type=int, help="prompts at once")
+    parser.add_argument("--nproc-per-node", dest="nproc", type=int, help="workers that share the prompts")
+    options = parser.parse(words)
+    from shoal.serve.generate import GenerateOptions, run
+
+    run(GenerateOptions(**vars(options)))
+    return DONE
+
+
+def audit(words: list[str]) -> int:
+    """Prove from the ledger of a run that each sample was used exactly once: shoal audit RUN"""
+    parser = _Parser(audit)
+    parser.add_argument("run", type=Path, help="the folder of a run that was trained with --ledger")
+    folder = parser.parse(words).run
+    from shoal.observe import ledger
+
+    report = ledger.audit(folder)
+    print(
+        f"{report.steps} steps on {report.ranks} ranks used {report.used} samples: "
+        f"{report.whole_epochs} whole epochs of {report.samples}"
+    )
+    print("\n".join(report.faults) or "every sample of each epoch was used exactly once")
+    return FAILED if report.faults else DONE
+
+
+def doctor(words: list[str]) -> int:
+    """Examine hardware, software and the network between workers: shoal doctor [--json]"""
+    parser = _Parser(doctor)
+    parser.add_argument("--json", action="store_true", default=False, help="print the findings as JSON")
+    as_json = parser.parse(words).json
+    from shoal import doctor as examination
+
+    findings = examination.examine(os.environ)
+    print(examination.as_json(findings) if as_json else examination.as_text(findings))
+    return FAILED if any(finding.verdict == "fail" for finding in findings) else DONE
+
+
+def config(words: list[str]) -> int:
+    """See and check settings: shoal config show|validate|schema|docs [RECIPE.yaml] [--flag value ...]"""
+    if not words or _asks_help(words):
+        return _print_settings(config)
+    what, rest = words[0], words[1:]
+    from shoal.config import dump_yaml, reference, resolve_batch, resolve_workers
+
+    if what == "show":
+        print(dump_yaml(_resolve(rest)), end="")
+    elif what == "validate":
+        recipe, _ = _first_word(rest, "the path of a recipe")
+        run = _resolve(rest).config
+        workers = resolve_workers(run)
+        print(f"{recipe}: ok, {workers} workers here, {resolve_batch(run, workers)}")
+    elif what == "schema":
+        print(json.dumps(reference.json_schema(), indent=2))
+    elif what == "docs":
+        print(reference.markdown(), end="")
+    else:
+        raise UserError(
+            f"shoal config {what}", "there is no such verb", "take show, validate, schema or docs"
+        )
+    return DONE
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    verb.__name__: verb for verb in (train, evaluate, generate, prepare, audit, doctor, config)
+}
+
+
+def _about(word: str) -> int:
+    """What is said where no verb is given: the help, the version, or that there is no such verb."""
+    import shoal
+
+    if word == "--version":
+        print(f"shoal {shoal.__version__}")
+        return DONE
+    if word not in ("-h", "--help", "help"):
+        raise UserError(f"shoal {word}", "there is no such verb", f"take one of {', '.join(VERBS)}")
+    print(
+        f"shoal {shoal.__version__}: {shoal.__doc__}\n\nusage: shoal VERB ... (shoal VERB --help says more)\n"
+    )
+    for name, verb in VERBS.items():
+        purpose, usage = str(verb.__doc__).split(": ", 1)
+        print(f"  {name:<10} {purpose}\n  {'':<10}   {usage}")
+    return DONE
+
+
+def _asks_help(words: list[str]) -> bool:
+    return "-h" in words or "--help" in words
+
+
+def _print_settings(verb: Callable[[list[str]], int]) -> int:
+    from shoal.config.reference import help_text
+
+    print(f"{verb.__doc__}\n{help_text()}")
+    return DONE
+
+
+def _resolve(words: list[str]) -> "Resolved":
+    """The record that an optional recipe and the flags behind it make."""
+    from shoal.config import load_config
+
+    has_recipe = bool(words) and not words[0].startswith("-")
+    return load_config(Path(words[0]) if has_recipe else None, words[1:] if has_recipe else words)
+
+
+def _of_trained(folder: Path, flags: list[str]) -> "Resolved":
+    """The record of a finished run, with the model that came of it; defaults for any other model folder."""
+    from shoal.config import load_config
+
+    recipe = folder / "config.resolved.yaml"
+    if not recipe.exists():
+        return load_config(None, flags, model=str(folder))
+    return load_config(recipe, flags, model=str(folder / "final"))
+
+
+def _first_word(words: list[str], what: str) -> tuple[str, list[str]]:
+    if not words or words[0].startswith("-"):
+        raise UserError("shoal", f"{what} is missing", f"give {what} first")
+    return words[0], words[1:]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Flags of a verb that trains nothing. What is not given is left out: the callee owns the defaults."""
+
+    def __init__(self, verb: Callable[[list[str]], int]) -> None:
+        self.verb = verb.__name__
+        purpose = str(verb.__doc__).split(": ", 1)[0]
+        super().__init__(
+            prog=f"shoal {self.verb}",
+            description=purpose,
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
+        )
+
+    def parse(self, words: list[str]) -> Any:
+        """The given options; `-` and `_` are alike in the names of flags."""
+        return self.parse_args([self._dashed(word) for word in words])
+
+    @staticmethod
+    def _dashed(word: str) -> str:
+        flag, equals, value = word.partition("=")
+        return flag.replace("_", "-") + equals + value if word.startswith("--") else word
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse in one line, as everywhere."""
+        raise UserError(f"shoal {self.verb}", message, f"see `shoal {self.verb} --help`")

@@ -1,0 +1,122 @@
+"""The processes that tokenize: each is given one unit after another and answers with its token shard.
+
+They are plain processes of this module rather than of `multiprocessing`, which would import the caller's main
+module in each, and torch with it. Requests and answers are lines of JSON on their stdin and stdout.
+"""
+
+import errno
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from shoal.data.shards import Shard
+from shoal.data.units import JOB, Job, UnitTokenizer
+from shoal.errors import ShoalError, UserError
+
+PACKAGE_ROOT = Path(__file__).parents[2]
+
+
+def tokenize(job: Job, folder: Path, numbers: Sequence[int], processes: int) -> Iterator[Shard]:
+    """Write the token shards of the numbered units of `folder/job.json`, and yield each as it is finished.
+
+    With one process, here and on all cores. Raises the UserError of the first unit that fails.
+    """
+    if processes <= 1 or len(numbers) <= 1:
+        here = UnitTokenizer(job, folder)
+        yield from (_written(here, number) for number in numbers)
+        return
+    workers = [_start(folder) for _ in range(min(processes, len(numbers)))]
+    try:
+        yield from _hand_out(workers, iter(numbers))
+    finally:
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.communicate()
+
+
+def _start(folder: Path) -> subprocess.Popen[str]:
+    root = str(PACKAGE_ROOT)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+        "TOKENIZERS_PARALLELISM": "false",  # one core a process
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "shoal.data.pool", str(folder)],
+        env=environment,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+
+
+def _hand_out(workers: list[subprocess.Popen[str]], numbers: Iterator[int]) -> Iterator[Shard]:
+    with selectors.DefaultSelector() as answers:
+        for worker in workers:
+            answers.register(_pipe(worker.stdout), selectors.EVENT_READ, worker)
+            _ask(worker, next(numbers))
+        while answers.get_map():
+            for key, _ in answers.select():
+                yield _answer(key.data)
+                number = next(numbers, None)
+                if number is None:
+                    answers.unregister(key.fileobj)
+                else:
+                    _ask(key.data, number)
+
+
+def _ask(worker: subprocess.Popen[str], number: int) -> None:
+    print(number, file=_pipe(worker.stdin), flush=True)
+
+
+def _answer(worker: subprocess.Popen[str]) -> Shard:
+    line = _pipe(worker.stdout).readline()  # whole, since a worker writes one line at once
+    if not line:
+        raise ShoalError(f"a tokenizing process ended with code {worker.wait()}; start again to go on")
+    answer = json.loads(line)
+    if "asked" in answer:
+        raise UserError(**answer)
+    return Shard(**answer)
+
+
+def _pipe(stream: Any) -> Any:
+    assert stream is not None
+    return stream
+
+
+def _written(tokenizer: UnitTokenizer, number: int) -> Shard:
+    try:
+        return tokenizer.write(number)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise full_disk(tokenizer.folder) from error
+
+
+def full_disk(folder: Path) -> UserError:
+    """The error of a disk that cannot take the token shards; those that are finished stay."""
+    found = "the disk is full"
+    return UserError(f"--cache-dir {folder.parents[1]}", found, "free some space, or name another folder")
+
+
+def _serve(folder: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
+    tokenizer = UnitTokenizer(Job.load(folder / JOB), folder)
+    for line in sys.stdin:
+        try:
+            answer = asdict(_written(tokenizer, int(line)))
+        except UserError as error:
+            answer = {"asked": error.asked, "found": error.found, "change": error.change}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    _serve(Path(sys.argv[1]))

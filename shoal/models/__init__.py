@@ -1,5 +1,1 @@
-"""Causal language models from a preset, a Hugging Face folder or the hub."""
-
-from shoal.models.loading import load
-
-__all__ = ["load"]
+"""Causal language models from a preset, a Hugging Face folder or the hub: their loss and their export."""

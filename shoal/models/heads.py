@@ -32,7 +32,7 @@ def head(model: "PreTrainedModel") -> tuple[Tensor, Tensor | None]:
 
 @torch.no_grad()
 def has_plain_head(model: "PreTrainedModel") -> bool:
-    """Whether logits are nothing but the linear head of the hidden states, as a chunked loss takes them to be.
+    """Whether logits are nothing but the linear head of the hidden states, as the chunked loss has it.
 
     Families that scale or cap their logits (Gemma 2, Cohere, Granite, ...) are found by trying, not by name.
     """

@@ -39,9 +39,10 @@ def document_positions(documents: Tensor) -> Tensor:
 def packed_inputs(input_ids: Tensor, documents: Tensor) -> dict[str, Tensor | None]:
     """The model's inputs for packed windows: input_ids, position_ids [B, T] and attention_mask [B, 1, T, T].
 
-    The mask is None when no window holds a boundary: plain causal attention then isolates already.
+    The mask is None when no window holds a boundary: plain causal attention then isolates already. A compiled
+    graph cannot ask that of its data, and has the mask always.
     """
-    bounded = bool((documents[:, 1:] != documents[:, :-1]).any())
+    bounded = torch.compiler.is_compiling() or bool((documents[:, 1:] != documents[:, :-1]).any())
     return {
         "input_ids": input_ids,
         "position_ids": document_positions(documents),

@@ -1,16 +1,16 @@
 """`--model`: a preset at random, or weights from a Hugging Face folder or the hub, in float32."""
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-import yaml
 from huggingface_hub.errors import StrictDataclassError
 
 from shoal.errors import UserError
-from shoal.models import lstm  # noqa: F401  (registers itself with the Auto classes)
+from shoal.models import attention, lstm  # noqa: F401  (the LSTM registers itself with the Auto classes)
 from shoal.models.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -28,11 +28,11 @@ def load(
 ) -> transformers.PreTrainedModel:
     """The model that `--model` names, in float32 and train mode, on the CPU.
 
-    A preset (or a folder with `from_config`) is drawn from `seed`, a preset with an embedding of `vocab_size`;
+    A preset (or a folder with `from_config`) is drawn from `seed`, a preset with `vocab_size` embeddings;
     a folder or hub name brings its weights. Raises UserError where nothing fits the name, the overrides, the
     vocabulary or the window of `sequence_length` tokens.
     """
-    overrides = {key.replace("-", "_"): _parsed(value) for key, value in model.overrides.items()}
+    overrides = dict(model.overrides)
     at_random = bool(overrides.pop(FROM_CONFIG, False))
     if model.name in PRESETS:
         config, at_random = _preset_config(model.name, overrides, vocab_size, tokenizer), True
@@ -46,6 +46,7 @@ def load(
     else:
         loaded = _pretrained(model.name, config)
     _check_vocabulary(model.name, loaded, vocab_size)
+    attention.use_fastest(loaded)
     return loaded.train()
 
 
@@ -97,8 +98,9 @@ def _pretrained(name: str, config: transformers.PreTrainedConfig) -> transformer
         found = f"only pickled weights ({pickled[0]}), which are never read" if pickled else "no weights"
         change = "convert them to safetensors" if pickled else f"start at random: --model.{FROM_CONFIG} true"
         raise UserError(f"--model {name}", f"the folder holds {found}", change)
+    from_pretrained: Callable[..., Any] = transformers.AutoModelForCausalLM.from_pretrained
     try:
-        loaded, report = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+        loaded, report = from_pretrained(
             name,
             config=config,
             dtype=torch.float32,
@@ -132,7 +134,7 @@ def _check_window(name: str, config: transformers.PreTrainedConfig, sequence_len
 
 
 def _check_vocabulary(name: str, model: transformers.PreTrainedModel, vocab_size: int) -> None:
-    rows = model.get_input_embeddings().num_embeddings
+    rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     if vocab_size > rows:
         found = f"the tokenizer has {vocab_size} tokens, the embedding {rows} rows"
         raise UserError(f"--model {name}", found, "use the tokenizer that belongs to the model")
@@ -145,8 +147,3 @@ def _bad_dimensions(name: str, error: Exception) -> UserError:
 def _last_line(error: Exception) -> str:
     """The last line of a library's message: its first ones say where, the last says what."""
     return str(error).strip().splitlines()[-1].strip()
-
-
-def _parsed(value: Any) -> Any:
-    """A flag's text as the value it spells, as in YAML."""
-    return yaml.safe_load(value) if isinstance(value, str) else value

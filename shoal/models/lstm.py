@@ -109,7 +109,7 @@ class LstmModel(LstmPreTrainedModel):
         return hidden, torch.stack(last)
 
     def _run_pieces(self, embedded: Tensor, state: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-        """Documents as a batch of their own: each begins with an empty state, a row's first with its row's."""
+        """Documents as a batch of their own: each begins empty, the first of a row with the row's state."""
         begins = starts.clone()
         begins[:, 0] = True
         firsts = begins.flatten().nonzero().flatten()
@@ -156,7 +156,7 @@ class LstmForCausalLM(LstmPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         **unused: Any,
     ) -> dict[str, Any]:
-        """The prompt at first, then one token a step; padding on the left stands at position 0, which resets."""
+        """The prompt, then one token a step; padding on the left stands at position 0, which resets."""
         if state is not None:
             return {"input_ids": input_ids[:, -1:], "state": state}
         positions = None if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp(min=0)

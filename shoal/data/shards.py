@@ -168,6 +168,16 @@ class TokenStream:
         """Whether one token both ends a document and begins the next."""
         return not self.suffix
 
+    @property
+    def starts(self) -> np.ndarray:
+        """Where each document starts in the stream: int64 [documents], ascending, memory-mapped."""
+        return self._rows[:-1, START]
+
+    @property
+    def shared_boundary(self) -> bool:
+        """Whether the token that begins a document also ends the one before it."""
+        return not self.suffix
+
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """The tokens [start, stop) of the stream and the ordinals of their documents: int64 [stop - start].
 

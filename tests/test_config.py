@@ -1,0 +1,395 @@
+"""One definition of the settings, read alike from file, environment, flags and Python."""
+
+import json
+import math
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.config import RunConfig, dump_yaml, load_config, reference, resolve_batch, resolve_workers
+from shoal.config.names import facts, names, sections
+from shoal.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(*flags: str, file: Path | None = None, environ: dict[str, str] | None = None, **arguments):
+    return load_config(file, list(flags), environ or {}, **arguments)
+
+
+def recipe(folder: Path, text: str) -> Path:
+    file = folder / "recipe.yaml"
+    file.write_text(text)
+    return file
+
+
+def refusal(*flags: str, **sources) -> str:
+    with pytest.raises(UserError) as caught:
+        load(*flags, **sources)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_at_most_40_facts():
+    assert len(facts()) <= 40
+
+
+def test_every_name_means_one_setting():
+    written = [name for fact in facts() for name in (fact.key, fact.name, *fact.aliases, *fact.switches)]
+    assert len(written) == len(set(written)) == len(names())
+
+
+def another(fact) -> tuple[str, object]:
+    """Some text that sets `fact` to another value than its default, and that value."""
+    special = {
+        "model.name": ("gpt2", "gpt2"),
+        "data.path": ("a,b", ["a", "b"]),
+        "data.eval_path": ("c", ["c"]),
+        "log.report_to": ("tensorboard", ["tensorboard"]),
+        "train.lr_scheduler_type": ("linear", "linear"),
+        "train.optim": ("muon", "muon"),
+        "train.precision": ("bf16", "bf16-mixed"),
+        "strategy.balance": ("3,1", "3,1"),
+        "launch.nproc_per_node": ("3", 3),
+        "data.eval_fraction": ("0.25", 0.25),
+    }
+    if fact.key in special:
+        return special[fact.key]
+    if fact.info.annotation is bool:
+        return "true", True
+    if fact.info.annotation is str:
+        return "elsewhere", "elsewhere"
+    return "1k", 1000.0 if fact.info.annotation is float else 1000
+
+
+def value_of(resolved, fact):
+    return getattr(getattr(resolved.config, fact.section), fact.field)
+
+
+@pytest.mark.parametrize("fact", facts(), ids=lambda fact: fact.key)
+def test_every_setting_is_read_from_every_source_and_the_origin_says_which(fact, tmp_path):
+    text, value = another(fact)
+    assert value_of(load(), fact) != value
+    file = recipe(tmp_path, f"# first line\n{fact.section}:\n  {fact.field}: {json.dumps(text)}\n")
+    variable = f"SHOAL_{fact.name.upper()}"
+    for resolved, origin in [
+        (load(fact.flag, text), f"flag {fact.flag}"),
+        (load(f"{fact.flag.replace('-', '_').replace('__', '--', 1)}={text}"), None),
+        (load("--" + fact.key, text), f"flag --{fact.key}"),
+        (load("--" + fact.key.replace("_", "-"), text), None),
+        (load(environ={variable: text}), variable),
+        (load(file=file), f"{file}:3"),
+        (load(**{fact.name: text}), f"argument {fact.name}"),
+        *((load(f"--{alias}", text), f"flag --{alias}") for alias in fact.aliases),
+    ]:
+        assert value_of(resolved, fact) == value
+        assert type(value_of(resolved, fact)) is type(value)
+        assert origin in (None, resolved.origins[fact.key])
+        others = {key for key, source in resolved.origins.items() if source != "default"}
+        assert others == {fact.key}
+
+
+def test_a_later_source_wins_over_an_earlier_one(tmp_path):
+    file, environ = recipe(tmp_path, "train: {seed: 1}"), {"SHOAL_SEED": "2"}
+    assert load(file=file).config.train.seed == 1
+    assert load(file=file, environ=environ).config.train.seed == 2
+    assert load("--seed", "3", file=file, environ=environ).config.train.seed == 3
+    assert load("--seed", "3", "--seed", "4").config.train.seed == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--exact"], True),
+        (["--no-exact"], False),
+        (["--no_exact"], False),
+        (["--exact", "true"], True),
+        (["--exact", "false"], False),
+        (["--exact=False"], False),
+        (["--exact", "--seed", "1"], True),
+    ],
+)
+def test_spellings_of_yes_and_no(words, value):
+    resolved = load(*words)
+    assert resolved.config.train.exact is value
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--bf16"], "bf16-mixed"),
+        (["--no-bf16"], "32-true"),
+        (["--bf16", "true"], "bf16-mixed"),
+        (["--bf16", "False"], "32-true"),
+        (["--fp16", "false"], "auto"),
+        (["--precision", "bf16"], "bf16-mixed"),
+        (["--mixed-precision", "no"], "32-true"),
+        ([], "auto"),
+    ],
+)
+def test_spellings_of_precision(words, value):
+    assert load(*words).config.train.precision == value
+
+
+def test_fp16_is_refused_with_the_reason():
+    assert "underflow" in refusal("--fp16")
+    assert refusal("--precision", "16-mixed").endswith("use --bf16")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("2e9", 2 * 10**9), ("1B", 10**9), ("10M", 10**7), ("4k", 4000), ("1.5k", 1500), ("7", 7)],
+)
+def test_sizes(text, value):
+    assert load("--max-steps", text).config.train.max_steps == value
+
+
+@pytest.mark.parametrize("words", [["a,b"], ["a", "b"], ["a", "--data", "b"], ["a, b"]])
+def test_lists(words):
+    assert load("--data", *words, "--seed", "1").config.data.path == ["a", "b"]
+
+
+def test_other_tools_words():
+    assert load("--strategy", "ddp").config.strategy.name == "allreduce"
+    assert load("--optim", "adamw_torch").config.train.optim == "adamw"
+    assert load("--resume").config.checkpoint.resume_from_checkpoint == "latest"
+    assert load("--report-to", "none").config.log.report_to == []
+
+
+def test_dimensions_of_the_model_keep_their_types(tmp_path):
+    flags = [
+        "--model.hidden-size",
+        "4k",
+        "--model.eps",
+        "1e-5",
+        "--model.tied",
+        "false",
+        "--model.act",
+        "gelu",
+    ]
+    expected = {"hidden_size": 4000, "eps": 1e-5, "tied": False, "act": "gelu"}
+    assert load(*flags).config.model.overrides == expected
+    file = recipe(tmp_path, "model: {name: lstm, hidden_size: 4k, eps: 1e-5, tied: false, act: gelu}")
+    resolved = load(file=file)
+    assert resolved.config.model.overrides == expected
+    assert resolved.config.model.name == "lstm"
+    assert resolved.origins["model.hidden_size"] == f"{file}:1"
+
+
+def test_a_section_may_be_written_as_its_primary_setting(tmp_path):
+    config = load(file=recipe(tmp_path, "model: lstm\ndata: [a.txt, b.txt]\nstrategy: ddp\ntrain:\n")).config
+    assert (config.model.name, config.data.path, config.strategy.name) == (
+        "lstm",
+        ["a.txt", "b.txt"],
+        "allreduce",
+    )
+    assert RunConfig(model="lstm").model.name == "lstm"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--sede", "1"], "--sede: there is no such flag; did you mean --seed"),
+        (["--seed"], "--seed: no value follows"),
+        (["--seed", "--exact"], "--seed: no value follows"),
+        (["--seed", "x"], "--seed: 'x' does not fit; it should be a whole number"),
+        (["--max-steps", "1.5"], "it should be a whole number"),
+        (["--threads", "0"], "--threads: 0 does not fit; it should be greater than or equal to 1"),
+        (["--lr", "nan"], "--lr: 'nan' does not fit"),
+        (["--optim", "adm"], "it should be 'adamw', 'muon' or 'sgd'"),
+        (["--warmup-steps", "2.5"], "whole number of steps, or a share"),
+        (["--balance", "3,x"], "one share a worker such as 3,1"),
+        (["--exact=maybe"], "--exact"),
+        (["stray"], "stray: it belongs to no flag"),
+        (["--no-seed"], "--no-seed: there is no such flag"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_line(words, expected):
+    assert expected in refusal(*words)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "expected"),
+    [
+        ("train:\n  sede: 1\n", 2, "train.sede: there is no such setting; did you mean seed"),
+        ("train:\n  max-steps: 1\n  lerning_rate: 1\n", 3, "did you mean learning_rate"),
+        ("seed: 1\n", 1, "did you mean seed in train"),
+        ("data:\n  max_steps: 4\n", 2, "did you mean max_steps in train"),
+        ("\ntrian: {seed: 1}\n", 2, "did you mean train"),
+        ("train:\n  seed: x\n", 2, "train.seed: 'x' does not fit; it should be a whole number"),
+        ("train:\n  exact: 7\n", 2, "train.exact: 7 does not fit"),
+        ("train: 5\n", 1, "write keys below `train:`"),
+        ("model: 5\n", 1, "model.name: 5 does not fit"),
+        ("train:\n  seed: 1\n  seed: 2\n", 3, "seed is already set at"),
+        ("train: [\n", 2, "not YAML"),
+        ("- a\n", 1, "not a mapping"),
+        ("train:\n  seed: !!python/object/apply:os.getcwd []\n", 2, "not YAML"),
+    ],
+)
+def test_bad_recipes_are_refused_with_file_and_line(tmp_path, text, line, expected):
+    file = recipe(tmp_path, text)
+    message = refusal(file=file)
+    assert message.startswith(f"{file}:{line}")
+    assert expected in message
+
+
+def test_all_values_that_do_not_fit_are_told_at_once(tmp_path):
+    file = recipe(tmp_path, "train:\n  seed: x\n  global_batch_size: y\n")
+    message = refusal(file=file)
+    assert f"{file}:2 train.seed" in message
+    assert f"{file}:3 train.global_batch_size" in message
+
+
+def test_unreadable_recipes(tmp_path):
+    assert "No such file" in refusal(file=tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"train: \xff")
+    assert "byte 7: not UTF-8" in refusal(file=tmp_path / "binary.yaml")
+
+
+def test_environment_tells_near_misses_from_strangers():
+    assert "did you mean SHOAL_SEED" in refusal(environ={"SHOAL_SEDE": "1"})
+    strangers = {"SHOAL_SERVICE_HOST": "10.0.0.1", "SHOAL_PORT": "tcp://10.0.0.1:80", "SEED": "1"}
+    assert load(environ=strangers).config == load().config
+
+
+def test_folders_are_filled_in():
+    resolved = load("--model", "/models/gpt2", environ={"XDG_CACHE_HOME": "/scratch"})
+    assert resolved.config.data.cache_dir == "/scratch/shoal"
+    assert resolved.origins["data.cache_dir"] == "XDG_CACHE_HOME"
+    assert resolved.config.checkpoint.output_dir == "runs/gpt2"
+    assert load().config.data.cache_dir == str(Path.home() / ".cache" / "shoal")
+
+
+def test_the_dump_reads_back_the_same_and_names_every_origin(tmp_path):
+    flags = [word for fact in facts() for word in (fact.flag, another(fact)[0])]
+    resolved = load(*flags, "--model.rope", "{a: [1, 2], b: '# no comment'}", "--model.eps", "1e-5")
+    dumped = recipe(tmp_path, dump_yaml(resolved))
+    assert load(file=dumped).config == resolved.config
+    for fact in facts():
+        line = next(line for line in dumped.read_text().splitlines() if line.startswith(f"  {fact.field}:")
+                    and line.endswith(f"# flag {fact.flag}"))  # fmt: skip
+        assert yaml.safe_load(line)
+
+
+def test_the_record_survives_the_way_to_a_worker():
+    config = load("--model.eps", "1e-5", "--model.layers", "[1, 2]", "--data", "a,b").config
+    assert RunConfig.from_json(config.to_json()) == config
+
+
+def test_the_schema_takes_what_is_dumped_and_refuses_unknown_keys():
+    schema = reference.json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(yaml.safe_load(dump_yaml(load("--model.hidden-size", "64"))), schema)
+    jsonschema.validate({"model": "lstm", "train": {"max_steps": "10M"}}, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"train": {"sede": 1}}, schema)
+
+
+def test_the_page_and_the_help_are_the_definition():
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    assert page == reference.markdown(), "run: shoal config docs > docs/configuration.md"
+    for fact in facts():
+        assert f"`{fact.flag}`" in page
+        assert f"{fact.flag} " in reference.help_text()
+    assert all(definition.__doc__ for definition in sections().values())
+
+
+# batch arithmetic
+
+whole = st.integers(1, 64)
+maybe = st.none() | whole
+
+
+def batch_of(workers: int, total: int | None, each: int | None, turns: int | None):
+    train = {
+        "global_batch_size": total,
+        "per_device_train_batch_size": each,
+        "gradient_accumulation_steps": turns,
+    }
+    return resolve_batch(RunConfig(train=train), workers)
+
+
+@settings(max_examples=500, deadline=None)
+@given(whole, maybe, maybe, maybe)
+def test_a_batch_keeps_what_was_given_or_is_refused(workers, total, each, turns):
+    try:
+        batch = batch_of(workers, total, each, turns)
+    except UserError:
+        assert (total, each, turns) != (None, None, None) or workers > 4
+        return
+    assert total in (None, batch.global_batch_size)
+    assert each in (None, batch.per_device_train_batch_size)
+    assert batch.micro_batches * batch.per_device_train_batch_size == batch.global_batch_size
+    assert batch.micro_batches >= workers
+    assert batch.accumulation == math.ceil(batch.micro_batches / workers)
+    if turns:
+        assert batch.accumulation == turns
+        assert batch.global_batch_size == batch.per_device_train_batch_size * turns * workers
+
+
+@settings(max_examples=200, deadline=None)
+@given(whole, whole, whole)
+def test_any_two_give_the_third(workers, each, turns):
+    total = each * turns * workers
+    three = batch_of(workers, total, each, turns)
+    assert three == batch_of(workers, None, each, turns)
+    assert three == batch_of(workers, total, None, turns)
+    assert three == batch_of(workers, total, each, None)
+
+
+@given(maybe, maybe, st.integers(1, 4))
+def test_without_accumulation_the_worker_count_does_not_change_the_step(total, each, workers):
+    try:
+        several = batch_of(workers, total, each, None)
+    except UserError:
+        return
+    alone = batch_of(1, total, each, None)
+    assert several.micro_batches == alone.micro_batches
+    assert several.per_device_train_batch_size == alone.per_device_train_batch_size
+
+
+def test_defaults_of_the_batch():
+    assert batch_of(2, None, None, None).global_batch_size == 32
+    assert batch_of(2, None, None, None).per_device_train_batch_size == 8
+    assert batch_of(1, None, 5, None).global_batch_size == 35
+    assert batch_of(1, 12, None, None).per_device_train_batch_size == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "equation"),
+    [
+        ((2, 8, 4, 3), "4 per device * 3 accumulation * 2 workers = 24, not 8"),
+        ((1, 9, 4, None), "9 / 4 = 2.25 is not a whole number of micro-batches"),
+        ((5, 32, 8, None), "32 / --per-device-train-batch-size 8 = 4 micro-batches, fewer than workers"),
+        ((2, 9, None, 2), "9 / (2 accumulation * 2 workers) = 2.25"),
+        ((0, None, None, None), "a run needs a worker"),
+    ],
+)
+def test_a_contradiction_prints_the_equation(arguments, equation):
+    with pytest.raises(UserError) as caught:
+        batch_of(*arguments)
+    assert equation in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "devices", "workers"),
+    [
+        ([], 2, 2),
+        ([], 64, 4),
+        (["--nproc-per-node", "3"], 1, 3),
+        (["--nproc-per-node", "cpu", "--threads", "2"], 2, 1),
+        (["--global-batch-size", "32", "--batch-size", "8", "--gradient-accumulation-steps", "2"], 3, 2),
+    ],
+)
+def test_workers(flags, devices, workers):
+    assert resolve_workers(load(*flags).config, devices) == workers
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "5"])
+def test_impossible_worker_counts_are_refused(count):
+    with pytest.raises(UserError):
+        resolve_workers(load("--nproc-per-node", count).config, 64)

@@ -12,8 +12,8 @@ def train(recipe: str | Path | None = None, **settings: Any) -> dict[str, Any]:
     """Train a model and return the run's summary (what summary.json in its folder says).
 
     `settings` go by the names of the flags: `train("recipe.yaml", model="gpt2", max_steps=100)`. Raises
-    UserError for bad input and ShoalError if the run does not reach its end. Workers are processes: a script that
-    calls this needs `if __name__ == "__main__":`.
+    UserError for bad input, ShoalError if the run does not reach its end. Workers are processes, and so a
+    script that calls this needs `if __name__ == "__main__":`.
     """
     from shoal.engines.local import launch
 

@@ -23,7 +23,7 @@ PAYLOAD_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class Link:
-    """`latency` of the smallest all-reduce in seconds, `bandwidth` of a large one in payload bytes a second."""
+    """`latency` of the smallest all-reduce in seconds, `bandwidth` of a large one in bytes a second."""
 
     latency: float
     bandwidth: float
@@ -32,7 +32,7 @@ class Link:
 def measure_link(environ: Mapping[str, str], timeout: float = 60) -> Link:
     """Time an all-reduce between two workers on loopback; lasts as long as importing torch in both.
 
-    Raises ShoalError, with the last line a worker left, if they do not come to an end within `timeout` seconds.
+    Raises ShoalError, with the last line a worker left, if they do not end well within `timeout` seconds.
     """
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port, store = listener.getsockname()[1], listener.fileno()

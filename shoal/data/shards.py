@@ -160,16 +160,6 @@ class TokenStream:
 
     @property
     def starts(self) -> np.ndarray:
-        """Where each document begins in the stream, and where the stream ends: int64 [documents + 1]."""
-        return self._rows[:, START]
-
-    @property
-    def shared_boundary(self) -> bool:
-        """Whether one token both ends a document and begins the next."""
-        return not self.suffix
-
-    @property
-    def starts(self) -> np.ndarray:
         """Where each document starts in the stream: int64 [documents], ascending, memory-mapped."""
         return self._rows[:-1, START]
 

@@ -1,0 +1,98 @@
+"""The gradients of one replica in a few flat buffers, each announced as soon as it is complete."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from shoal.summation import TreeSum
+
+
+class Bucket:
+    """Gradients that travel together: `flat` [n], of which every parameter's `.grad` is a view.
+
+    `flat` is padded with zeros to a multiple of `multiple`, so that it cuts into equal parts.
+    """
+
+    def __init__(self, params: list[nn.Parameter], multiple: int) -> None:
+        self.params = params
+        numel = sum(p.numel() for p in params)
+        self.flat = torch.zeros(
+            -(-numel // multiple) * multiple, dtype=params[0].dtype, device=params[0].device
+        )
+        self.tree = TreeSum()  # exact mode: the sums over this rank's micro-batches
+        self.missing = 0
+
+    def clear(self) -> None:
+        """Set the gradients to zero, as views of the buffer."""
+        self.flat.zero_()
+        start = 0
+        for p in self.params:
+            p.grad = self.flat[start : start + p.numel()].view_as(p)
+            start += p.numel()
+
+
+class Buckets:
+    """All gradients of a replica, in the reverse order of its parameters: as the backward pass makes them.
+
+    The layout depends on the parameters and `bucket_bytes` alone, and never changes during a run. In a step each
+    bucket is announced to `on_complete` exactly once, in their order, whichever parameters got a gradient.
+    """
+
+    def __init__(
+        self, params: list[nn.Parameter], *, bucket_bytes: int, multiple: int = 1, exact: bool = False
+    ) -> None:
+        self.all = [Bucket(group, multiple) for group in _cut(list(reversed(params)), bucket_bytes)]
+        self.exact = exact
+        self.on_complete: Callable[[Bucket], None] = lambda bucket: None
+        self._leaf = 0
+        self._last = False
+        self._announced = len(self.all)
+        for bucket in self.all:
+            for p in bucket.params:
+                p.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._arrived(bucket))
+
+    def __iter__(self) -> Iterator[Bucket]:
+        return iter(self.all)
+
+    def begin(self, leaf: int, *, first: bool, last: bool) -> None:
+        """Before the backward pass of micro-batch `leaf`, the `first` or `last` one of this rank's share.
+
+        In exact mode every micro-batch's gradients stand alone in `flat` before they enter the bucket's tree.
+        """
+        self._leaf, self._last, self._announced = leaf, last, 0
+        for bucket in self.all:
+            bucket.missing = len(bucket.params)
+            if first or self.exact:
+                bucket.clear()
+
+    def end(self) -> None:
+        """After that backward pass: finish the buckets that wait for parameters to which no gradient came."""
+        self._advance(lambda bucket: True)
+
+    def _arrived(self, bucket: Bucket) -> None:
+        bucket.missing -= 1
+        self._advance(lambda bucket: bucket.missing == 0)
+
+    def _advance(self, ready: Callable[[Bucket], bool]) -> None:
+        while self._announced < len(self.all) and ready(self.all[self._announced]):
+            bucket = self.all[self._announced]
+            self._announced += 1
+            if self.exact:
+                bucket.tree.add(self._leaf, bucket.flat)
+            if self._last:
+                self.on_complete(bucket)
+
+
+def _cut(params: list[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
+    """Runs of parameters of one dtype and device, closed as soon as they reach `bucket_bytes`."""
+    groups: list[list[nn.Parameter]] = []
+    size = 0
+    for p in params:
+        kind = (p.dtype, p.device)
+        if not groups or size >= bucket_bytes or (groups[-1][0].dtype, groups[-1][0].device) != kind:
+            groups.append([])
+            size = 0
+        groups[-1].append(p)
+        size += p.nbytes
+    return groups

@@ -1,0 +1,282 @@
+"""Checkpoints: written aside, hashed, moved into place; nothing in them is ever executed.
+
+checkpoint-500/
+  manifest.json                  step, tokens, world size, size and SHA-256 of every file
+  model/model.safetensors        parameters and buffers by name (and config.json: a Hugging Face folder)
+  optimizer/state.safetensors    "parameter/part", for example "lm_head.weight/exp_avg"
+  sync/state.safetensors         what the strategy keeps
+  state.json                     where the run stands
+latest, best                     files that hold the name of a checkpoint
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from shoal.errors import ShoalError, UserError
+from shoal.optim import NamedState
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all it takes, beside the tensors, to go on as if it had never stopped."""
+
+    step: int = 0  # steps done
+    tokens: int = 0  # labels learnt from
+    shares: list[int] | None = None  # of the ranks, as last balanced
+    nonfinite_steps: int = 0  # in a row
+    nonfinite_total: int = 0
+    best: float | None = None  # the lowest eval/loss so far
+    data: str = ""  # the key of the prepared data
+
+
+Tensors = dict[str, dict[str, Tensor]]  # file below the checkpoint -> tensors by name
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters, tied ones once, and the buffers that belong to the model's state, by name."""
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    shared = {id(p) for p in model.parameters()}
+    state = model.state_dict(keep_vars=True)
+    return params | {name: t for name, t in state.items() if id(t) not in shared and name not in params}
+
+
+class Checkpoints:
+    """The checkpoints of one run folder. Rank 0 writes; every rank reads."""
+
+    def __init__(self, folder: Path, *, every: int, keep: int) -> None:
+        self.folder = folder
+        self.every = every
+        self.keep = keep
+        self.newest_step = -1  # of those saved by this process
+        self._thread: threading.Thread | None = None
+        self._copied = threading.Event()
+        self._copied.set()
+        self._error: BaseException | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether to save after `step` steps."""
+        return bool(self.every) and step % self.every == 0
+
+    def save(
+        self, tensors: Tensors, progress: Progress, config_json: str | None, *, best: bool = False
+    ) -> None:
+        """Start to save the live `tensors`. They must not change before `settle` returns.
+
+        The copy and the writing run in a thread beside the next forward and backward pass, which only read
+        parameters, so that the loop does not wait for either.
+        """
+        self.finish()
+        self.newest_step = progress.step
+        self._copied.clear()
+        parts = (tensors, Progress(**asdict(progress)), config_json, best)
+        self._thread = threading.Thread(target=self._save, args=parts, name="checkpoint")
+        self._thread.start()
+
+    def settle(self) -> None:
+        """Wait until what is being saved has been copied; call before parameters change."""
+        self._copied.wait()
+        if self._error is not None:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until the save is in place; raise what went wrong in it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _save(self, tensors: Tensors, progress: Progress, config_json: str | None, best: bool) -> None:
+        try:
+            copies = {
+                file: {n: t.detach().cpu().clone() for n, t in part.items()} for file, part in tensors.items()
+            }
+            self._copied.set()
+            write(self.folder / f"checkpoint-{progress.step}", copies, progress, config_json)
+            _point(self.folder / "latest", f"checkpoint-{progress.step}")
+            if best:
+                _point(self.folder / "best", f"checkpoint-{progress.step}")
+            self._rotate()
+        except BaseException as error:  # handed to the loop, which raises it
+            self._error = _explain(error, self.folder)
+        finally:
+            self._copied.set()
+
+    def _rotate(self) -> None:
+        """Delete all but the newest ones, never the best."""
+        best = _pointed(self.folder / "best")
+        old = (
+            [path for path in candidates(self.folder) if path.name != best][self.keep :] if self.keep else []
+        )
+        for path in old:
+            doomed = path.with_name(f".{path.name}.old")
+            path.rename(doomed)  # so that a kill in the middle leaves no half checkpoint under its name
+            shutil.rmtree(doomed)
+
+
+def write(folder: Path, tensors: Tensors, progress: Progress, config_json: str | None) -> None:
+    """Write a whole checkpoint aside and move it into place, each file on disk before the move."""
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for file, part in tensors.items():
+        (aside / file).parent.mkdir(exist_ok=True)
+        save_file({n: t.contiguous() for n, t in part.items()}, aside / file, metadata={"format": "pt"})
+    if config_json is not None:
+        (aside / "model" / "config.json").write_text(config_json)
+    (aside / "state.json").write_text(json.dumps(asdict(progress), indent=1))
+    files = sorted(path for path in aside.rglob("*") if path.is_file())
+    hashes = {
+        str(path.relative_to(aside)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in files
+    }
+    manifest = {"format": FORMAT, "step": progress.step, "tokens": progress.tokens, "files": hashes}
+    (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in (*files, aside / MANIFEST, aside):
+        _sync_to_disk(path)
+    if folder.exists():  # of an earlier attempt that was walked back over
+        shutil.rmtree(folder)
+    aside.rename(folder)
+    _sync_to_disk(folder.parent)
+
+
+def verify(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in words, or None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest["format"] != FORMAT:
+            return f"its format is {manifest['format']}, this version reads {FORMAT}"
+        for name, expected in manifest["files"].items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} holds {path.stat().st_size} bytes instead of {expected['bytes']}"
+            if _sha256(path) != expected["sha256"]:
+                return f"{name} was altered"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    return None
+
+
+def candidates(folder: Path) -> list[Path]:
+    """All checkpoints in place below a run folder, newest first."""
+    steps = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(steps, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
+
+
+def find(asked: str, folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint to resume from: "latest" of `folder`, or a path. Walks back to the newest valid one.
+
+    None if "latest" was asked and there is no checkpoint at all. Raises UserError if none is valid.
+    """
+    named = Path(asked)
+    if asked != "latest" and not named.is_dir():
+        raise UserError(
+            f"--resume-from-checkpoint {asked}",
+            "there is no such folder",
+            "give a checkpoint folder, or latest",
+        )
+    if asked != "latest" and (named / MANIFEST).exists():
+        choices = [named]
+    else:
+        choices = candidates(folder if asked == "latest" else named)
+    for path in choices:
+        problem = verify(path)
+        if problem is None:
+            return path
+        say(f"{path} cannot be used: {problem}; trying the one before it")
+    if not choices and asked == "latest":
+        return None
+    raise UserError(f"--resume-from-checkpoint {asked}", "no valid checkpoint was found", "start without it")
+
+
+def load_progress(folder: Path) -> Progress:
+    """Where the run stood at a checkpoint."""
+    return Progress(**json.loads((folder / "state.json").read_text()))
+
+
+def load_model(folder: Path, model: nn.Module) -> None:
+    """Copy a checkpoint's parameters and buffers into `model`; refuse those of another model."""
+    own = model_tensors(model)
+    with safe_open(folder / "model" / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+        for name in sorted(names ^ own.keys()):
+            found = "holds no" if name in own else "holds a"
+            raise UserError(
+                f"resume from {folder}", f"it {found} tensor {name}", "use the --model it was saved from"
+            )
+        for name, tensor in own.items():
+            shape = tuple(file.get_slice(name).get_shape())
+            if shape != tuple(tensor.shape):
+                found = f"{name} has shape {shape}, the model's is {tuple(tensor.shape)}"
+                raise UserError(f"resume from {folder}", found, "use the --model it was saved from")
+            tensor.copy_(file.get_tensor(name))
+
+
+def load_optimizer(folder: Path, state: NamedState) -> None:
+    """Set the optimizers' state to that of a checkpoint."""
+    by_param: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in load_tensors(folder, "optimizer/state.safetensors").items():
+        param, part = name.rsplit("/", 1)
+        by_param.setdefault(param, {})[part] = tensor
+    state.load(lambda param: by_param.get(param, {}))
+
+
+def load_tensors(folder: Path, file: str) -> dict[str, Tensor]:
+    """One file of a checkpoint; empty if it has none."""
+    if not (folder / file).exists():
+        return {}
+    with safe_open(folder / file, "pt") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _explain(error: BaseException, folder: Path) -> BaseException:
+    if isinstance(error, OSError | SafetensorError) and (
+        "No space left" in str(error) or getattr(error, "errno", 0) == errno.ENOSPC
+    ):
+        return UserError(
+            f"save a checkpoint in {folder}", "the disk is full", "free some space; the last one is intact"
+        )
+    if isinstance(error, OSError | SafetensorError):
+        return ShoalError(f"save a checkpoint in {folder}: {error}; earlier checkpoints are intact")
+    return error
+
+
+def _point(pointer: Path, name: str) -> None:
+    aside = pointer.with_name(f".{pointer.name}.tmp")
+    aside.write_text(name + "\n")
+    _sync_to_disk(aside)
+    aside.replace(pointer)
+
+
+def _pointed(pointer: Path) -> str | None:
+    return pointer.read_text().strip() if pointer.exists() else None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

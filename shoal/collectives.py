@@ -1,0 +1,67 @@
+"""The wire: every exchange between replicas goes through here, and every byte of it is counted.
+
+Bytes are what the algorithm has a rank send (the payload of a ring or of direct exchanges), without the
+headers of the transport.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Work = dist.Work  # a started exchange: done after its `.wait()`
+
+
+class Wire:
+    """One rank's end of the exchanges over one axis of the mesh."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.world_size = dist.get_world_size(group)
+        self.bytes_sent = 0
+
+    def start_all_reduce(self, tensor: Tensor) -> Work:
+        """Begin to sum `tensor` in place over the ranks; the result is there after `.wait()`."""
+        self.bytes_sent += 2 * self._others_part(tensor)
+        return dist.all_reduce(tensor, group=self.group, async_op=True)
+
+    def start_exchange(self, received: Tensor, counts: list[int], sent: Tensor) -> Work:
+        """Begin to send the r-th of `world_size` equal parts of `sent` to rank r.
+
+        What rank q sends, `counts[q]` elements, lands in `received` in the order of the ranks.
+        """
+        self.bytes_sent += self._others_part(sent)
+        parts = [sent.numel() // self.world_size] * self.world_size
+        return dist.all_to_all_single(received, sent, counts, parts, group=self.group, async_op=True)
+
+    def start_all_gather(self, whole: Tensor, part: Tensor) -> Work:
+        """Begin to fill `whole` [world_size * n] with every rank's `part` [n], in the order of the ranks."""
+        self.bytes_sent += (self.world_size - 1) * part.nbytes
+        return dist.all_gather_into_tensor(whole, part, group=self.group, async_op=True)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of `tensor` over the ranks, in place, at once. For numbers, not for gradients."""
+        self.start_all_reduce(tensor).wait()
+        return tensor
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Overwrite `tensor` with the one of rank 0."""
+        self.bytes_sent += tensor.nbytes if self.rank == 0 else 0
+        dist.broadcast(tensor, group=self.group, group_src=0)
+
+    def share_text(self, text: str) -> str:
+        """The text that rank 0 gave, on every rank. (Torch's own way would unpickle what it receives.)"""
+        size = torch.tensor([len(text.encode())])
+        self.broadcast(size)
+        content = torch.zeros(int(size), dtype=torch.uint8)
+        if self.rank == 0:
+            content.copy_(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8))
+        self.broadcast(content)
+        return bytes(content.tolist()).decode()
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        dist.barrier(self.group)
+
+    def _others_part(self, tensor: Tensor) -> int:
+        return tensor.nbytes * (self.world_size - 1) // self.world_size

@@ -1,0 +1,77 @@
+"""What is in each step: (seed, step) -> the sample ids of its micro-batches and their number of labels."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from shoal.data.order import derive_seed, permute
+
+ABSENT = -1  # a row of the last step beyond the end of the data: it has no labels
+
+
+class Samples(Protocol):
+    """What a task makes of its rows: samples addressed by an integer."""
+
+    def __len__(self) -> int: ...
+
+    def label_counts(self, ids: np.ndarray) -> np.ndarray:
+        """The number of labels of each sample (int64, the shape of `ids`; 0 for an absent row)."""
+        ...
+
+    def collate(self, ids: np.ndarray) -> dict[str, Tensor]:
+        """One micro-batch: tensors whose first dim is the rows named by `ids` [micro_batch_size]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step: `ids` int64 [micro-batches, micro_batch_size], and the labels in all of them."""
+
+    step: int
+    ids: np.ndarray
+    labels: int
+
+
+class Batches:
+    """The batches of a run. Every epoch is its own permutation; a batch may straddle two epochs.
+
+    `epochs` is where the data ends (a fraction is allowed), or None for a run that is bounded by its steps.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        *,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        epochs: float | None = None,
+    ) -> None:
+        self.samples = samples
+        self.seed = seed
+        self.shape = (global_batch_size // micro_batch_size, micro_batch_size)
+        self.global_batch_size = global_batch_size
+        self.end = None if epochs is None else round(epochs * len(samples))
+
+    @property
+    def steps(self) -> int | None:
+        """How many steps the data lasts, or None where the run is bounded by its steps."""
+        return None if self.end is None else -(-self.end // self.global_batch_size)
+
+    def at(self, step: int) -> Batch:
+        """The batch of `step` (from 0): a function of (seed, step), whatever was asked before."""
+        first = step * self.global_batch_size
+        positions = np.arange(first, first + self.global_batch_size, dtype=np.int64)
+        ids = self._ids(positions).reshape(self.shape)
+        return Batch(step, ids, int(self.samples.label_counts(ids).sum()))
+
+    def _ids(self, positions: np.ndarray) -> np.ndarray:
+        size = len(self.samples)
+        ids = np.full(positions.shape, ABSENT, dtype=np.int64)
+        inside = positions >= 0 if self.end is None else positions < self.end
+        for epoch in np.unique(positions[inside] // size):
+            rows = inside & (positions // size == epoch)
+            ids[rows] = permute(positions[rows] % size, size, derive_seed(self.seed, "epoch", int(epoch)))
+        return ids

@@ -1,0 +1,1 @@
+"""Engines start workers: they set rank, world size and address, and nothing else."""

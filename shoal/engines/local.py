@@ -1,0 +1,169 @@
+"""The local engine: start workers on this machine, watch them, and tell what went wrong in one line."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from shoal.config import Resolved, resolve_workers
+from shoal.engines.environment import STORE_FD, is_worker
+from shoal.engines.worker import ERRORS, JOB, work
+from shoal.errors import DONE, FAILED, INTERRUPTED, PREEMPTED, ShoalError, UserError
+
+GRACE = 30.0  # seconds a worker gets to save and leave before it is killed
+POLL = 0.05
+
+
+def launch(resolved: Resolved, verb: str = "train") -> int:
+    """Do `verb` ("train" or "evaluate") on as many workers as the configuration says; returns the exit code.
+
+    Under an engine that has set rank and world size (torchrun, MPI, Slurm) this process is one of the workers.
+    Raises UserError before any worker starts where the configuration is at odds with itself or its folder.
+    """
+    if verb == "train":
+        check_folder(resolved)
+    if is_worker(os.environ):
+        work(verb, resolved)
+        return DONE
+    workers = resolve_workers(resolved.config, os.cpu_count() or 1)
+    with tempfile.TemporaryDirectory(prefix="shoal-") as errors:
+        return Workers(resolved, verb, workers, Path(errors)).run()
+
+
+def check_folder(resolved: Resolved) -> None:
+    """Refuse to write over what a run has left, unless it is resumed or may be overwritten."""
+    config = resolved.config.checkpoint
+    folder = Path(config.output_dir)
+    if config.resume_from_checkpoint or config.overwrite_output_dir:
+        return
+    if (folder / "summary.json").exists():
+        found = "it holds a finished run"
+    elif any(folder.glob("checkpoint-*")):
+        found = "it holds an unfinished run (go on with --resume-from-checkpoint latest)"
+    else:
+        return
+    raise UserError(f"--output-dir {folder}", found, "name another one, or add --overwrite-output-dir")
+
+
+class Workers:
+    """The processes of one launch."""
+
+    def __init__(self, resolved: Resolved, verb: str, count: int, errors: Path) -> None:
+        self.config = resolved.config
+        self.errors = errors
+        self.interrupted = False
+        self.signals = 0
+        job = {"verb": verb, "config": resolved.config.model_dump(), "origins": resolved.origins}
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            env = self._environment(count, listener, json.dumps(job))
+            self.processes = [self._start(env, rank, listener) for rank in range(count)]
+
+    def run(self) -> int:
+        """Wait for all; returns the exit code. One that fails takes the others with it."""
+        previous = {
+            number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            while any(p.poll() is None for p in self.processes):
+                if any(p.returncode for p in self.processes):
+                    self._end_all()
+                    break
+                time.sleep(POLL)
+        finally:
+            self._end_all(grace=0)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return self._verdict()
+
+    def _environment(self, count: int, listener: socket.socket, job: str) -> dict[str, str]:
+        threads = str(self.config.train.threads)
+        given = {
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(listener.getsockname()[1]),
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            JOB: job,
+            ERRORS: str(self.errors),
+        }
+        if sys.platform == "linux":
+            given["GLOO_SOCKET_IFNAME"] = (
+                "lo"  # else gloo takes the interface that the host's name resolves to
+            )
+        return {**os.environ, **given}
+
+    def _start(self, env: dict[str, str], rank: int, listener: socket.socket) -> subprocess.Popen[bytes]:
+        env = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        inherited: tuple[int, ...] = ()
+        if rank == 0:
+            env[STORE_FD] = str(listener.fileno())
+            inherited = (listener.fileno(),)
+        command = [sys.executable, "-m", "shoal.engines.worker"]
+        # A session of its own keeps Ctrl-C from the workers: it comes through `_pass_on` as a wish to stop.
+        return subprocess.Popen(command, env=env, pass_fds=inherited, start_new_session=True)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        """Ask the workers to save and leave; asked a second time, kill them."""
+        self.signals += 1
+        self.interrupted = self.interrupted or number == signal.SIGINT
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM if self.signals == 1 else signal.SIGKILL)
+
+    def _end_all(self, grace: float = GRACE) -> None:
+        """Give the workers `grace` seconds to leave, since the first failure tears the others' links; then kill."""
+        deadline = time.monotonic() + grace
+        for process in self.processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _verdict(self) -> int:
+        """The exit code of the whole, after the root cause was raised or printed."""
+        codes = [p.returncode for p in self.processes]
+        if not any(codes):
+            return DONE
+        records = [json.loads(path.read_text()) for path in self.errors.glob("rank-*.json")]
+        if self.interrupted:
+            _say(records, "interrupted")
+            return INTERRUPTED
+        if PREEMPTED in codes and all(code in (DONE, PREEMPTED) for code in codes):
+            _say(records, "stopped")
+            return PREEMPTED
+        killed = [(rank, -code) for rank, code in enumerate(codes) if code < 0]
+        refused = [r for r in records if not r["traceback"]]
+        if killed and not refused:
+            rank, number = killed[0]
+            raise ShoalError(
+                f"worker {rank} was killed by {signal.Signals(number).name}; if the machine ran out of memory lower "
+                f"--per-device-train-batch-size; go on with --resume-from-checkpoint latest"
+            )
+        return self._tell(min(refused or records, key=lambda r: r["time"]))
+
+    def _tell(self, root: dict[str, Any]) -> int:
+        """Print the root cause, its traceback first where it is no refusal, and keep a copy in the run's folder."""
+        where = ""
+        if root["traceback"]:
+            print(root["traceback"], file=sys.stderr)
+            kept = Path(self.config.checkpoint.output_dir) / "errors"
+            kept.mkdir(parents=True, exist_ok=True)
+            path = kept / f"rank-{root['rank']}.json"
+            path.write_text(json.dumps(root, indent=1))
+            where = f" (worker {root['rank']}; its traceback is above and in {path})"
+        print(f"shoal: error: {root['message']}{where}", file=sys.stderr)
+        return int(root["exit_code"]) or FAILED
+
+
+def _say(records: list[dict[str, Any]], otherwise: str) -> None:
+    message = min(records, key=lambda r: r["time"])["message"] if records else otherwise
+    print(f"shoal: {message}", file=sys.stderr)

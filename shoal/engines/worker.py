@@ -1,0 +1,88 @@
+"""One worker: `python -m shoal.engines.worker`, started by the local launcher or called under any other engine.
+
+What is heavy is imported inside functions, so that helper processes that import this module as their main one
+stay light.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from types import FrameType
+
+from shoal.config import Resolved, RunConfig
+from shoal.errors import DONE, FAILED, Preempted, ShoalError
+
+JOB = "SHOAL_JOB"  # the verb and the configuration, as JSON
+ERRORS = "SHOAL_ERRORS"  # the folder in which a worker leaves its error for the launcher
+
+
+class Stop:
+    """SIGTERM: before training it ends the worker at once; after `hold` it only sets a flag for the loop."""
+
+    def __init__(self) -> None:
+        self.asked = self.held = False
+        signal.signal(signal.SIGTERM, self._receive)
+
+    def hold(self) -> None:
+        """From now on there is something to save."""
+        self.held = True
+
+    def __call__(self) -> bool:
+        """Whether the run was asked to stop."""
+        return self.asked
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        if not self.held:
+            raise Preempted("stopped before the first step: there was nothing to save yet")
+
+
+def work(verb: str, resolved: Resolved) -> None:
+    """Do this rank's part of `verb`: "train" or "evaluate"."""
+    stop = Stop()
+    from shoal.engines.environment import placement
+    from shoal.job import JOBS
+    from shoal.mesh import join
+    from shoal.tasks import TASKS
+
+    data = TASKS[resolved.config.train.task].prepare(resolved.config)
+    with join(placement(os.environ)) as mesh:
+        JOBS[verb](resolved, mesh, data, stop)
+
+
+def main() -> int:
+    """Take the job from the environment, do it, and leave an error where the launcher finds it."""
+    from shoal.engines.orphans import die_with_parent
+
+    die_with_parent()
+    job = json.loads(os.environ[JOB])
+    resolved = Resolved(RunConfig.model_validate(job["config"]), job["origins"])
+    try:
+        work(job["verb"], resolved)
+    except ShoalError as error:
+        _leave(str(error), error.exit_code)
+        return error.exit_code
+    except Exception as error:
+        trace = traceback.format_exc()
+        _leave(f"{type(error).__name__}: {error}".strip().splitlines()[0], FAILED, trace)
+        return FAILED
+    return DONE
+
+
+def _leave(message: str, exit_code: int, trace: str = "") -> None:
+    record = {
+        "rank": int(os.environ["RANK"]),
+        "time": time.time(),
+        "message": message,
+        "exit_code": exit_code,
+        "traceback": trace,
+    }
+    Path(os.environ[ERRORS], f"rank-{record['rank']}.json").write_text(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""What a worker is started for: a whole training run, or the evaluation of one."""
+
+import json
+import platform
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+
+from shoal.config import Resolved, dump_yaml
+from shoal.mesh import Mesh
+def export(model, tok, folder, card):
+    model.save_pretrained(folder)
+from shoal.observe.console import Screen, duration
+from shoal.observe.observer import peak_rss_gib
+from shoal.run import Run, assemble
+from shoal.train import train
+
+LEFT_BEHIND = ("summary.json", "metrics.jsonl", "latest", "best")
+LEFT_FOLDERS = ("final", "ledger", "errors", "tb", "checkpoint-*", ".checkpoint-*")
+
+
+class Stop(Protocol):
+    """Whether the run was asked to stop."""
+
+    def __call__(self) -> bool: ...
+
+    def hold(self) -> None:
+        """From now on there is something to save before leaving."""
+        ...
+
+
+def train_job(resolved: Resolved, mesh: Mesh, data: Path, stop: Stop) -> None:
+    """Train to the end and leave a finished folder: metrics, checkpoints, the exported model and a summary."""
+    screen = Screen(speaks=mesh.is_first)
+    run = assemble(resolved.config, mesh, data, screen)
+    if mesh.is_first:
+        _begin_folder(run, resolved)
+    run.wire.barrier()
+    screen.banner("Running training", _facts(run))
+    stop.hold()
+    began, first_token = time.perf_counter(), run.progress.tokens
+    metrics = train(run, stop)
+    if mesh.is_first:
+        summary = _summary(run, metrics, time.perf_counter() - began, first_token)
+        _finish_folder(run, summary)
+
+
+def evaluate_job(resolved: Resolved, mesh: Mesh, data: Path, stop: Stop) -> None:
+    """Evaluate the model on the held-out data and print the metrics as JSON."""
+    screen = Screen(speaks=mesh.is_first)
+    run = assemble(resolved.config, mesh, data, screen)
+    screen.say(json.dumps(run.evaluate(stop)))
+
+
+JOBS: dict[str, Callable[[Resolved, Mesh, Path, Stop], None]] = {"train": train_job, "evaluate": evaluate_job}
+
+
+def _begin_folder(run: Run, resolved: Resolved) -> None:
+    """Everything fits together: now the folder becomes this run's. Only here is an earlier run removed."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    if not run.config.checkpoint.resume_from_checkpoint:
+        for name in LEFT_BEHIND:
+            (run.folder / name).unlink(missing_ok=True)
+        for path in (path for pattern in LEFT_FOLDERS for path in run.folder.glob(pattern)):
+            shutil.rmtree(path)
+    (run.folder / "config.resolved.yaml").write_text(dump_yaml(resolved))
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    machine = {"host": platform.node(), "system": platform.platform(), "workers": run.mesh.world_size}
+    (run.folder / "environment.json").write_text(json.dumps(versions | machine, indent=1))
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    config, replica = run.config, run.replica
+    accumulation = max(replica.shares.counts)
+    return {
+        "Model": f"{config.model.name}, {sum(p.numel() for _, p in replica.params):,} trainable parameters",
+        "Num examples": len(run.batches.samples),
+        "Instantaneous batch size per device": run.batches.shape[1],
+        "Total train batch size (w. parallel, distributed & accumulation)": run.batches.global_batch_size,
+        "Gradient accumulation steps": accumulation,
+        "Total optimization steps": run.total_steps,
+        "Workers": f"{run.mesh.world_size} x {config.train.threads} threads on {run.mesh.device.type}",
+        "Strategy": config.strategy.name + (", exact" if config.train.exact else ""),
+        "Precision": str(replica.policy),
+        "Output": str(run.folder),
+    }
+
+
+def _summary(run: Run, metrics: dict[str, float], seconds: float, first_token: int) -> dict[str, Any]:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    tokens = run.progress.tokens - first_token
+    return {
+        "steps": run.progress.step,
+        "tokens": run.progress.tokens,
+        **metrics,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "workers": run.mesh.world_size,
+        "cpu_seconds_per_worker": usage.ru_utime + usage.ru_stime,
+        "peak_rss_gib_per_worker": peak_rss_gib(),
+        "skipped_steps": run.progress.nonfinite_total,
+        "parameters": sum(p.numel() for _, p in run.replica.params),
+        "strategy": run.config.strategy.name,
+        "precision": run.replica.policy.name,
+        "seed": run.config.train.seed,
+    }
+
+
+def _finish_folder(run: Run, summary: dict[str, Any]) -> None:
+    """Export, show a sample, and write the summary last: it marks the run as finished."""
+    sample = run.task.example(run.replica.model)
+    if sample:
+        run.screen.say(f"***** A sample of generated text *****\n{sample}\n*****")
+    export(run.replica.model, run.task.tokenizer, run.folder / "final", summary)
+    (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    shown = " ".join(f"{name}={value:,.4g}" for name, value in summary.items() if isinstance(value, float))
+    run.screen.say(
+        f"trained {summary['steps']:,} steps, {summary['tokens']:,} tokens in {duration(summary['seconds'])}: {shown}"
+    )
+    run.screen.say(f"the model is in {run.folder / 'final'}; the run in {run.folder}")

@@ -1,0 +1,21 @@
+"""The whole model on every rank."""
+
+from torch import nn
+
+from shoal.collectives import Wire
+from shoal.mesh import Mesh
+from shoal.precision import Policy
+
+
+def place(model: nn.Module, mesh: Mesh, policy: Policy) -> nn.Module:
+    """Move `model` to the rank's device in the policy's dtype, with the parameters and buffers of rank 0."""
+    model = model.to(device=mesh.device, dtype=policy.parameters)
+    wire = Wire(mesh.group)
+    for tensor in (*model.parameters(), *model.buffers()):
+        wire.broadcast(tensor.data)
+    return model
+
+
+def cost(parameters: int, bytes_per_element: int, optimizer_moments: int) -> int:
+    """Bytes held by a rank: parameters, gradients and the optimizer's moments, each of `parameters` elements."""
+    return parameters * bytes_per_element * (2 + optimizer_moments)

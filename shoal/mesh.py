@@ -1,0 +1,83 @@
+"""Ranks as a grid with named axes. The only maker of process groups."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = timedelta(minutes=10)  # how long a collective waits for the slowest rank
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What an engine says of one process: who it is, how many there are, and where they meet.
+
+    Rank 0 serves the store, on the listening socket `store_fd` if it inherited one from the launcher, unless the
+    engine itself serves it. `attempt` counts restarts by the engine: each meets under fresh keys.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    address: str = "127.0.0.1"
+    port: int = 0
+    store_fd: int | None = None
+    served: bool = False
+    attempt: int = 0
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process among the others. `group` is the process group of the `replicate` axis."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    group: dist.ProcessGroup
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank is the one that speaks and writes."""
+        return self.rank == 0
+
+
+@contextmanager
+def join(placement: Placement) -> Iterator[Mesh]:
+    """Meet the other ranks, and part from them at the end. One process alone is a world of size 1."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", placement.local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    store = _store(placement)
+    dist.init_process_group(
+        "cuda:nccl,cpu:gloo" if cuda else "gloo",
+        store=dist.PrefixStore(f"attempt{placement.attempt}", store),
+        rank=placement.rank,
+        world_size=placement.world_size,
+        timeout=TIMEOUT,
+    )
+    try:
+        yield Mesh(placement.rank, placement.world_size, device, dist.distributed_c10d._get_default_group())
+    finally:
+        dist.destroy_process_group()
+
+
+def _store(placement: Placement) -> dist.Store:
+    """The key-value store where ranks meet. It listens on the address that was named, and on no other."""
+    serves = placement.rank == 0 and not placement.served
+    port, listen_fd = placement.port, placement.store_fd
+    if serves and listen_fd is None:
+        listener = socket.create_server((placement.address, port))
+        port, listen_fd = listener.getsockname()[1], listener.detach()
+    return dist.TCPStore(
+        placement.address,
+        port,
+        placement.world_size,
+        is_master=serves,
+        timeout=TIMEOUT,
+        master_listen_fd=listen_fd if serves else None,
+    )

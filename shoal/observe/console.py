@@ -1,0 +1,66 @@
+"""What a person sees while a run goes on: a banner, lines, and a progress bar where there is a terminal."""
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+GIB = 2**30
+
+
+class Screen:
+    """The terminal of the rank that speaks; on the other ranks nothing is shown."""
+
+    def __init__(self, speaks: bool) -> None:
+        self.speaks = speaks
+        self._bar: Progress | None = None
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """Print a line, above the progress bar if there is one."""
+        if self.speaks:
+            self._console.print(text, markup=False)
+
+    def banner(self, title: str, facts: dict[str, Any]) -> None:
+        """Print a title and one fact a line."""
+        self.say(f"***** {title} *****")
+        for name, value in facts.items():
+            self.say(f"  {name} = {value:,}" if isinstance(value, int) else f"  {name} = {value}")
+
+    def start_bar(self, total: int, done: int) -> None:
+        """Show a progress bar, if this is a terminal."""
+        if self.speaks and self._console.is_terminal:
+            columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self._console, transient=True)
+            self._bar.start()
+            self._bar.add_task("train", total=total, completed=done)
+
+    def advance(self, done: int) -> None:
+        """Move the progress bar to `done` steps."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done)
+
+    def stop_bar(self) -> None:
+        """Take the progress bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def step_line(record: dict[str, Any], eta_seconds: float) -> str:
+    """One step as a line, from its record in metrics.jsonl."""
+    return (
+        f"step: {record['step']} loss: {record['train/loss']:.5f} grad_norm: {record['train/grad_norm']:.4f} "
+        f"lr: {record['train/learning_rate']:.1e} memory: {record['mem/peak_rss_gib']:.2f}GiB "
+        f"tps: {record['perf/tokens_per_second']:,.0f} data: {record['perf/data_wait_pct']:.1f}% "
+        f"comm: {record['perf/comm_pct']:.1f}% eta: {duration(eta_seconds)}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """For example 1h12m, 3m05s, 12s."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"

@@ -1,0 +1,119 @@
+"""What is recorded and shown of each step and each evaluation."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from shoal.data.batches import Batch
+from shoal.observe.console import GIB, step_line
+from shoal.observe.ledger import Ledger
+from shoal.observe.metrics import MetricsFile, TensorBoard
+from shoal.replica import Seconds
+from shoal.run import Run
+
+
+class Observer:
+    """Writes metrics and lines on the rank that speaks, and the ledger on every rank, while the loop runs."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.writers: list[MetricsFile | TensorBoard] = []
+        if run.mesh.is_first:
+            self.writers.append(MetricsFile(run.folder / "metrics.jsonl", run.progress.step))
+            if "tensorboard" in run.config.log.report_to:
+                self.writers.append(TensorBoard(run.folder / "tb"))
+        self.ledger = _ledger(run) if run.config.log.ledger else None
+        self.first_step = run.progress.step
+
+    def __enter__(self) -> Self:
+        self.run.screen.start_bar(self.run.total_steps, self.run.progress.step)
+        self.started = self.last = time.perf_counter()
+        self.run.wire.bytes_sent = 0
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.run.screen.stop_bar()
+        for writer in self.writers:
+            writer.close()
+
+    def step(self, batch: Batch, loss: float) -> None:
+        """Record a step that has been taken, before it is committed."""
+        run, replica = self.run, self.run.replica
+        if self.ledger is not None:
+            self.ledger.write(batch, replica.shares.of(run.mesh.rank))
+        if batch.step == self.first_step:
+            _check_policy(run)
+        now = time.perf_counter()
+        record = _record(run, batch, loss, now - self.last)
+        self.last, replica.seconds, run.wire.bytes_sent = now, Seconds(), 0
+        self._write(record)
+        done = batch.step + 1
+        run.screen.advance(done)
+        if replica.nonfinite_steps:
+            run.screen.say(f"step: {done} the gradient is not finite: nothing was updated")
+        if done % run.config.log.logging_steps == 0 or done in (self.first_step + 1, run.total_steps):
+            each = (now - self.started) / (done - self.first_step)
+            run.screen.say(step_line(record, each * (run.total_steps - done)))
+
+    def evaluate(self, stop: Callable[[], bool]) -> dict[str, float] | None:
+        """Validate, record and show it. None if `stop()` came true meanwhile."""
+        metrics = self.run.evaluate(stop)
+        if metrics:
+            self._write({"step": self.run.progress.step, "tokens": self.run.progress.tokens, **metrics})
+            shown = " ".join(f"{name}: {value:,.5g}" for name, value in metrics.items())
+            self.run.screen.say(f"step: {self.run.progress.step} {shown}")
+        self.last = time.perf_counter()  # the next step's time does not hold this
+        self.run.wire.bytes_sent = 0
+        return metrics
+
+    def _write(self, record: dict[str, Any]) -> None:
+        for writer in self.writers:
+            writer.write(record)
+
+
+def peak_rss_gib() -> float:
+    """The most memory this process has held, in GiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / GIB * (1 if sys.platform == "darwin" else 1024)
+
+
+def _record(run: Run, batch: Batch, loss: float, seconds: float) -> dict[str, Any]:
+    spent = run.replica.seconds
+    rate = batch.labels / seconds
+    return {
+        "step": batch.step + 1,
+        "tokens": run.progress.tokens + batch.labels,
+        "train/loss": loss,
+        "train/grad_norm": run.replica.grad_norm,
+        "train/learning_rate": run.replica.learning_rate,
+        "train/skipped_steps": run.progress.nonfinite_total + (run.replica.nonfinite_steps > 0),
+        "perf/step_seconds": seconds,
+        "perf/tokens_per_second": rate,
+        "perf/tokens_per_second_per_device": rate / run.mesh.world_size,
+        "perf/data_wait_pct": 100 * spent.data / seconds,
+        "perf/compute_pct": 100 * spent.compute / seconds,
+        "perf/comm_pct": 100 * spent.communication / seconds,
+        "perf/optimizer_pct": 100 * spent.optimizer / seconds,
+        "perf/comm_bytes": run.wire.bytes_sent,
+        "perf/micro_batches": run.replica.shares.counts,
+        "mem/peak_rss_gib": peak_rss_gib(),
+    }
+
+
+def _check_policy(run: Run) -> None:
+    params = [p for _, p in run.replica.params]
+    run.replica.policy.check(params, (t for _, t in run.replica.optimizer_state.tensors()))
+
+
+def _ledger(run: Run) -> Ledger:
+    """This rank's ledger, under a number that is higher at each start of the run and the same on all ranks."""
+    attempt = torch.tensor([time.time_ns()])
+    run.wire.broadcast(attempt)
+    return Ledger(run.folder / "ledger", run.mesh.rank, int(attempt), run.batches)

@@ -1,0 +1,68 @@
+"""One policy says in which dtype everything is held, whatever the layout and the strategy."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shoal.errors import ShoalError
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The dtype of each part of the training state, and of the matrix products (`compute`)."""
+
+    name: str
+    parameters: torch.dtype
+    gradients: torch.dtype
+    reduction: torch.dtype
+    optimizer: torch.dtype
+    compute: torch.dtype
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        """The context in which forward passes run."""
+        if self.compute == self.parameters:
+            return nullcontext()
+        return torch.autocast(device.type, self.compute)
+
+    def __str__(self) -> str:
+        held = {part: str(getattr(self, part)).removeprefix("torch.") for part in self.__dataclass_fields__}
+        return f"{held.pop('name')} ({', '.join(f'{part} {dtype}' for part, dtype in held.items())})"
+
+    def check(self, params: Iterable[torch.Tensor], state: Iterable[torch.Tensor]) -> None:
+        """Raise ShoalError where parameters, gradients or the optimizer's `state` are held otherwise."""
+        for p in params:
+            self._expect("a parameter", self.parameters, p)
+            if p.grad is not None:
+                self._expect("a gradient", self.gradients, p.grad)
+        for tensor in state:
+            if tensor.dim():  # the count of steps is a scalar of its own dtype
+                self._expect("optimizer state", self.optimizer, tensor)
+
+    def _expect(self, what: str, dtype: torch.dtype, tensor: torch.Tensor) -> None:
+        if tensor.dtype != dtype:
+            raise ShoalError(
+                f"--precision {self.name} holds {what} in {dtype}, found {tensor.dtype}; please report it"
+            )
+
+
+def resolve(precision: str, device: torch.device) -> Policy:
+    """The policy named `precision`; "auto" is bf16-mixed where the device computes in bf16, else 32-true."""
+    if precision == "auto":
+        precision = "bf16-mixed" if has_bf16(device) else "32-true"
+    held = torch.float64 if precision == "64-true" else torch.float32
+    compute = torch.bfloat16 if precision == "bf16-mixed" else held
+    return Policy(precision, held, held, held, held, compute)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether `device` has instructions for bfloat16 products (on Linux the processor's own flags are read)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return False
+    flags = next((line for line in cpuinfo.open() if line.lower().startswith(("flags", "features"))), "")
+    return bool({"amx_bf16", "avx512_bf16", "bf16"} & set(flags.split()))

@@ -1,0 +1,119 @@
+"""One replica: a placed model, its gradients over a share of a step's micro-batches, and its update."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from shoal.buckets import Buckets
+from shoal.data.batches import Batch, Samples
+from shoal.data.order import derive_seed
+from shoal.optim import NamedState
+from shoal.precision import Policy
+
+Loss = Callable[
+    [nn.Module, dict[str, Tensor]], Tensor
+]  # the float32 sum of the losses of a micro-batch's labels
+
+
+@dataclass
+class Shares:
+    """Which micro-batches of a step each rank computes: `counts[r]` of them, contiguous, in the order of ranks."""
+
+    counts: list[int]
+
+    def of(self, rank: int) -> range:
+        """The micro-batches of `rank`."""
+        first = sum(self.counts[:rank])
+        return range(first, first + self.counts[rank])
+
+
+@dataclass
+class Seconds:
+    """Where the time of a step went, on this rank."""
+
+    data: float = 0.0
+    compute: float = 0.0
+    communication: float = 0.0  # exposed: waited for, while nothing was computed
+    optimizer: float = 0.0
+
+
+@dataclass
+class Replica:
+    """A model with its gradients in buckets and its optimizers. `gradients` and `update` are the only doors."""
+
+    model: nn.Module
+    loss: Loss
+    samples: Samples
+    buckets: Buckets
+    optimizers: list[torch.optim.Optimizer]
+    policy: Policy
+    device: torch.device
+    seed: int
+    schedule: Callable[[int], float]  # step -> learning rate
+    max_grad_norm: float
+    shares: Shares
+    rank: int
+    seconds: Seconds = field(default_factory=Seconds)
+    grad_norm: float = 0.0
+    learning_rate: float = 0.0
+    nonfinite_steps: int = 0  # in a row
+
+    @property
+    def params(self) -> list[tuple[str, nn.Parameter]]:
+        """Every trained parameter once, with its name; tied ones under their first name."""
+        return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+
+    @property
+    def optimizer_state(self) -> NamedState:
+        """The optimizers' state, named by parameter."""
+        return NamedState(self.optimizers, self.params)
+
+    def gradients(self, batch: Batch) -> Tensor:
+        """Forward and backward over this rank's share of `batch`, into the buckets.
+
+        Returns the summed loss of each micro-batch of the step, float64 [V], zero where others compute it.
+        Each loss is divided by the labels of the whole step, so the gradients only need to be added up.
+        Dropout is seeded by (seed, step, micro-batch). Buckets are announced during the last backward pass.
+        """
+        losses = torch.zeros(len(batch.ids), dtype=torch.float64)
+        share = self.shares.of(self.rank)
+        for v in share:
+            started = time.perf_counter()
+            inputs = {k: t.to(self.device) for k, t in self.samples.collate(batch.ids[v]).items()}
+            self.seconds.data += time.perf_counter() - started
+
+            started = time.perf_counter()
+            self.buckets.begin(v, first=v == share.start, last=v == share.stop - 1)
+            torch.manual_seed(derive_seed(self.seed, "dropout", batch.step, v))
+            with self.policy.autocast(self.device):
+                loss = self.loss(self.model, inputs)
+            (loss / batch.labels).backward()
+            losses[v] = loss.item()
+            self.buckets.end()
+            self.seconds.compute += time.perf_counter() - started
+        return losses
+
+    def update(self, step: int) -> None:
+        """Clip the summed gradients by their one global norm, set the rate of `step`, and step the optimizers.
+
+        A norm that is not finite leaves everything as it was. Every rank holds the same sums and so decides alike.
+        """
+        started = time.perf_counter()
+        grads = [p.grad for _, p in self.params if p.grad is not None]
+        norm = get_total_norm(grads)
+        self.grad_norm = norm.item()
+        self.learning_rate = self.schedule(step)
+        finite = torch.isfinite(norm).item()
+        self.nonfinite_steps = 0 if finite else self.nonfinite_steps + 1
+        if finite:
+            if self.max_grad_norm:
+                clip_grads_with_norm_([p for _, p in self.params], self.max_grad_norm, norm)
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = self.learning_rate
+                optimizer.step()
+        self.seconds.optimizer += time.perf_counter() - started

@@ -1,0 +1,63 @@
+"""Unequal machines: which share of a step's micro-batches each rank takes, by its measured speed."""
+
+from statistics import median
+
+from shoal.errors import UserError
+from shoal.replica import Shares
+
+WINDOW = 8  # steps measured before the shares are looked at again
+WORTH = (
+    0.85  # change them only if the slowest rank's time falls below this part: moving is free, noise is not
+)
+
+
+def equal(micro_batches: int, world_size: int) -> Shares:
+    """As even as can be; the first ranks take the remainder."""
+    each, more = divmod(micro_batches, world_size)
+    return Shares([each + (rank < more) for rank in range(world_size)])
+
+
+def fixed(text: str, micro_batches: int, world_size: int) -> Shares:
+    """Shares as the user gave them, for example "3,1"; raises UserError if they do not fit."""
+    counts = [int(part) for part in text.split(",") if part.strip().isdigit()]
+    if len(counts) != world_size or sum(counts) != micro_batches or min(counts) < 1:
+        raise UserError(
+            f"--balance {text}",
+            f"{world_size} workers share {micro_batches} micro-batches a step",
+            f"give {world_size} positive numbers that add up to {micro_batches}, for example "
+            + ",".join(map(str, equal(micro_batches, world_size).counts)),
+        )
+    return Shares(counts)
+
+
+def proportional(micro_batches: int, seconds: list[float]) -> Shares:
+    """The shares that finish first, for ranks that need `seconds` for one micro-batch: at least one each.
+
+    Each further micro-batch goes to the rank that would be done with it soonest.
+    """
+    counts = [1] * len(seconds)
+    for _ in range(micro_batches - len(seconds)):
+        soonest = min(range(len(seconds)), key=lambda r: ((counts[r] + 1) * seconds[r], r))
+        counts[soonest] += 1
+    return Shares(counts)
+
+
+class Balancer:
+    """Watches the seconds each rank computes, and says when other shares would be faster."""
+
+    def __init__(self) -> None:
+        self.measured: list[list[float]] = []
+
+    def observe(self, shares: Shares, seconds: list[float]) -> Shares:
+        """The shares for the next step, from every rank's `seconds` in this one: alike on every rank."""
+        self.measured.append([s / count for s, count in zip(seconds, shares.counts, strict=True)])
+        if len(self.measured) < WINDOW:
+            return shares
+        each = [median(column) for column in zip(*self.measured, strict=True)]
+        self.measured.clear()
+        better = proportional(sum(shares.counts), each)
+        return better if _slowest(better, each) < WORTH * _slowest(shares, each) else shares
+
+
+def _slowest(shares: Shares, seconds: list[float]) -> float:
+    return max(count * s for count, s in zip(shares.counts, seconds, strict=True))

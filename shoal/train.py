@@ -1,0 +1,92 @@
+"""The loop. No line of it asks which strategy runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shoal.data.batches import Batch
+from shoal.errors import Preempted, ShoalError
+from shoal.observe.observer import Observer
+from shoal.run import Run
+from shoal.shares import Balancer
+
+Stop = Callable[[], bool]
+
+
+def train(run: Run, stop: Stop) -> dict[str, float]:
+    """Run the loop from where `run` stands to its last step, and validate.
+
+    Returns the metrics of the last evaluation. When `stop()` comes true on any rank, all of them save and raise
+    Preempted. Raises ShoalError when too many steps in a row had no finite gradient.
+    """
+    balancer = Balancer()
+    with Observer(run) as observer:
+        for step in range(run.progress.step, run.total_steps):
+            batch = run.batches.at(step)
+            losses = run.replica.gradients(batch)
+            run.checkpoints.settle()  # a save in flight still reads the parameters until here
+            run.sync.step(run.replica, step)
+            tally = _agree(run, batch, losses, stop())
+            observer.step(batch, tally.loss)
+            run.commit(batch)
+            if run.config.strategy.balance == "auto":
+                run.replica.shares = balancer.observe(run.replica.shares, tally.seconds)
+            improved = run.evaluation_due and _improves(run, observer.evaluate(stop))
+            if run.checkpoints.due(step + 1) or improved or tally.stopping:
+                run.save(best=improved)
+            _give_up_if_not_finite(run)
+            if tally.stopping:
+                raise _preempted(run)
+        run.save()
+        metrics = observer.evaluate(stop)
+        run.checkpoints.finish()
+        if metrics is None:
+            raise _preempted(run)
+        return metrics
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What all ranks know after a step: its loss a label, each rank's seconds of computing, whether to stop."""
+
+    loss: float
+    seconds: list[float]
+    stopping: bool
+
+
+def _agree(run: Run, batch: Batch, losses: Tensor, stopping: bool) -> Tally:
+    """One small sum tells every rank the same. The losses add up in the order of their micro-batches."""
+    world_size, rank = run.mesh.world_size, run.mesh.rank
+    numbers = torch.zeros(len(losses) + world_size + 1, dtype=torch.float64)
+    numbers[: len(losses)] = losses
+    numbers[len(losses) + rank] = run.replica.seconds.compute
+    numbers[-1] = stopping
+    run.wire.sum(numbers)
+    seconds = numbers[len(losses) : -1].tolist()
+    return Tally(numbers[: len(losses)].sum().item() / batch.labels, seconds, bool(numbers[-1] > 0))
+
+
+def _improves(run: Run, metrics: dict[str, float] | None) -> bool:
+    if metrics is None or not metrics["eval/loss"] < (run.progress.best or float("inf")):
+        return False
+    run.progress.best = metrics["eval/loss"]
+    return True
+
+
+def _give_up_if_not_finite(run: Run) -> None:
+    in_a_row = run.replica.nonfinite_steps
+    if in_a_row >= run.config.train.max_nonfinite_steps:
+        raise ShoalError(
+            f"step {run.progress.step}: the gradient was not finite {in_a_row} times in a row; "
+            f"lower --learning-rate, or resume from an earlier checkpoint in {run.folder}"
+        )
+
+
+def _preempted(run: Run) -> Preempted:
+    run.checkpoints.finish()
+    return Preempted(
+        f"stopped at step {run.progress.step} of {run.total_steps}, saved in {run.folder}; "
+        "go on with --resume-from-checkpoint latest"
+    )

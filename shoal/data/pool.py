@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ def _hand_out(workers: list[subprocess.Popen[str]], numbers: Iterator[int]) -> I
 
 
 def _ask(worker: subprocess.Popen[str], number: int) -> None:
-    print(number, file=_pipe(worker.stdin), flush=True)
+    with suppress(BrokenPipeError):  # it has died, which shows where its answer is missed
+        print(number, file=_pipe(worker.stdin), flush=True)
 
 
 def _answer(worker: subprocess.Popen[str]) -> Shard:

@@ -1,0 +1,227 @@
+"""Prepared data holds every document once, whoever made it and however often it was interrupted."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpora import Data, documents_of, files_of, some_text
+
+from shoal.data import pool, units
+from shoal.data.prepare import prepare
+from shoal.data.shards import TokenStream, content_hash, held_out
+from shoal.errors import ShoalError, UserError
+
+
+@pytest.fixture
+def many_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "MIN_UNIT_BYTES", 3000)
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def data_at(corpus: Path, **changes: object) -> Data:
+    return Data(**{"path": [str(corpus)], "cache_dir": str(corpus.parent / "cache"), **changes})
+
+
+@pytest.mark.usefixtures("many_units")
+def test_the_splits_hold_every_document_once(corpus: Path) -> None:
+    folder = prepare(data_at(corpus), report=silent)
+    originals = [file.read_text() for file in sorted(corpus.iterdir())]
+    train, kept = documents_of(folder, "train"), documents_of(folder, "eval")
+    assert sorted(train + kept) == sorted(originals)
+    assert train == [text for text in originals if text in train]
+    hashes = np.array([content_hash(text.encode()) for text in originals])
+    assert kept == [text for text, out in zip(originals, held_out(hashes, 0.1), strict=True) if out]
+    for split, texts in (("train", train), ("eval", kept)):
+        assert TokenStream(folder, split).bytes == sum(len(text.encode()) for text in texts)
+        TokenStream(folder, split).verify()
+
+
+@pytest.mark.usefixtures("many_units")
+def test_one_process_and_two_make_the_same_files(corpus: Path, tmp_path: Path) -> None:
+    alone = prepare(data_at(corpus, cache_dir=str(tmp_path / "one")), report=silent, processes=1)
+    together = prepare(data_at(corpus, cache_dir=str(tmp_path / "two")), report=silent, processes=2)
+    assert len(list(alone.glob("shard-*.bin"))) > 5
+    assert files_of(alone) == files_of(together)
+    assert alone.name == together.name
+
+
+def test_reading_any_stretch_is_a_slice_of_the_whole(corpus: Path) -> None:
+    stream = TokenStream(prepare(data_at(corpus), report=silent), "train")
+    ids, owners = stream.read(0, stream.tokens)
+    assert np.array_equal(stream.starts, np.flatnonzero(np.diff(owners, prepend=-1)))
+    assert stream.shared_boundary
+    random = np.random.default_rng(0)
+    for start, stop in np.sort(random.integers(0, stream.tokens + 1, (200, 2)), axis=1).tolist():
+        some_ids, some_owners = stream.read(start, stop)
+        assert np.array_equal(some_ids, ids[start:stop])
+        assert np.array_equal(some_owners, owners[start:stop])
+    with pytest.raises(IndexError):
+        stream.read(0, stream.tokens + 1)
+
+
+def test_prepared_data_is_found_by_content(corpus: Path) -> None:
+    lines: list[str] = []
+    folder = prepare(data_at(corpus), report=lines.append)
+    assert len(lines) == 2
+    moved = corpus.rename(corpus.with_name("moved"))
+    assert prepare(data_at(moved), report=lines.append) == folder
+    assert len(lines) == 2
+    (moved / "00.txt").write_text((moved / "00.txt").read_text() + "x")
+    assert prepare(data_at(moved), report=lines.append) != folder
+    assert len(lines) == 4
+
+
+@pytest.mark.parametrize("changes", [{"eval_fraction": 0.3}, {"vocab_size": 280}])
+def test_another_recipe_is_another_corpus(corpus: Path, changes: dict[str, object]) -> None:
+    assert prepare(data_at(corpus), report=silent) != prepare(data_at(corpus, **changes), report=silent)
+
+
+KILLED = """
+import json, os, signal, sys
+sys.path.insert(0, {tests!r})
+from corpora import Data
+from shoal.data import pool, prepare, units
+units.MIN_UNIT_BYTES = 3000
+whole = pool.tokenize
+def tokenize(*arguments):
+    for count, shard in enumerate(whole(*arguments)):
+        if count == {count}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield shard
+pool.tokenize = tokenize
+prepare.prepare(Data(**json.loads(sys.argv[1])), processes=2)
+"""
+
+
+@pytest.mark.usefixtures("many_units")
+@pytest.mark.parametrize("count", [0, 3])
+def test_a_killed_preparation_goes_on_and_ends_in_the_same_files(
+    corpus: Path, tmp_path: Path, count: int
+) -> None:
+    data = data_at(corpus, cache_dir=str(tmp_path / "killed"))
+    program = KILLED.format(tests=str(Path(__file__).parent), count=count)
+    killed = subprocess.run([sys.executable, "-c", program, json.dumps(asdict(data))], env=with_shoal())
+    assert killed.returncode == -signal.SIGKILL
+    (journal,) = (tmp_path / "killed" / "corpora").glob("*.building/finished.jsonl")
+    assert len(journal.read_text().splitlines()) == count
+    with journal.open("a") as file:
+        file.write('{"number": 1, "docu')  # torn by the kill
+    lines: list[str] = []
+    resumed = prepare(data, report=lines.append)
+    assert sum("there already" in line for line in lines) == (count > 0)
+    whole = prepare(data_at(corpus, cache_dir=str(tmp_path / "whole")), report=silent)
+    assert files_of(resumed) == files_of(whole)
+
+
+@pytest.mark.usefixtures("many_units")
+def test_processes_that_start_together_prepare_once(corpus: Path) -> None:
+    program = "import json, sys; sys.path.insert(0, sys.argv[2]); from corpora import Data; "
+    program += "from shoal.data.prepare import prepare; print(prepare(Data(**json.loads(sys.argv[1]))))"
+    words = [sys.executable, "-c", program, json.dumps(asdict(data_at(corpus))), str(Path(__file__).parent)]
+    started = [subprocess.Popen(words, env=with_shoal(), stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [process.communicate()[0] for process in started]
+    assert len({text.splitlines()[-1] for text in said}) == 1
+    assert "".join(said).count("prepared 20 documents") == 1
+
+
+@pytest.mark.usefixtures("many_units")
+def test_a_full_disk_is_one_clear_error_and_loses_nothing(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushes, real = [], os.fsync
+
+    def full_after_eight(file: int) -> None:
+        flushes.append(file)
+        if len(flushes) > 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", full_after_eight)
+    with pytest.raises(UserError, match="--cache-dir .*: the disk is full; free some space"):
+        prepare(data_at(corpus), report=silent, processes=1)
+    monkeypatch.setattr(os, "fsync", real)
+    lines: list[str] = []
+    resumed = prepare(data_at(corpus), report=lines.append)
+    assert lines[0].startswith("4 of ")
+    assert files_of(resumed) == files_of(
+        prepare(data_at(corpus, cache_dir=str(tmp_path / "whole")), report=silent)
+    )
+
+
+@pytest.mark.usefixtures("many_units")
+def test_bad_input_found_by_a_process_of_the_pool_is_the_same_error(corpus: Path) -> None:
+    (corpus / "07.txt").write_bytes(b"one\ntwo \xff\n")
+    errors = []
+    for processes in (1, 2):
+        with pytest.raises(UserError) as caught:
+            prepare(data_at(corpus), "train", silent, processes)
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
+    assert "07.txt line 2 is not UTF-8" in errors[0]
+
+
+def test_a_process_of_the_pool_that_dies_is_an_error_not_a_hang(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dies").write_text("#!/bin/sh\nexit 3\n")
+    (tmp_path / "dies").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "dies"))
+    job = units.Job([[], []], "text", "", [], [], "uint16")
+    with pytest.raises(ShoalError, match="ended with code 3"):
+        list(pool.tokenize(job, tmp_path, [0, 1], 2))
+
+
+def test_documents_to_evaluate_on_may_be_named(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps({"text": f"held {i}"}) + "\n" for i in range(5)))
+    folder = prepare(data_at(corpus, eval_path=[str(tmp_path / "held.jsonl")]), report=silent)
+    assert documents_of(folder, "eval") == [f"held {i}" for i in range(5)]
+    assert documents_of(folder, "train") == [file.read_text() for file in sorted(corpus.iterdir())]
+
+
+def test_special_tokens_in_a_text_are_text(tmp_path: Path) -> None:
+    text = "a <|endoftext|> b " + some_text(1, 50)
+    (tmp_path / "a.txt").write_text(text)
+    folder = prepare(data_at(tmp_path / "a.txt"), report=silent)
+    ids, _ = TokenStream(folder, "train").read(0, TokenStream(folder, "train").tokens)
+    assert np.flatnonzero(ids == 0).tolist() == [0]
+    assert documents_of(folder, "train") == [text]
+
+
+def test_held_out_documents() -> None:
+    hashes = np.array([content_hash(str(i).encode()) for i in range(10_000)])
+    assert 150 < held_out(hashes, 0.02).sum() < 250
+    assert held_out(hashes, 0.0).sum() == 0
+    assert held_out(hashes[:1], 0.5).sum() <= 1
+    few = np.array([5, 3, 4]) << 40
+    assert held_out(few, 1e-9).tolist() == [False, True, False]
+    assert held_out(few, 0.99).tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("name", ["shard-00000.bin", "shard-00000.npy", "train.npy"])
+def test_verify_names_the_damaged_file(corpus: Path, name: str) -> None:
+    folder = prepare(data_at(corpus), report=silent)
+    content = bytearray((folder / name).read_bytes())
+    content[-1] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(ShoalError, match=name):
+        TokenStream(folder, "train").verify()
+
+
+def test_the_pool_imports_no_torch() -> None:
+    program = "import sys, shoal.data.pool, shoal.data.prepare; print({'torch', 'transformers'} & set(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", program], env=with_shoal(), capture_output=True, text=True)
+    assert ran.stdout == "set()\n"
+
+
+def with_shoal() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(pool.PACKAGE_ROOT)}

@@ -15,9 +15,9 @@ def train(recipe: str | Path | None = None, **settings: Any) -> dict[str, Any]:
     UserError for bad input, ShoalError if the run does not reach its end. Workers are processes, and so a
     script that calls this needs `if __name__ == "__main__":`.
     """
+    resolved = load_config(Path(recipe) if recipe else None, **settings)
     from shoal.engines.local import launch
 
-    resolved = load_config(Path(recipe) if recipe else None, **settings)
     code = launch(resolved)
     folder = Path(resolved.config.checkpoint.output_dir)
     if code:

@@ -37,9 +37,10 @@ def train(words: list[str]) -> int:
     """Train a model: shoal train [RECIPE.yaml] [--flag value ...]"""
     if _asks_help(words):
         return _print_settings(train)
+    resolved = _resolve(words)
     from shoal.engines.local import launch
 
-    return launch(_resolve(words))
+    return launch(resolved)
 
 
 def prepare(words: list[str]) -> int:
@@ -57,10 +58,11 @@ def evaluate(words: list[str]) -> int:
     """Measure a run or a model folder on held-out data: shoal evaluate FOLDER [--flag value ...]"""
     if _asks_help(words):
         return _print_settings(evaluate)
+    folder, flags = _first_word(words, "the folder of a run or a model")
+    resolved = _of_trained(Path(folder), flags)
     from shoal.engines.local import launch
 
-    folder, flags = _first_word(words, "the folder of a run or a model")
-    return launch(_of_trained(Path(folder), flags), "evaluate")
+    return launch(resolved, "evaluate")
 
 
 def generate(words: list[str]) -> int:
@@ -130,7 +132,11 @@ def config(words: list[str]) -> int:
         recipe, _ = _first_word(rest, "the path of a recipe")
         run = _resolve(rest).config
         workers = resolve_workers(run)
-        print(f"{recipe}: ok, {workers} workers here, {resolve_batch(run, workers)}")
+        batch = resolve_batch(run, workers)
+        print(
+            f"{recipe}: ok; with {workers} workers here, a step of {batch.global_batch_size} samples in "
+            f"{batch.micro_batches} micro-batches of {batch.per_device_train_batch_size}"
+        )
     elif what == "schema":
         print(json.dumps(reference.json_schema(), indent=2))
     elif what == "docs":

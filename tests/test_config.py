@@ -153,6 +153,10 @@ def test_lists(words):
     assert load("--data", *words, "--seed", "1").config.data.path == ["a", "b"]
 
 
+def test_a_comma_in_a_path_survives_in_a_list_of_a_file(tmp_path):
+    assert load(file=recipe(tmp_path, "data: ['a,b.txt', c]")).config.data.path == ["a,b.txt", "c"]
+
+
 def test_other_tools_words():
     assert load("--strategy", "ddp").config.strategy.name == "allreduce"
     assert load("--optim", "adamw_torch").config.train.optim == "adamw"

@@ -3,10 +3,11 @@
 from typing import Any
 
 from shoal.config.names import Fact, Setting, names, nearest, setting
+from shoal.config.values import names as listed
 from shoal.errors import UserError
 
 _TRUTH = {"true", "false", "yes", "no", "on", "off", "1", "0"}
-_BARE = {"resume_from_checkpoint": "latest"}
+_BARE = {"resume_from_checkpoint": "latest"}  # what a flag means when no value follows
 
 
 def flag_settings(words: list[str]) -> list[Setting]:
@@ -67,11 +68,12 @@ def _value(fact: Fact | None, name: str, flag: str, rest: list[str]) -> Any:
 
 
 def _joined(settings: list[Setting], found: Setting) -> Setting:
-    """`--data a --data b` is `--data a,b`."""
-    values: list[str] = []
-    before = [earlier for earlier in settings if earlier.key == found.key][-1:]
-    for entry in (*before, found):
-        values += [entry.value] if isinstance(entry.value, str) else entry.value
+    """`--data a --data b,c` is `--data a,b,c`."""
+    before: list[str] = next(
+        (earlier.value for earlier in reversed(settings) if earlier.key == found.key), []
+    )
+    words = [found.value] if isinstance(found.value, str) else found.value
+    values = [*before, *(name for word in words for name in listed(word))]
     return Setting(found.section, found.field, values, found.origin)
 
 

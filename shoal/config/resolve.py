@@ -108,6 +108,6 @@ def _with_folders(resolved: Resolved, environ: Mapping[str, str]) -> Resolved:
         origins["data.cache_dir"] = "XDG_CACHE_HOME" if home else "default"
         data = data.model_copy(update={"cache_dir": str(Path(home or "~/.cache").expanduser() / "shoal")})
     if not checkpoint.output_dir:
-        folder = str(Path("runs") / Path(config.model.name).name)
+        folder = str(Path("runs") / Path(config.model.name).resolve().name)
         checkpoint = checkpoint.model_copy(update={"output_dir": folder})
     return Resolved(config.model_copy(update={"data": data, "checkpoint": checkpoint}), origins)

@@ -42,11 +42,10 @@ def _decimal(given: Any, wanted: str) -> Decimal | None:
 
 
 def names(given: Any) -> Any:
-    """`a,b`, `[a, b]` or `none` as a list of names; commas separate, blanks around a name do not count."""
-    words = [given] if isinstance(given, str) else given
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+    """`a,b` as a list of names, `none` as an empty one. A list passes through, commas and all."""
+    if not isinstance(given, str):
         return given
-    parts = [part.strip() for word in words for part in word.split(",")]
+    parts = [part.strip() for part in given.split(",")]
     return [] if parts == ["none"] else [part for part in parts if part]
 
 

@@ -256,7 +256,15 @@ def test_unreadable_recipes(tmp_path):
 
 def test_environment_tells_near_misses_from_strangers():
     assert "did you mean SHOAL_SEED" in refusal(environ={"SHOAL_SEDE": "1"})
-    strangers = {"SHOAL_SERVICE_HOST": "10.0.0.1", "SHOAL_PORT": "tcp://10.0.0.1:80", "SEED": "1"}
+    names = [
+        "SHOAL_SERVICE_HOST",
+        "SHOAL_PORT",
+        "SHOAL_VERSION",
+        "SHOAL_WORLD_SIZE",
+        "SHOAL_STORE_FD",
+        "SEED",
+    ]
+    strangers = dict.fromkeys(names, "1")
     assert load(environ=strangers).config == load().config
 
 

@@ -138,7 +138,7 @@ def yes_or_no(given: Any, origin: str) -> bool:
         raise UserError(asked, f"{given!r} does not fit", "it should be true or false") from None
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` was most likely meant to be."""
-    close = get_close_matches(name, list(known), n=1, cutoff=0.6)
+def nearest(name: str, known: Iterable[str], likeness: float = 0.6) -> str | None:
+    """The known name that `name` was most likely meant to be, if one is as like it as that (1 is the same)."""
+    close = get_close_matches(name, list(known), n=1, cutoff=likeness)
     return close[0] if close else None

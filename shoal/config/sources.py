@@ -23,7 +23,7 @@ def environment_settings(environ: Mapping[str, str]) -> list[Setting]:
             found = setting(name, environ[variable], variable)
             assert found is not None
             settings.append(found)
-        elif (meant := nearest(name, names())) and abs(len(meant) - len(name)) <= 2:
+        elif meant := nearest(name, (known for known in names() if "." not in known), likeness=0.75):
             raise UserError(variable, "there is no such setting", f"did you mean {PREFIX}{meant.upper()}")
     return settings
 

@@ -103,7 +103,7 @@ def audit(words: list[str]) -> int:
         f"{report.steps} steps on {report.ranks} ranks used {report.used} samples: "
         f"{report.whole_epochs} whole epochs of {report.samples}"
     )
-    print("\n".join(report.faults) or "every sample of each epoch was used exactly once")
+    print(report)
     return FAILED if report.faults else DONE
 
 

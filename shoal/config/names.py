@@ -139,6 +139,6 @@ def yes_or_no(given: Any, origin: str) -> bool:
 
 
 def nearest(name: str, known: Iterable[str], likeness: float = 0.6) -> str | None:
-    """The known name that `name` was most likely meant to be, if one is as like it as that (1 is the same)."""
+    """The known name that `name` was most likely meant to be, if any is that alike (1 is the same)."""
     close = get_close_matches(name, list(known), n=1, cutoff=likeness)
     return close[0] if close else None

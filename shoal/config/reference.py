@@ -85,7 +85,7 @@ def _of(section: str) -> list[Fact]:
 
 def _switches(fact: Fact) -> list[str]:
     """Those whose value the setting takes; `--fp16` is known only to be refused with the reason."""
-    return [name for name, (on, _) in fact.switches.items() if on in form(fact)]
+    return [name for name, (on, _) in fact.switches.items() if on in form(fact).split("|")]
 
 
 def _row(fact: Fact) -> str:

@@ -4,7 +4,6 @@ They are plain processes of this module rather than of `multiprocessing`, which 
 module in each, and torch with it. Requests and answers are lines of JSON on their stdin and stdout.
 """
 
-import errno
 import json
 import os
 import selectors
@@ -19,7 +18,7 @@ from typing import Any
 
 from shoal.data.shards import Shard
 from shoal.data.units import JOB, Job, UnitTokenizer
-from shoal.errors import ShoalError, UserError
+from shoal.errors import FAILED, ShoalError, UserError
 
 PACKAGE_ROOT = Path(__file__).parents[2]
 
@@ -27,11 +26,11 @@ PACKAGE_ROOT = Path(__file__).parents[2]
 def tokenize(job: Job, folder: Path, numbers: Sequence[int], processes: int) -> Iterator[Shard]:
     """Write the token shards of the numbered units of `folder/job.json`, and yield each as it is finished.
 
-    With one process, here and on all cores. Raises the UserError of the first unit that fails.
+    With one process, here and on all cores. Raises the UserError or OSError of the first unit that fails.
     """
     if processes <= 1 or len(numbers) <= 1:
         here = UnitTokenizer(job, folder)
-        yield from (_written(here, number) for number in numbers)
+        yield from map(here.write, numbers)
         return
     workers = [_start(folder) for _ in range(min(processes, len(numbers)))]
     try:
@@ -51,7 +50,7 @@ def _start(folder: Path) -> subprocess.Popen[str]:
         "TOKENIZERS_PARALLELISM": "false",  # one core a process
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "shoal.data.pool", str(folder)],
+        [sys.executable, "-m", "shoal.data.pool", str(folder), str(os.getpid())],
         env=environment,
         text=True,
         stdin=subprocess.PIPE,
@@ -86,6 +85,8 @@ def _answer(worker: subprocess.Popen[str]) -> Shard:
     answer = json.loads(line)
     if "asked" in answer:
         raise UserError(**answer)
+    if "errno" in answer:
+        raise OSError(answer["errno"], answer["strerror"])
     return Shard(**answer)
 
 
@@ -94,31 +95,31 @@ def _pipe(stream: Any) -> Any:
     return stream
 
 
-def _written(tokenizer: UnitTokenizer, number: int) -> Shard:
-    try:
-        return tokenizer.write(number)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise full_disk(tokenizer.folder) from error
-
-
-def full_disk(folder: Path) -> UserError:
-    """The error of a disk that cannot take the token shards; those that are finished stay."""
-    found = "the disk is full"
-    return UserError(f"--cache-dir {folder.parents[1]}", found, "free some space, or name another folder")
-
-
-def _serve(folder: Path) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
+def _serve(folder: Path, parent: int) -> None:
+    _end_with(parent)
     tokenizer = UnitTokenizer(Job.load(folder / JOB), folder)
     for line in sys.stdin:
         try:
-            answer = asdict(_written(tokenizer, int(line)))
+            answer = asdict(tokenizer.write(int(line)))
         except UserError as error:
             answer = {"asked": error.asked, "found": error.found, "change": error.change}
+        except OSError as error:
+            answer = {"errno": error.errno, "strerror": error.strerror or str(error)}
         print(json.dumps(answer), flush=True)
 
 
+def _end_with(parent: int) -> None:
+    """Leave Ctrl-C to the parent, and end silently within a second of its own end, however it was killed."""
+
+    def look(*_: object) -> None:
+        if os.getppid() != parent:
+            os._exit(FAILED)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, 1, 1)
+
+
 if __name__ == "__main__":
-    _serve(Path(sys.argv[1]))
+    _serve(Path(sys.argv[1]), parent=int(sys.argv[2]))

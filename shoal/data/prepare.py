@@ -68,7 +68,8 @@ def prepare(
             name = _key(recipe, data.vocab_size)
             folder = _trained(cache / "tokenizers" / name, parts, data, fraction, report)
         else:
-            folder = tokenizer.fetch(tokenizer_name, cache / "tokenizers")
+            with _locked(cache / "tokenizers" / "fetch", report):
+                folder = tokenizer.fetch(tokenizer_name, cache / "tokenizers")
         corpus = cache / "corpora" / _key(recipe, tokenizer.fingerprint(folder))
         with _locked(corpus, report):
             if not corpus.is_dir():
@@ -85,6 +86,7 @@ def _trained(
             texts = _sample(cut_units(parts), data.text_field, TRAINING_SAMPLE_BYTES)
             hashes = np.array([content_hash(text.encode()) for text in texts], np.int64)
             kept = ~held_out(hashes, fraction)
+            _refuse_none(int(kept.sum()), parts)
             aside = folder.with_suffix(".building")
             training = (text for text, keep in zip(texts, kept, strict=True) if keep)
             tokenizer.train_bpe(training, data.vocab_size, aside)
@@ -122,7 +124,9 @@ def _build(
     if eval_units:
         is_eval = np.arange(len(written)) >= len(train_units)
         chosen = np.repeat(is_eval, [shard.documents for shard in written])
-    _refuse_no_documents(hashes, chosen, parts, eval_parts)
+    _refuse_none(int((~chosen).sum()), parts)
+    if eval_parts:
+        _refuse_none(int(chosen.sum()), eval_parts)
     splits = shards.write_splits(building, written, chosen)
     tokenizer.copy_files(tokenizer_folder, building / "tokenizer")
     facts = {
@@ -182,18 +186,14 @@ def _sample(units: Sequence[Unit], text_field: str, wanted_bytes: int) -> list[s
 
 
 def _check_sample(fast: object, units: Sequence[Unit], text_field: str, folder: Path) -> None:
-    texts = [text[:4096] for text in _sample(units[:4], text_field, CHECK_SAMPLE_CHARACTERS)]
+    some = units[:: -(-len(units) // 4)]
+    texts = [text[:4096] for text in _sample(some, text_field, CHECK_SAMPLE_CHARACTERS)]
     tokenizer.check_match(fast, texts, str(folder))
 
 
-def _refuse_no_documents(
-    hashes: np.ndarray, chosen: np.ndarray, parts: Sequence[Part], eval_parts: Sequence[Part]
-) -> None:
-    asked = f"{parts[0].asked}" if parts else "--data"
-    if not (~chosen).any():
-        raise UserError(asked, "no documents: every text is empty", "name files that hold text")
-    if eval_parts and not chosen.any():
-        raise UserError(eval_parts[0].asked, "no documents: every text is empty", "name files that hold text")
+def _refuse_none(documents: int, parts: Sequence[Part]) -> None:
+    if not documents:
+        raise UserError(parts[0].asked, "no documents: every text is empty", "name files that hold text")
 
 
 def _key(*content: object) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from shoal.errors import ShoalError
 
-FORMAT = 1
+FORMAT = 1  # of the folder; also raised when the same sources would give other documents or tokens
 Split = Literal["train", "eval"]
 
 # Columns of `shard-*.npy`, one row a document; its hash decides on its split.

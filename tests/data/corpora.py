@@ -22,7 +22,7 @@ class Data:
     eval_fraction: float = 0.1
 
 
-WORDS = ("the fish swim ebb fläche 潮 shoal drift net,", "a\tb", "  deep", "42", "x = y\n", '"quoted"', "\n\n", "🐟")
+WORDS = ("the fish swim ebb fläche 潮 drift net,", "a\tb", "  deep", "42", "x=y\n", '"quoted"', "\n\n", "🐟")
 
 
 def some_text(seed: int, words: int) -> str:

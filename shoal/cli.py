@@ -99,12 +99,8 @@ def audit(words: list[str]) -> int:
     from shoal.observe import ledger
 
     report = ledger.audit(folder)
-    print(
-        f"{report.steps} steps on {report.ranks} ranks used {report.used} samples: "
-        f"{report.whole_epochs} whole epochs of {report.samples}"
-    )
     print(report)
-    return FAILED if report.faults else DONE
+    return DONE if report.ok else FAILED
 
 
 def doctor(words: list[str]) -> int:

@@ -114,9 +114,20 @@ def test_only_a_few_speak_to_other_ranks(path):
 
 @each_module
 def test_only_engines_and_the_command_line_read_the_environment(path):
+    """Handing it on whole to a child process, `{**os.environ, ...}`, is not reading it."""
+    if part(path) in READS_ENVIRONMENT:
+        return
     ways = {"os.environ", "os.getenv", "os.environb", "os.putenv"}
-    names = {*imports(path), *(dotted(node) for node in ast.walk(tree(path)))}
-    assert not ways & names or part(path) in READS_ENVIRONMENT
+    nodes = list(ast.walk(tree(path)))
+    spreads = [node for node in nodes if isinstance(node, ast.Dict)]
+    handed_on = {
+        value for node in spreads for key, value in zip(node.keys, node.values, strict=True) if key is None
+    }
+    read = [
+        f"{name_of(path)}:{node.lineno}" for node in nodes if dotted(node) in ways and node not in handed_on
+    ]
+    assert not read, f"reads the environment at {', '.join(read)}"
+    assert not ways & set(imports(path))
 
 
 @each_module

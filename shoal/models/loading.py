@@ -1,7 +1,8 @@
 """`--model`: a preset at random, or weights from a Hugging Face folder or the hub, in float32."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,26 @@ def load(
     _check_vocabulary(model.name, loaded, vocab_size)
     attention.use_fastest(loaded)
     return loaded.train()
+
+
+def load_trained(name: str) -> transformers.PreTrainedModel:
+    """The model of a folder or hub name with its weights, in float32 and eval mode, on the CPU."""
+    loaded = _pretrained(name, _stored_config(name, {}))
+    attention.use_fastest(loaded)
+    return loaded.eval()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars of transformers: every worker would draw its own."""
+    bars = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 def _preset_config(
@@ -100,14 +121,15 @@ def _pretrained(name: str, config: transformers.PreTrainedConfig) -> transformer
         raise UserError(f"--model {name}", f"the folder holds {found}", change)
     from_pretrained: Callable[..., Any] = transformers.AutoModelForCausalLM.from_pretrained
     try:
-        loaded, report = from_pretrained(
-            name,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with quiet():
+            loaded, report = from_pretrained(
+                name,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--model {name}", _last_line(error), "check the folder and overrides") from error
     if report["missing_keys"]:

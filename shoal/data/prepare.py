@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
@@ -155,6 +155,7 @@ def _write_shards(job: Job, building: Path, report: Report, processes: int | Non
     if processes is None:
         processes = len(os.sched_getaffinity(0)) if todo >= POOL_FROM_BYTES else 1
     with journal.open("a") as log, _progress(todo) as advance:
+        log.write("\n")  # ends a torn line
         for shard in pool.tokenize(job, building, missing, processes):
             log.write(json.dumps(asdict(shard)) + "\n")
             log.flush()
@@ -164,9 +165,8 @@ def _write_shards(job: Job, building: Path, report: Report, processes: int | Non
 
 
 def _read_journal(journal: Path) -> Iterator[Shard]:
-    lines = journal.read_text().splitlines(keepends=True) if journal.is_file() else []
-    for line in lines:
-        if line.endswith("}\n"):  # a kill may have torn the last one
+    for line in journal.read_text().splitlines() if journal.is_file() else []:
+        with suppress(json.JSONDecodeError):  # blank, or torn by a kill
             yield Shard(**json.loads(line))
 
 

@@ -117,6 +117,8 @@ def _build(
     job = Job([*train_units, *eval_units], text_field, str(tokenizer_folder), prefix, suffix, dtype)
     building = corpus.with_suffix(".building")
     building.mkdir(parents=True, exist_ok=True)
+    for leftover in building.glob(f"*{shards.UNFINISHED}"):
+        leftover.unlink()
     job.save(building / JOB)
     written = _write_shards(job, building, report, processes)
     hashes = shards.all_hashes(building, written)

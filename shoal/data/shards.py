@@ -14,6 +14,7 @@ import numpy as np
 from shoal.errors import ShoalError
 
 FORMAT = 1  # of the folder; also raised when the same sources would give other documents or tokens
+UNFINISHED = ".part"  # the end of a file's name while it is written
 Split = Literal["train", "eval"]
 
 # Columns of `shard-*.npy`, one row a document; its hash decides on its split.
@@ -66,7 +67,7 @@ def held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
 def write_shard(folder: Path, number: int, documents: Iterable[tuple[np.ndarray, int, int]]) -> Shard:
     """Write (ids, UTF-8 bytes, hash) of documents as they come; a shard has its name once it is whole."""
     index, digest, tokens = [], hashlib.sha256(), 0
-    aside = folder / f"shard-{number:05d}.{os.getpid()}"
+    aside = folder / f"shard-{number:05d}.{os.getpid()}{UNFINISHED}"
     with aside.open("wb") as file:
         for ids, text_bytes, text_hash in documents:
             data = ids.tobytes()
@@ -75,7 +76,7 @@ def write_shard(folder: Path, number: int, documents: Iterable[tuple[np.ndarray,
             tokens += len(ids)
             index.append((len(ids), text_bytes, text_hash))
         _flush_to_disk(file)
-    index_aside = aside.with_suffix(aside.suffix + ".index")
+    index_aside = aside.with_suffix(f".index{UNFINISHED}")
     with index_aside.open("wb") as file:
         np.save(file, np.array(index, np.int64).reshape(-1, 3), allow_pickle=False)
         _flush_to_disk(file)

@@ -124,6 +124,7 @@ def test_a_killed_preparation_goes_on_and_ends_in_the_same_files(
         (journal,) = (tmp_path / "killed" / "corpora").glob("*.building/finished.jsonl")
         with journal.open("a") as file:
             file.write('{"number": 1, "docu')  # torn by the kill
+        (journal.parent / "shard-00009.1.part").write_text("half a shard")
     written = [json.loads(line)["number"] for line in journal.read_text().splitlines() if line.endswith("}")]
     assert len(set(written)) == 2 * count
     finished = [journal.parent / f"shard-{number:05d}.bin" for number in written]

@@ -49,9 +49,14 @@ def has_plain_head(model: "PreTrainedModel") -> bool:
 
 
 def _fit(model: "PreTrainedModel", inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs as this model's attention takes them: "eager" adds its mask to the scores."""
-    mask = inputs.get("attention_mask")
-    if mask is not None and model.config._attn_implementation == "eager":
+    """The inputs as this model's attention takes them."""
+    mask, config = inputs["attention_mask"], model.config
+    sliding = getattr(config, "sliding_window", None)
+    if sliding is not None and inputs["input_ids"].shape[1] > sliding:
+        mask = (
+            None  # only the model knows which layers slide; it tells documents apart by restarting positions
+        )
+    if mask is not None and config._attn_implementation == "eager":  # which adds its mask to the scores
         blocked = torch.finfo(model.dtype).min
         mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill_(~mask, blocked)
     return {**inputs, "attention_mask": mask, "use_cache": False}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from shoal.errors import UserError
 from shoal.models import attention, lstm  # noqa: F401  (the LSTM registers itself with the Auto classes)
@@ -130,7 +131,7 @@ def _pretrained(name: str, config: transformers.PreTrainedConfig) -> transformer
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {name}", _last_line(error), "check the folder and overrides") from error
     if report["missing_keys"]:
         first = sorted(report["missing_keys"])[0]

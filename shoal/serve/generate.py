@@ -88,16 +88,15 @@ def _check(options: GenerateOptions) -> None:
         raise UserError("shoal generate", "not one of --prompt and --prompts-file", "give one of the two")
     if options.prompts_file is not None and options.output_file is None:
         raise UserError("--prompts-file", "no --output-file", "say where completions go")
-    for name, least in {
-        "max_new_tokens": 1,
-        "batch_size": 1,
-        "nproc": 1,
-        "temperature": 0,
-        "top_k": 0,
-    }.items():
-        value = getattr(options, name)
+    for flag, value, least in [
+        ("--max-new-tokens", options.max_new_tokens, 1),
+        ("--batch-size", options.batch_size, 1),
+        ("--nproc-per-node", options.nproc, 1),
+        ("--temperature", options.temperature, 0),
+        ("--top-k", options.top_k, 0),
+    ]:
         if value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}", "too small", f"set at least {least}")
+            raise UserError(f"{flag} {value}", "too small", f"set at least {least}")
     if not 0 < options.top_p <= 1:
         raise UserError(f"--top-p {options.top_p}", "not a probability above 0", "set it above 0, at most 1")
 

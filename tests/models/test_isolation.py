@@ -28,10 +28,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": SIZES | {"intermediate_size": 48},
     "qwen2": SIZES | {"intermediate_size": 48, "num_key_value_heads": 2},
     "qwen3": SIZES | GLU,
-    "mistral": SIZES | GLU,
+    "mistral": SIZES | GLU | {"sliding_window": 8},
     "gemma": SIZES | GLU,
     "gemma2": SIZES | GLU,
-    "gemma3_text": SIZES | GLU,
+    "gemma3_text": SIZES
+    | GLU
+    | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "phi": SIZES | {"intermediate_size": 48},
     "opt": SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "lstm": {"vocab_size": WORDS, "hidden_size": 32},
@@ -75,7 +77,9 @@ def test_attention_by_products_is_attention(family: str) -> None:
             model.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 summed_cross_entropy(model, packed_inputs(ids, documents), ids).backward()
-            found[name, bf16] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+            found[name, bf16] = torch.cat(
+                [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+            )
         exact = found["sdpa", False]
         torch.testing.assert_close(found[attention.NAME, False], exact)
         rounding = (found["sdpa", True] - exact).norm()
@@ -95,7 +99,7 @@ def test_body_and_head_make_the_model(family: str) -> None:
 
 def test_a_leak_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isolation, "document_mask", lambda documents: document_mask(documents * 0))
-    with pytest.raises(UserError, match="LlamaForCausalLM.*sees the one before"):
+    with pytest.raises(UserError, match=r"LlamaForCausalLM.*sees the one before"):
         check_isolation(model_of("llama"))
 
 

@@ -24,7 +24,9 @@ def parts(dtype: torch.dtype, bias: bool) -> tuple[list[torch.Tensor], torch.Ten
     return tensors, labels
 
 
-def reference(tensors: list[torch.Tensor], labels: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+def reference(
+    tensors: list[torch.Tensor], labels: torch.Tensor
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     wide = [each.detach().double().requires_grad_() for each in tensors]
     total = F.cross_entropy(F.linear(*wide), labels, ignore_index=IGNORED, reduction="sum")
     return total, torch.autograd.grad(total * 0.25, wide)

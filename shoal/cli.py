@@ -188,12 +188,20 @@ def _resolve(words: list[str]) -> "Resolved":
 
 def _of_trained(folder: Path, flags: list[str]) -> "Resolved":
     """The record of a finished run, with the model that came of it; defaults for any other model folder."""
-    from shoal.config import load_config
+    from shoal.config import ModelConfig, Resolved, load_config
+    from shoal.models.presets import PRESETS
 
     recipe = folder / "config.resolved.yaml"
     if not recipe.exists():
         return load_config(None, flags, model=str(folder))
-    return load_config(recipe, flags, model=str(folder / "final"))
+    run = load_config(recipe, flags)
+    data = run.config.data
+    if data.tokenizer == "auto" and run.config.model.name in PRESETS:
+        data = data.model_copy(
+            update={"tokenizer": "train"}
+        )  # what the run did, so that its data is found again
+    trained = {"model": ModelConfig(name=str(folder / "final")), "data": data}
+    return Resolved(run.config.model_copy(update=trained), run.origins)
 
 
 def _first_word(words: list[str], what: str) -> tuple[str, list[str]]:

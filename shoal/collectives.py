@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Work = dist.Work  # a started exchange: done after its `.wait()`
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
 
 
 class Wire:
@@ -37,7 +38,7 @@ class Wire:
     def start_all_gather(self, whole: Tensor, part: Tensor) -> Work:
         """Begin to fill `whole` [world_size * n] with every rank's `part` [n], in the order of the ranks."""
         self.bytes_sent += (self.world_size - 1) * part.nbytes
-        return dist.all_gather_into_tensor(whole, part, group=self.group, async_op=True)
+        return _all_gather(whole, part, group=self.group, async_op=True)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of `tensor` over the ranks, in place, at once. For numbers, not for gradients."""

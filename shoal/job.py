@@ -13,13 +13,11 @@ import torch
 import transformers
 
 from shoal.config import Resolved, dump_yaml
+from shoal.loop import train
 from shoal.mesh import Mesh
-def export(model, tok, folder, card):
-    model.save_pretrained(folder)
 from shoal.observe.console import Screen, duration
 from shoal.observe.observer import peak_rss_gib
 from shoal.run import Run, assemble
-from shoal.train import train
 
 LEFT_BEHIND = ("summary.json", "metrics.jsonl", "latest", "best")
 LEFT_FOLDERS = ("final", "ledger", "errors", "tb", "checkpoint-*", ".checkpoint-*")
@@ -121,7 +119,7 @@ def _finish_folder(run: Run, summary: dict[str, Any]) -> None:
     sample = run.task.example(run.replica.model)
     if sample:
         run.screen.say(f"***** A sample of generated text *****\n{sample}\n*****")
-    export(run.replica.model, run.task.tokenizer, run.folder / "final", summary)
+    run.task.export(run.replica.model, run.folder / "final", summary)
     (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
     shown = " ".join(f"{name}={value:,.4g}" for name, value in summary.items() if isinstance(value, float))
     run.screen.say(

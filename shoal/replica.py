@@ -3,20 +3,19 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from shoal.buckets import Buckets
-from shoal.data.batches import Batch, Samples
+from shoal.data.batches import Batch
 from shoal.data.order import derive_seed
 from shoal.optim import NamedState
 from shoal.precision import Policy
 
-Loss = Callable[
-    [nn.Module, dict[str, Tensor]], Tensor
-]  # the float32 sum of the losses of a micro-batch's labels
+Loss = Callable[[Any, dict[str, Tensor]], Tensor]  # (model, inputs) -> the sum over a micro-batch's labels
 
 
 @dataclass
@@ -47,7 +46,6 @@ class Replica:
 
     model: nn.Module
     loss: Loss
-    samples: Samples
     buckets: Buckets
     optimizers: list[torch.optim.Optimizer]
     policy: Policy
@@ -61,6 +59,7 @@ class Replica:
     grad_norm: float = 0.0
     learning_rate: float = 0.0
     nonfinite_steps: int = 0  # in a row
+    labels: int = 1  # what the summed gradients are still to be divided by
 
     @property
     def params(self) -> list[tuple[str, nn.Parameter]]:
@@ -83,7 +82,7 @@ class Replica:
         share = self.shares.of(self.rank)
         for v in share:
             started = time.perf_counter()
-            inputs = {k: t.to(self.device) for k, t in self.samples.collate(batch.ids[v]).items()}
+            inputs = {k: t.to(self.device) for k, t in batch.micro_batch(v).items()}
             self.seconds.data += time.perf_counter() - started
 
             started = time.perf_counter()
@@ -91,7 +90,7 @@ class Replica:
             torch.manual_seed(derive_seed(self.seed, "dropout", batch.step, v))
             with self.policy.autocast(self.device):
                 loss = self.loss(self.model, inputs)
-            (loss / batch.labels).backward()
+            (loss / max(1, batch.labels)).backward()
             losses[v] = loss.item()
             self.buckets.end()
             self.seconds.compute += time.perf_counter() - started
@@ -103,6 +102,9 @@ class Replica:
         A norm that is not finite leaves everything as it was. Every rank holds the same sums and so decides alike.
         """
         started = time.perf_counter()
+        if self.labels != 1:
+            for bucket in self.buckets:
+                bucket.flat.div_(self.labels)
         grads = [p.grad for _, p in self.params if p.grad is not None]
         norm = get_total_norm(grads)
         self.grad_norm = norm.item()

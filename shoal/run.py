@@ -112,7 +112,6 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
     replica = Replica(
         model=model,
         loss=torch.compile(task.loss, dynamic=False) if config.train.compile else task.loss,
-        samples=batches.samples,
         buckets=buckets,
         optimizers=optim.build(
             config.train.optim,

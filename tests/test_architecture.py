@@ -18,7 +18,7 @@ ORDER = """
     errors config
     data models tasks
     precision mesh collectives summation buckets layouts codecs optim replica shares sync
-    checkpoint evaluate observe run observe.observer train job
+    checkpoint evaluate observe run observe.observer loop job
     engines session api
     serve probe doctor cli __main__
 """.split()  # noqa: SIM905
@@ -218,7 +218,7 @@ def test_nothing_heavy_is_imported_before_it_is_needed(code):
 
 
 def test_no_module_takes_the_place_of_a_public_name():
-    """Importing shoal/train.py would make `shoal.train` the module, and `shoal.train(...)` an error."""
+    """A module shoal/train.py would make `shoal.train` the module, and `shoal.train(...)` an error."""
     import shoal
 
     hidden = [

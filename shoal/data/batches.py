@@ -27,11 +27,16 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """One step: `ids` int64 [micro-batches, micro_batch_size], and the labels in all of them."""
+    """One step: `ids` int64 [micro-batches, micro_batch_size] of `samples`, and the labels in all of them."""
 
     step: int
+    samples: Samples
     ids: np.ndarray
     labels: int
+
+    def micro_batch(self, v: int) -> dict[str, Tensor]:
+        """The collated micro-batch `v`."""
+        return self.samples.collate(self.ids[v])
 
 
 class Batches:
@@ -65,7 +70,7 @@ class Batches:
         first = step * self.global_batch_size
         positions = np.arange(first, first + self.global_batch_size, dtype=np.int64)
         ids = self._ids(positions).reshape(self.shape)
-        return Batch(step, ids, int(self.samples.label_counts(ids).sum()))
+        return Batch(step, self.samples, ids, int(self.samples.label_counts(ids).sum()))
 
     def _ids(self, positions: np.ndarray) -> np.ndarray:
         size = len(self.samples)

@@ -1,5 +1,6 @@
 """Who this process is, from what torchrun, MPI, Slurm or our own launcher put into its environment."""
 
+import os
 from collections.abc import Mapping
 
 from shoal.errors import UserError
@@ -13,14 +14,14 @@ SERVED = "TORCHELASTIC_USE_AGENT_STORE"
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 
 
-def is_worker(environ: Mapping[str, str]) -> bool:
+def is_worker(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether an engine started this process as one of its workers."""
     return (
         "RANK" in environ or "OMPI_COMM_WORLD_RANK" in environ or "PMI_RANK" in environ or _is_srun(environ)
     )
 
 
-def placement(environ: Mapping[str, str]) -> Placement:
+def placement(environ: Mapping[str, str] = os.environ) -> Placement:
     """What the engine says of this process. Raises UserError if rank, world size or address are missing."""
     rank, world_size = _number(environ, RANK), _number(environ, WORLD_SIZE)
     if rank is None or world_size is None or not 0 <= rank < world_size:

@@ -15,9 +15,9 @@ from typing import Any
 from shoal.config import Resolved, resolve_workers
 from shoal.engines.environment import STORE_FD, is_worker
 from shoal.engines.worker import ERRORS, JOB, work
-from shoal.errors import DONE, FAILED, INTERRUPTED, PREEMPTED, ShoalError, UserError
+from shoal.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, PREEMPTED, ShoalError, UserError
 
-GRACE = 30.0  # seconds a worker gets to save and leave before it is killed
+GRACE = 10.0  # seconds a worker gets to save and leave before it is killed
 POLL = 0.05
 
 
@@ -29,10 +29,10 @@ def launch(resolved: Resolved, verb: str = "train") -> int:
     """
     if verb == "train":
         check_folder(resolved)
-    if is_worker(os.environ):
+    if is_worker():
         work(verb, resolved)
         return DONE
-    workers = resolve_workers(resolved.config, os.cpu_count() or 1)
+    workers = resolve_workers(resolved.config)
     with tempfile.TemporaryDirectory(prefix="shoal-") as errors:
         return Workers(resolved, verb, workers, Path(errors)).run()
 
@@ -72,8 +72,10 @@ class Workers:
         }
         try:
             while any(p.poll() is None for p in self.processes):
-                if any(p.returncode for p in self.processes):
-                    self._end_all()
+                codes = [p.returncode for p in self.processes]
+                if any(code not in (None, DONE, PREEMPTED) for code in codes):
+                    refused = BAD_INPUT in codes  # before any work: nobody has anything to save
+                    self._end_all(grace=0 if refused else GRACE)
                     break
                 time.sleep(POLL)
         finally:
@@ -118,8 +120,8 @@ class Workers:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM if self.signals == 1 else signal.SIGKILL)
 
-    def _end_all(self, grace: float = GRACE) -> None:
-        """Give the workers `grace` seconds to leave, since the first failure tears the others' links; then kill."""
+    def _end_all(self, grace: float) -> None:
+        """Give the workers `grace` seconds to leave, since they see the links of a failed one torn; then kill."""
         deadline = time.monotonic() + grace
         for process in self.processes:
             try:

@@ -50,7 +50,7 @@ def work(verb: str, resolved: Resolved) -> None:
     from shoal.tasks import TASKS
 
     data = TASKS[resolved.config.train.task].prepare(resolved.config)
-    with join(placement(os.environ)) as mesh:
+    with join(placement()) as mesh:
         JOBS[verb](resolved, mesh, data, stop)
 
 

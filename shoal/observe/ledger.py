@@ -56,9 +56,10 @@ class Audit:
         return not self.faults
 
     def __str__(self) -> str:
+        rest = self.used - self.whole_epochs * self.samples
         found = (
-            f"{self.steps:,} steps on {self.ranks} ranks used {self.used:,} samples: {self.whole_epochs} whole epochs of "
-            f"{self.samples:,} and {self.used - self.whole_epochs * self.samples:,} samples of the next"
+            f"{self.steps:,} steps on {self.ranks} ranks used {self.used:,} samples: "
+            f"{self.whole_epochs} whole epochs of {self.samples:,}, and {rest:,} of the next"
         )
         verdict = "each sample was used exactly once" if self.ok else "\n".join(self.faults[:20])
         return f"{found}\n{verdict}"

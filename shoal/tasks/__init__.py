@@ -6,8 +6,7 @@ A task is one file here and one line in `TASKS`. The loop, the batches and the e
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from shoal.config import RunConfig
 from shoal.data.batches import Samples
@@ -25,12 +24,7 @@ class Task(Protocol):
         """Rows to samples on disk, before any worker starts; returns the folder."""
         ...
 
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer that made the samples; it is saved with the model."""
-        ...
-
-    def model(self) -> PreTrainedModel:
+    def model(self) -> nn.Module:
         """The model to train, with its weights set."""
         ...
 
@@ -38,7 +32,7 @@ class Task(Protocol):
         """The samples of "train" or "eval"."""
         ...
 
-    def loss(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    def loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         """The sum of the losses over the labels of a collated micro-batch: a scalar in at least float32."""
         ...
 
@@ -46,8 +40,12 @@ class Task(Protocol):
         """What an evaluation over the whole "eval" split says, by metric name."""
         ...
 
-    def example(self, model: PreTrainedModel) -> str | None:
+    def example(self, model: Any) -> str | None:
         """A sample of what the trained model makes, for the eyes of a person."""
+        ...
+
+    def export(self, model: Any, folder: Path, summary: dict[str, Any]) -> None:
+        """Leave the trained model in `folder` in the format that others read, proven to load."""
         ...
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from shoal.config import RunConfig
 from shoal.data import prepare, tokenizer
 from shoal.data.shards import Split, TokenStream
+from shoal.models.export import export
 from shoal.models.heads import has_plain_head
 from shoal.models.isolation import check_isolation, packed_inputs
 from shoal.models.loading import load
@@ -73,7 +74,7 @@ class CausalLM:
             "eval/tokens": labels,
         }
 
-    def example(self, model: PreTrainedModel) -> str | None:
+    def example(self, model: Any) -> str | None:
         """A few lines that go on from the first words of the held-out documents."""
         stream = TokenStream(self.folder, "eval")
         start, _ = stream.read(0, min(stream.tokens, 12))
@@ -85,6 +86,10 @@ class CausalLM:
                 top_k=50, pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
             )  # fmt: skip
         return str(self.tokenizer.decode(tokens[0], skip_special_tokens=True))
+
+    def export(self, model: PreTrainedModel, folder: Path, summary: dict[str, Any]) -> None:
+        """A Hugging Face folder with tokenizer and model card, loaded again and compared."""
+        export(model, self.tokenizer, folder, summary)
 
 
 class Windows:

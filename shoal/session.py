@@ -1,0 +1,163 @@
+"""Data parallelism around a loop of one's own: `shoal.Session`."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from shoal import checkpoint, precision
+from shoal.buckets import Buckets
+from shoal.checkpoint import Progress
+from shoal.collectives import Wire
+from shoal.data.order import derive_seed
+from shoal.engines.environment import is_worker, placement
+from shoal.errors import UserError
+from shoal.layouts import replicated
+from shoal.mesh import Placement, join
+from shoal.replica import Replica
+from shoal.shares import equal
+from shoal.sync.allreduce import AllReduce
+
+
+class Session:
+    """One worker among as many as torchrun (or any engine that sets rank and world size) started; or the only one.
+
+        with shoal.Session(micro_batches=4) as session:
+            model, optimizer = session.setup(model, optimizer)
+            for step in range(session.steps_done, 100):
+                for v in session.share():                    # this worker's micro-batches of the step
+                    session.backward(loss_sum, labels)       # of micro-batch (step, v), as you define it
+                mean_loss = session.step()
+            session.save("my-run")
+
+    What micro-batch (step, v) holds must follow from the two numbers alone; then the result does not depend on how
+    many workers there are, and with `exact=True` neither do its last bits.
+    """
+
+    def __init__(
+        self,
+        micro_batches: int,
+        *,
+        seed: int = 42,
+        exact: bool = False,
+        max_grad_norm: float = 0.0,
+        threads: int = 1,
+    ) -> None:
+        self.micro_batches = micro_batches
+        self.seed = seed
+        self.exact = exact
+        self.max_grad_norm = max_grad_norm
+        self.progress = Progress()
+        torch.set_num_threads(threads)
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        place = placement() if is_worker() else Placement()
+        self.mesh = self._open.enter_context(join(place))
+        if self.mesh.world_size > self.micro_batches:
+            found = f"{self.micro_batches} micro-batches a step, {self.mesh.world_size} workers"
+            raise UserError("shoal.Session", found, "give at least one micro-batch to each worker")
+        self.wire = Wire(self.mesh.group)
+        self._sums = torch.zeros(2, dtype=torch.float64)  # loss and labels of this worker's micro-batches
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    @property
+    def rank(self) -> int:
+        """Which of the workers this is; rank 0 speaks."""
+        return self.mesh.rank
+
+    @property
+    def steps_done(self) -> int:
+        """How many steps lie behind, those before `load` included."""
+        return self.progress.step
+
+    def setup(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Give every worker rank 0's weights, and have gradients summed while the backward pass runs.
+
+        Call it before the first step, with an optimizer over the model's own parameters.
+        """
+        policy = precision.resolve("32-true", self.mesh.device)
+        model = replicated.place(model, self.mesh, policy)
+        self._replica = Replica(
+            model=model,
+            loss=_taken_by_the_caller,
+            buckets=Buckets(
+                [p for p in model.parameters() if p.requires_grad],
+                bucket_bytes=25_000_000,
+                multiple=self.mesh.world_size,
+                exact=self.exact,
+            ),
+            optimizers=[optimizer],
+            policy=policy,
+            device=self.mesh.device,
+            seed=self.seed,
+            schedule=lambda step: float(optimizer.param_groups[0]["lr"]),
+            max_grad_norm=self.max_grad_norm,
+            shares=equal(self.micro_batches, self.mesh.world_size),
+            rank=self.mesh.rank,
+        )
+        self._sync = AllReduce(self.wire)
+        self._sync.attach(self._replica)
+        return model, optimizer
+
+    def share(self) -> Iterator[int]:
+        """The micro-batches of this step that are this worker's, each with its own seed for dropout and the like."""
+        for v in self._replica.shares.of(self.mesh.rank):
+            self._micro_batch = v
+            torch.manual_seed(derive_seed(self.seed, "dropout", self.progress.step, v))
+            yield v
+
+    def backward(self, loss_sum: Tensor, labels: int) -> None:
+        """The backward pass of one micro-batch: `loss_sum` is the sum, not the mean, over its `labels`."""
+        share = self._replica.shares.of(self.mesh.rank)
+        v = self._micro_batch
+        self._replica.buckets.begin(v, first=v == share.start, last=v == share.stop - 1)
+        loss_sum.backward()
+        self._replica.buckets.end()
+        self._sums += torch.tensor([loss_sum.item(), labels], dtype=torch.float64)
+
+    def step(self) -> float:
+        """Average over the labels of all workers, clip, update; returns the mean loss a label of the whole step."""
+        loss, labels = self.wire.sum(self._sums).tolist()
+        self._sums.zero_()
+        self._replica.labels = max(1, int(labels))
+        self._sync.step(self._replica, self.progress.step)
+        self.progress.step += 1
+        self.progress.tokens += int(labels)
+        return float(loss / max(1.0, labels))
+
+    def save(self, folder: str | Path) -> None:
+        """Write a checkpoint below `folder`, atomically, on rank 0."""
+        path = Path(folder) / f"checkpoint-{self.progress.step}"
+        if self.mesh.is_first:
+            files = {
+                "model/model.safetensors": checkpoint.model_tensors(self._replica.model),
+                "optimizer/state.safetensors": dict(self._replica.optimizer_state.tensors()),
+            }
+            checkpoint.write(path, files, self.progress, None)
+        self.wire.barrier()
+
+    def load(self, folder: str | Path) -> bool:
+        """Go on from the newest valid checkpoint below `folder`; returns whether there was one."""
+        found = checkpoint.find("latest", Path(folder), print) if self.mesh.is_first else None
+        chosen = self.wire.share_text(str(found or ""))
+        if chosen:
+            checkpoint.load_model(Path(chosen), self._replica.model)
+            checkpoint.load_optimizer(Path(chosen), self._replica.optimizer_state)
+            self.progress = checkpoint.load_progress(Path(chosen))
+        return bool(chosen)
+
+
+def _taken_by_the_caller(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    raise AssertionError("a session's loss is taken in the caller's loop")

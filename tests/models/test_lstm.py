@@ -47,6 +47,18 @@ def test_a_row_goes_on_or_begins_by_its_position() -> None:
     torch.testing.assert_close(mixed[1], model(ids).logits[1])
 
 
+@torch.no_grad()
+def test_a_document_goes_on_before_the_next_begins() -> None:
+    """The carried state reaches the first document of its row only."""
+    model, ids = small(), some_ids(2, 10)
+    state = model(some_ids(2, 5)).state
+    positions = torch.tensor([[5, 6, 7, 0, 1, 2, 3, 4, 5, 6], [5, 6, 7, 8, 9, 10, 11, 0, 1, 2]])
+    packed = model(ids, positions, state).logits
+    for row, cut in [(0, 3), (1, 7)]:
+        torch.testing.assert_close(packed[row, :cut], model(ids, state=state).logits[row, :cut])
+        torch.testing.assert_close(packed[row, cut:], model(ids[row : row + 1, cut:]).logits[0])
+
+
 def test_generation_equals_the_whole_forward_and_ignores_padding() -> None:
     model, prompt = small(), some_ids(1, 6)
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}

@@ -1,0 +1,114 @@
+"""A small task with every difficulty: rows of mixed length, some without a label, and models that are hard to reduce."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shoal.config import RunConfig
+
+VOCABULARY = 23
+IGNORED = -100
+
+
+class Rows:
+    """Sample i: up to `length` labels, drawn from the seed; every seventh row has none.
+
+    A micro-batch is as wide as its longest row, so that its shape depends on who is in it.
+    """
+
+    def __init__(self, size: int, length: int, seed: int = 0) -> None:
+        draw = np.random.default_rng(seed)
+        self.tokens = draw.integers(0, VOCABULARY, (size, length + 1))
+        self.counts = draw.integers(0, length + 1, size)
+        self.counts[::7] = 0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def label_counts(self, ids: np.ndarray) -> np.ndarray:
+        return np.where(ids < 0, 0, self.counts[ids])
+
+    def collate(self, ids: np.ndarray) -> dict[str, Tensor]:
+        counts = self.label_counts(ids)[:, None]
+        columns = np.arange(max(1, counts.max()))
+        tokens = self.tokens[np.maximum(ids, 0)]
+        labels = np.where(columns < counts, tokens[:, 1 : len(columns) + 1], IGNORED)
+        return {"tokens": torch.tensor(tokens[:, : len(columns)]), "labels": torch.tensor(labels)}
+
+
+class Net(nn.Module):
+    """Predicts each token from the one before. `kind` names what is special about its parameters."""
+
+    def __init__(self, kind: str, dropout: float) -> None:
+        super().__init__()
+        self.kind = kind
+        self.unused = nn.Linear(7, 5) if kind == "unused" else None
+        self.embed = nn.Embedding(VOCABULARY, 12)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(12)
+        self.up = nn.Linear(12, 18)
+        self.down = nn.Linear(18, 12)
+        self.sometimes = nn.Linear(12, 12) if kind == "sometimes" else None
+        self.head = nn.Linear(12, VOCABULARY)
+        if kind == "tied":
+            self.head.weight = self.embed.weight
+        if kind == "frozen":
+            self.up.requires_grad_(False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.dropout(self.embed(tokens))
+        hidden = hidden + self.down(F.gelu(self.up(self.norm(hidden))))
+        if self.sometimes is not None and tokens.sum() % 2:  # other parameters in other micro-batches
+            hidden = hidden + self.sometimes(hidden)
+        return self.head(self.dropout(hidden))
+
+
+KINDS = ("plain", "tied", "unused", "sometimes", "frozen")
+
+
+@dataclass(frozen=True)
+class RowsTask:
+    """The task, as `TASKS` holds one: called with a configuration and a folder."""
+
+    kind: str = "plain"
+    dropout: float = 0.0
+    size: int = 61
+    length: int = 9
+    unlabelled: bool = False  # not one label in any row
+    seed: int = 0
+    tokenizer: Any = None
+
+    def __call__(self, config: RunConfig, folder: Path) -> "RowsTask":
+        return self
+
+    @staticmethod
+    def prepare(config: RunConfig) -> Path:
+        return Path("rows")
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(self.seed)
+        return Net(self.kind, self.dropout)
+
+    def samples(self, split: str) -> Rows:
+        rows = Rows(self.size if split == "train" else 17, self.length, seed=len(split))
+        if self.unlabelled and split == "train":
+            rows.counts[:] = 0
+        return rows
+
+    def loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        scores = model(inputs["tokens"])
+        wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        return F.cross_entropy(
+            wide.flatten(0, 1), inputs["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+
+    def metrics(self, loss_sum: float, labels: int) -> dict[str, float]:
+        return {"eval/loss": loss_sum / labels, "eval/tokens": labels}
+
+    def example(self, model: nn.Module) -> None:
+        return None

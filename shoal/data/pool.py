@@ -43,10 +43,9 @@ def tokenize(job: Job, folder: Path, numbers: Sequence[int], processes: int) -> 
 
 
 def _start(folder: Path) -> subprocess.Popen[str]:
-    root = str(PACKAGE_ROOT)
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join([str(PACKAGE_ROOT), *filter(None, sys.path)]),
         "TOKENIZERS_PARALLELISM": "false",  # one core a process
     }
     return subprocess.Popen(

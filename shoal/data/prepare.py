@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
+from shoal.config import DataConfig
 from shoal.data import pool, shards, tokenizer
 from shoal.data.documents import read_documents
 from shoal.data.shards import Shard, content_hash, held_out
@@ -29,23 +29,6 @@ JOURNAL = "finished.jsonl"  # the shards that are whole, while others are still 
 POOL_FROM_BYTES = 4 << 20  # below, starting processes costs more than they save
 
 Report = Callable[[str], None]
-
-
-class DataConfig(Protocol):
-    """What `prepare` reads of the configuration's data section."""
-
-    @property
-    def path(self) -> list[str]: ...
-    @property
-    def text_field(self) -> str: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def eval_path(self) -> list[str]: ...
-    @property
-    def eval_fraction(self) -> float: ...
-    @property
-    def cache_dir(self) -> str: ...
 
 
 def prepare(
@@ -77,9 +60,7 @@ def prepare(
     return corpus
 
 
-def _trained(
-    folder: Path, parts: Sequence[Part], data: DataConfig, fraction: float, report: Report
-) -> Path:
+def _trained(folder: Path, parts: Sequence[Part], data: DataConfig, fraction: float, report: Report) -> Path:
     with _locked(folder, report):
         if not folder.is_dir():
             began = time.monotonic()

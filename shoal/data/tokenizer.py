@@ -33,10 +33,12 @@ class SpecialTokens(Protocol):
     """What `boundary` asks of a tokenizer; those of `transformers` have it."""
 
     @property
-    def bos_token_id(self) -> int | None: ...
+    def bos_token_id(self) -> int | None:
+        """The token that begins a text."""
 
     @property
-    def eos_token_id(self) -> int | None: ...
+    def eos_token_id(self) -> int | None:
+        """The token that ends a text."""
 
 
 @dataclass(frozen=True)

@@ -4,30 +4,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from laws.plain import at_once
 from laws.pool import Pool
-from laws.rows import IGNORED, RowsTask
+from laws.rows import RowsTask
 from laws.strategies import each_that_keeps
-from laws.worlds import Arrays, first_difference, gradients
-from torch.nn import functional as F
-
-from shoal.data.batches import Batches
+from laws.worlds import first_difference, gradients
 
 SEED, ROWS = 11, 24
 SHARES = {1: ["off"], 2: ["off", "1,{rest}"], 3: ["off", "2,{rest},1"], 4: ["off", "{rest},1,2,1"]}
-
-
-def at_once(task: RowsTask) -> tuple[Arrays, float]:
-    """The gradient of the whole batch by one backward pass of plain PyTorch, in float64."""
-    samples = task.samples("train")
-    ids = Batches(samples, seed=SEED, global_batch_size=ROWS, micro_batch_size=ROWS).at(0).ids
-    (batch,) = map(samples.collate, ids)
-    model = task.model().double()
-    labels = batch["labels"].flatten()
-    loss = F.cross_entropy(model(batch["tokens"]).flatten(0, 1), labels, ignore_index=IGNORED)
-    loss.backward()
-    params = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    return {n: (torch.zeros_like(p) if p.grad is None else p.grad).numpy() for n, p in params}, loss.item()
 
 
 def cuts(ranks: int, micro_batch_sizes: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -49,7 +33,7 @@ def test_every_cut_gives_the_gradient_of_the_whole(pool: Pool, strategy: str, ki
     task = RowsTask(kind)
     settings = {"precision": "64-true", "seed": SEED, "global_batch_size": ROWS, "bucket_mb": 0.002}
     cases = [settings | cut for cut in cuts(ranks, (1, 3, 6, 24))]
-    whole, loss = pool.alone(at_once, task).value
+    whole, loss = pool.alone(at_once, task, SEED, ROWS).value
     for on_rank in pool.world(ranks, gradients, strategy, task, cases):
         for case, (found, found_loss) in zip(cases, on_rank, strict=True):
             assert first_difference([whole], [found], 1e-12) is None, case

@@ -22,6 +22,8 @@ from shoal.replica import Replica
 from shoal.sync import SYNCS, Sync
 from shoal.tasks import TASKS, Task
 
+BUILTIN_EPOCHS = 0.4
+
 
 @dataclass
 class Run:
@@ -158,9 +160,15 @@ def _batches(config: RunConfig, task: Task, world_size: int) -> tuple[Batches, i
         seed=config.train.seed,
         global_batch_size=batch.global_batch_size,
         micro_batch_size=batch.per_device_train_batch_size,
-        epochs=None if by_steps else config.train.num_train_epochs,
+        epochs=None if by_steps else _epochs(config),
     )
     return batches, config.train.max_steps or batches.steps or 0, batch.micro_batches
+
+
+def _epochs(config: RunConfig) -> float:
+    """The built-in corpus is there to see it work: a part of it is enough."""
+    given = config.train.num_train_epochs
+    return given or (BUILTIN_EPOCHS if config.data.path == ["builtin"] else 1.0)
 
 
 def _first_shares(balance: str, micro_batches: int, world_size: int) -> shares.Shares:

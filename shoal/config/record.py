@@ -86,7 +86,12 @@ class TrainConfig(Section):
 
     task: str = fact("causal-lm", "what is learnt")
     max_steps: Whole = fact(0, "steps to train for; 0 = by epochs", ge=0)
-    num_train_epochs: Number = fact(1.0, "passes over the data when max_steps is 0", "epochs", gt=0)
+    num_train_epochs: Number | None = fact(
+        None,
+        "passes over the data when max_steps is 0; empty = 1, of the built-in corpus 0.4",
+        "epochs",
+        gt=0,
+    )
     global_batch_size: Whole | None = fact(
         None, "samples in a step over all workers; empty = 32", "train_batch_size", ge=1
     )

@@ -5,10 +5,10 @@ from typing import Any
 PRESETS: dict[str, dict[str, Any]] = {
     "llama-tiny": {
         "model_type": "llama",
-        "hidden_size": 256,
-        "num_hidden_layers": 6,
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
         "num_attention_heads": 4,
-        "intermediate_size": 688,
+        "intermediate_size": 344,
         "tie_word_embeddings": True,
     },
     "llama-small": {

@@ -22,6 +22,10 @@ MICRO_BATCH = 8
 GLOBAL_BATCH = 16
 WINDOW = 256
 WARM_UP, TIMED = 3, 6  # steps
+MODEL = [
+    *("--model", "llama-tiny", "--model.hidden-size", "256", "--model.num-hidden-layers", "6"),
+    *("--model.num-attention-heads", "4", "--model.intermediate-size", "688"),
+]
 POLL = 0.02
 PATIENCE = 900.0  # seconds without the steps asked for
 SHOAL = str(Path(sys.executable).with_name("shoal"))
@@ -108,7 +112,7 @@ Command = tuple[list[str], dict[str, str]]  # words, and what they find in their
 
 
 def _shoal(job: Job, corpus: Corpus, folder: Path) -> list[Command]:
-    words = [SHOAL, "train", "--data", "builtin", "--model", "llama-tiny", "--cache-dir", str(corpus.cache)]
+    words = [SHOAL, "train", "--data", "builtin", *MODEL, "--cache-dir", str(corpus.cache)]
     words += ["--global-batch-size", str(GLOBAL_BATCH), "--per-device-train-batch-size", str(MICRO_BATCH)]
     words += ["--output-dir", str(folder)]
     if not job.defaults:

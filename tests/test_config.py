@@ -55,6 +55,7 @@ def another(fact) -> tuple[str, object]:
         "strategy.balance": ("3,1", "3,1"),
         "launch.nproc_per_node": ("3", 3),
         "data.eval_fraction": ("0.25", 0.25),
+        "train.num_train_epochs": ("2.5", 2.5),
     }
     if fact.key in special:
         return special[fact.key]

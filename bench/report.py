@@ -23,18 +23,28 @@ def markdown(machine: dict[str, str], verdicts: list[Verdict], turns: Turns, rep
 
 def _conditions(repeats: int) -> str:
     return (
-        "Every run trains the Llama of `llama-tiny` (hidden 256, 6 layers, 4 heads, vocabulary 4096, tied) on "
-        f"the built-in corpus: {WORKERS} workers with 1 thread each on loopback, {MICRO_BATCH} windows of "
-        f"{WINDOW} tokens a worker and {GLOBAL_BATCH} a step, AdamW (fused), clipping at 1.0. Runs are taken in "
-        f"turn, {repeats} turns; of each, {TIMED} steps are timed after {WARM_UP} to warm up; medians over turns. "
+        "Every run trains a Llama (hidden 256, 6 layers, 4 heads, intermediate 688, vocabulary 4096, tied) on the "
+        f"built-in corpus: {WORKERS} workers with 1 thread each on loopback, {MICRO_BATCH} windows of {WINDOW} "
+        f"tokens a worker and {GLOBAL_BATCH} a step, AdamW (fused), clipping at 1.0. Runs are taken in turn, "
+        f"{repeats} turns; of each, {TIMED} steps are timed after {WARM_UP} to warm up; medians over turns. "
         "Windows hold document boundaries: shoal keeps the documents apart, the peers let them see each other, "
-        "which is less work. shoal's loss is chunked in every run. With defaults, only model, data and batch are "
-        "given."
+        "which is less work. shoal's loss is chunked in every run, and its launcher sets how the C library keeps "
+        "freed memory; the peers run as their documentation has it. With defaults, only model, data and batch "
+        "are given, and the number of threads is the tool's choice. Memory is the highest of worker 0 (VmHWM); "
+        "compiling is timed in the first turn, with an empty cache."
     )
 
 
 def _runs(turns: Turns) -> str:
-    columns = ("run", "tokens/s", "lowest - highest", "ms a step", "peak MiB a worker", "first step s", "compile s")
+    columns = (
+        "run",
+        "tokens/s",
+        "lowest - highest",
+        "ms a step",
+        "peak MiB a worker",
+        "first step s",
+        "compile s",
+    )
     return _table(columns, (_run(str(job), runs) for job, runs in turns.items()))
 
 

@@ -49,7 +49,9 @@ def _in_a_process(who: str, corpus: Corpus) -> float:
     with TemporaryDirectory(dir=corpus.work) as cache:
         command = [sys.executable, "-m", "bench.tokenizing", who, str(corpus.tokenizer), cache]
         parallel = os.environ | {"TOKENIZERS_PARALLELISM": "true"}
-        return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=parallel).stdout)
+        return float(
+            subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=parallel).stdout
+        )
 
 
 if __name__ == "__main__":

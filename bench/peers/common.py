@@ -29,7 +29,7 @@ def arguments() -> argparse.Namespace:
 
 
 def llama() -> LlamaForCausalLM:
-    """The Llama of shoal's preset `llama-tiny`, in float32, without the cache that only generation needs."""
+    """The Llama of every run, in float32, without the cache that only generation needs."""
     torch.manual_seed(42)
     config = LlamaConfig(
         vocab_size=4096,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from shoal.errors import DONE, FAILED, INTERRUPTED, ShoalError, UserError
+from shoal.errors import DONE, FAILED, INTERRUPTED, ShoalError, UserError, choose
 
 if TYPE_CHECKING:
     from shoal.config import Resolved
@@ -50,7 +50,7 @@ def prepare(words: list[str]) -> int:
     config = _resolve(words).config
     from shoal.tasks import TASKS
 
-    print(TASKS[config.train.task].prepare(config))
+    print(choose("--task", config.train.task, TASKS).prepare(config))
     return DONE
 
 

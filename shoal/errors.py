@@ -1,5 +1,10 @@
 """What a user may see: one line that says what was asked, what was found, what to change."""
 
+from collections.abc import Mapping
+from typing import TypeVar
+
+Entry = TypeVar("Entry")
+
 DONE = 0
 FAILED = 1
 BAD_INPUT = 2
@@ -27,3 +32,10 @@ class Preempted(ShoalError):
     """The run was asked to stop, saved its state, and can go on from there."""
 
     exit_code = PREEMPTED
+
+
+def choose(flag: str, name: str, table: Mapping[str, Entry]) -> Entry:
+    """The entry of `table` that `flag` names. Raises UserError with the names there are."""
+    if name not in table:
+        raise UserError(f"{flag} {name}", "there is none of that name", f"take one of: {', '.join(table)}")
+    return table[name]

@@ -13,7 +13,7 @@ from shoal.checkpoint import Checkpoints, Progress
 from shoal.collectives import Wire
 from shoal.config import RunConfig, resolve_batch
 from shoal.data.batches import Batch, Batches
-from shoal.errors import UserError
+from shoal.errors import UserError, choose
 from shoal.evaluate import evaluate
 from shoal.layouts import LAYOUTS
 from shoal.mesh import Mesh
@@ -100,7 +100,7 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
     """
     torch.set_num_threads(config.train.threads)
     wire = Wire(mesh.group)
-    task = TASKS[config.train.task](config, data)
+    task = choose("--task", config.train.task, TASKS)(config, data)
     policy = precision.resolve(config.train.precision, mesh.device)
     batches, total_steps, micro_batches = _batches(config, task, mesh.world_size)
     model = LAYOUTS["replicated"](task.model(), mesh, policy)
@@ -135,7 +135,7 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
         shares=_first_shares(config.strategy.balance, micro_batches, mesh.world_size),
         rank=mesh.rank,
     )
-    sync = SYNCS[config.strategy.name](config, wire)
+    sync = choose("--strategy", config.strategy.name, SYNCS)(config, wire)
     sync.attach(replica)
     folder = Path(config.checkpoint.output_dir)
     checkpoints = Checkpoints(

@@ -11,6 +11,7 @@ from shoal.data.sources import Part, Span, opened
 from shoal.errors import UserError
 
 PIECE_BYTES = 64 * 1024  # a text file is cut into documents of at most this: no file must fit in memory
+MIN_PIECE_BYTES, PIECES = 4 * 1024, 16  # and into about so many, that a short one too has some to hold out
 BLOCK_BYTES = 1 << 20
 LINE_END_BEFORE_TEXT = re.compile(rb"(?<=\S)\n(?=\S)")  # no tokenizer joins text across such a line end
 
@@ -35,12 +36,13 @@ def spans_of(part: Part, span_bytes: int) -> list[Span]:
 
 def _read_text(span: Span, _: str) -> Iterator[str]:
     """Pieces of a text file, cut at line ends; together they are the file, byte for byte."""
+    most = min(PIECE_BYTES, max(MIN_PIECE_BYTES, span.part.size // PIECES))
     with opened(span.part) as file:
         offset, stop = _enter(file, span)
         rest = b""
         while True:
-            window = rest + file.read(min(PIECE_BYTES, stop - offset) - len(rest))
-            size = len(window) if len(window) < PIECE_BYTES else _piece_size(window)
+            window = rest + file.read(min(most, stop - offset) - len(rest))
+            size = len(window) if len(window) < most else _piece_size(window)
             if not size:
                 return
             yield _decoded(window[:size], span.part, offset)

@@ -53,14 +53,13 @@ def content_hash(text: bytes) -> int:
 def held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
     """Which documents are kept for evaluation: bool [documents] from their hashes, int64 [documents].
 
-    Where a fraction above 0 takes none, or all, of two documents or more, one is moved to the other side.
+    Where a fraction above 0 takes none of two documents or more, or all there are, one is moved to the other side.
     """
     chosen = hashes < int(fraction * 2**HASH_BITS)
-    if len(hashes) >= 2 and fraction > 0:
-        if not chosen.any():
-            chosen[hashes.argmin()] = True
-        elif chosen.all():
-            chosen[hashes.argmax()] = False
+    if chosen.all() and len(hashes):
+        chosen[hashes.argmax()] = False
+    elif len(hashes) >= 2 and fraction > 0 and not chosen.any():
+        chosen[hashes.argmin()] = True
     return chosen
 
 

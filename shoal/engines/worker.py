@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from shoal.config import Resolved, RunConfig
-from shoal.errors import DONE, FAILED, Preempted, ShoalError
+from shoal.errors import DONE, FAILED, Preempted, ShoalError, choose
 
 JOB = "SHOAL_JOB"  # the verb and the configuration, as JSON
 ERRORS = "SHOAL_ERRORS"  # the folder in which a worker leaves its error for the launcher
@@ -47,9 +47,12 @@ def work(verb: str, resolved: Resolved) -> None:
     from shoal.engines.environment import placement
     from shoal.job import JOBS
     from shoal.mesh import join
+    from shoal.sync import SYNCS
     from shoal.tasks import TASKS
 
-    data = TASKS[resolved.config.train.task].prepare(resolved.config)
+    config = resolved.config
+    choose("--strategy", config.strategy.name, SYNCS)  # before the work of preparing
+    data = choose("--task", config.train.task, TASKS).prepare(config)
     with join(placement()) as mesh:
         JOBS[verb](resolved, mesh, data, stop)
 

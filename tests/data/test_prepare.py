@@ -242,7 +242,7 @@ def test_held_out_documents() -> None:
     hashes = np.array([content_hash(str(i).encode()) for i in range(10_000)])
     assert 150 < held_out(hashes, 0.02).sum() < 250
     assert held_out(hashes, 0.0).sum() == 0
-    assert held_out(hashes[:1], 0.5).sum() <= 1
+    assert held_out(np.zeros(1, np.int64), 0.5).sum() == 0
     few = np.array([5, 3, 4]) << 40
     assert held_out(few, 1e-9).tolist() == [False, True, False]
     assert held_out(few, 0.99).tolist() == [False, True, True]

@@ -1,5 +1,6 @@
 """A run put together: from its configuration to the data, the replica, the strategy and where it writes."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from shoal.evaluate import evaluate
 from shoal.layouts import LAYOUTS
 from shoal.mesh import Mesh
 from shoal.observe.console import Screen
-from shoal.replica import Replica
+from shoal.replica import Loss, Replica
 from shoal.sync import SYNCS, Sync
 from shoal.tasks import TASKS, Task
 
@@ -81,7 +82,7 @@ class Run:
             return {}
         measured = evaluate(
             self.replica.model,
-            self.replica.loss,
+            self.task.loss,  # never the compiled one: a second graph would cost more than it saves
             samples,
             micro_batch_size=self.batches.shape[1],
             wire=self.wire,
@@ -113,7 +114,7 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
     )
     replica = Replica(
         model=model,
-        loss=torch.compile(task.loss, dynamic=False) if config.train.compile else task.loss,
+        loss=_compiled(task.loss) if config.train.compile else task.loss,
         buckets=buckets,
         optimizers=optim.build(
             config.train.optim,
@@ -163,6 +164,15 @@ def _batches(config: RunConfig, task: Task, world_size: int) -> tuple[Batches, i
         epochs=None if by_steps else _epochs(config),
     )
     return batches, config.train.max_steps or batches.steps or 0, batch.micro_batches
+
+
+def _compiled(loss: Loss) -> Loss:
+    """The whole of body, head and loss as one graph. Raises UserError where there is nothing to compile it with."""
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        raise UserError(
+            "--compile", "this machine has no C++ compiler", "install g++, or leave --compile out"
+        )
+    return torch.compile(loss, dynamic=False)
 
 
 def _epochs(config: RunConfig) -> float:

@@ -147,7 +147,7 @@ class StrategyConfig(Section):
         "allreduce", "the way to synchronise"
     )
     bucket_mb: Number = fact(
-        25.0, "megabytes (10^6 bytes) of gradients reduced at once", "bucket_cap_mb", gt=0
+        4.0, "megabytes (10^6 bytes) of gradients reduced at once", "bucket_cap_mb", gt=0
     )
     balance: Shares = fact(
         "auto", "shares of the micro-batches: auto = by measured speed, off = equal, or 3,1"

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "shoal"
 
 # Import order is data order: a module imports only what stands above it (or beside it, in its own folder).
 ORDER = """
-    errors config
+    errors crew config
     data models tasks
     precision mesh collectives summation buckets layouts codecs optim replica shares sync
     checkpoint evaluate observe run observe.observer loop job

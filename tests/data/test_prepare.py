@@ -16,6 +16,7 @@ import psutil
 import pytest
 from corpora import Data, documents_of, files_of, some_text
 
+from shoal import crew
 from shoal.data import pool, units
 from shoal.data.prepare import prepare
 from shoal.data.shards import TokenStream, content_hash, held_out
@@ -266,4 +267,4 @@ def test_the_pool_imports_no_torch() -> None:
 
 
 def with_shoal() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(pool.PACKAGE_ROOT)}
+    return {**os.environ, "PYTHONPATH": str(crew.PACKAGE_ROOT)}

@@ -16,7 +16,8 @@ from shoal.data import tokenizer
 from shoal.errors import UserError
 from shoal.models.export import export
 from shoal.models.loading import load
-from shoal.serve.generate import GenerateOptions, read_prompts, run
+from shoal.serve.blocks import read_prompts
+from shoal.serve.generate import GenerateOptions, run
 from shoal.serve.writer import Writer
 
 PROMPTS = ["the shoal", "", "def turn", "no fish leads", "it "]

@@ -1,0 +1,71 @@
+"""Every number is answered once, by whichever helper; what goes wrong in one is raised here, and none is left."""
+
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+
+from shoal import crew
+from shoal.errors import ShoalError, UserError
+
+HELPER = """
+import os, signal
+from shoal import crew
+from shoal.errors import UserError
+
+def begin(word):
+    if word == "unreadable":
+        raise UserError("word", "it is unreadable", "write it again")
+
+    def work(number):
+        if word == "full" and number == 2:
+            raise OSError(28, "No space left on device")
+        if word == "torn" and number == 2:
+            os.write(1, b'{"answer": [')
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [word, number, os.environ["MARK"]]
+
+    return work
+
+crew.serve(begin)
+"""
+
+
+@pytest.fixture(autouse=True)
+def helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that helpers find only where this process would."""
+    (tmp_path / "a_helper.py").write_text(HELPER)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def answers(word: str, processes: int = 2) -> list[object]:
+    return list(crew.hand_out("a_helper", word, range(7), processes, MARK="here"))
+
+
+@pytest.mark.parametrize("processes", [1, 3, 20])
+def test_every_number_is_answered_once(processes: int) -> None:
+    assert sorted(answers("word", processes)) == [["word", number, "here"] for number in range(7)]
+
+
+def test_no_number_starts_no_helper() -> None:
+    assert not list(crew.hand_out("nowhere", "", [], 2))
+
+
+def test_what_goes_wrong_is_raised_here() -> None:
+    with pytest.raises(UserError, match=r"^word: it is unreadable; write it again$"):
+        answers("unreadable")
+    with pytest.raises(OSError, match="No space left on device") as full:
+        answers("full")
+    assert full.value.errno == 28
+    with pytest.raises(ShoalError, match="a process of a_helper ended with code -9"):
+        answers("torn")
+    assert not psutil.Process(os.getpid()).children()
+
+
+def test_none_is_left_where_the_asker_stops_early() -> None:
+    asked = crew.hand_out("a_helper", "word", range(7), 2, MARK="here")
+    next(asked)
+    assert len(psutil.Process(os.getpid()).children()) == 2
+    asked.close()
+    assert not psutil.Process(os.getpid()).children()

@@ -204,4 +204,5 @@ def _downloaded(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=[*FILES, "config.json"]))
     except (OSError, ValueError, HFValidationError) as error:
         found = f"no such folder, and not found on the hub ({' '.join(str(error).split())[:160]})"
-        raise UserError(f"--tokenizer {name}", found, "name a folder, a hub name, or train") from error
+        change = "name a folder, a hub name, or train (HF_HUB_OFFLINE=1 asks no network)"
+        raise UserError(f"--tokenizer {name}", found, change) from error

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
 from shoal.errors import UserError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from shoal.config import ModelConfig
 
 FROM_CONFIG = "from_config"
+SLIP = 0.8  # difflib's ratio from which a name was meant to be a preset's: llama-tyni, not distilgpt2
 
 
 def load(
@@ -34,6 +36,7 @@ def load(
     a folder or hub name brings its weights. Raises UserError where nothing fits the name, the overrides, the
     vocabulary or the window of `sequence_length` tokens.
     """
+    check_name(model.name)
     overrides = dict(model.overrides)
     at_random = bool(overrides.pop(FROM_CONFIG, False))
     if model.name in PRESETS:
@@ -50,6 +53,23 @@ def load(
     _check_vocabulary(model.name, loaded, vocab_size)
     attention.use_fastest(loaded)
     return loaded.train()
+
+
+def check_name(name: str) -> None:
+    """Refuse a `--model` that no hub need be asked for: a slip of a preset's name, or no possible name.
+
+    An unreachable hub costs half a minute of retries.
+    """
+    if name in PRESETS or Path(name).is_dir():
+        return
+    meant = difflib.get_close_matches(name.lower(), PRESETS, n=1, cutoff=SLIP)
+    if meant and "/" not in name:
+        raise UserError(f"--model {name}", "no preset and no model folder", f"did you mean {meant[0]}")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        found = "no preset, no model folder, and no name that the hub could hold"
+        raise UserError(f"--model {name}", found, f"presets are {', '.join(PRESETS)}") from error
 
 
 def load_trained(name: str) -> transformers.PreTrainedModel:
@@ -101,7 +121,7 @@ def _stored_config(name: str, overrides: dict[str, Any]) -> transformers.PreTrai
     except (OSError, ValueError) as error:
         close = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"did you mean {close[0]}" if close else f"presets are {', '.join(PRESETS)}"
-        found = "no preset, no model folder, and the hub does not give it"
+        found = "no preset, no model folder, and the hub does not give it (HF_HUB_OFFLINE=1 asks no network)"
         raise UserError(f"--model {name}", found, hint) from error
     _check_names(name, stored, overrides)
     try:

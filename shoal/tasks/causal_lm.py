@@ -16,7 +16,7 @@ from shoal.data.shards import Split, TokenStream
 from shoal.models.export import export
 from shoal.models.heads import has_plain_head
 from shoal.models.isolation import check_isolation, packed_inputs
-from shoal.models.loading import load
+from shoal.models.loading import check_name, load
 from shoal.models.loss import IGNORED, summed_cross_entropy
 from shoal.models.presets import PRESETS
 
@@ -31,6 +31,7 @@ class CausalLM:
     @staticmethod
     def prepare(config: RunConfig) -> Path:
         """Documents to token shards in the cache, with the model's own tokenizer where it has one."""
+        check_name(config.model.name)
         chosen = config.data.tokenizer
         if chosen == "auto":
             chosen = "train" if config.model.name in PRESETS else config.model.name

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from shoal.config.record import ModelConfig
 from shoal.errors import UserError
 from shoal.models.export import export
-from shoal.models.loading import load
+from shoal.models.loading import check_name, load
 from shoal.models.presets import PRESETS
 
 Named = Callable[..., ModelConfig]
@@ -100,6 +100,30 @@ def test_bad_input_in_one_line(
     with pytest.raises(UserError, match=says) as refused:
         load(named(name, **overrides), len(words), sequence_length, words)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("lama-tiny", "did you mean llama-tiny"),
+        ("GPT-2", "did you mean gpt2"),
+        ("a/b/c", "no name that the hub could hold; presets are llama-tiny"),
+        ("./nowhere", "no name that the hub could hold"),
+    ],
+)
+def test_what_the_hub_cannot_hold_is_not_asked_for(
+    name: str, says: str, words: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(UserError, match=says):
+        load(ModelConfig(name=name), len(words), 16, words)
+
+
+@pytest.mark.parametrize(
+    "name", ["distilgpt2", "gpt2-medium", "bert-base-uncased", "t5-small", "x/llama-tiny"]
+)
+def test_what_the_hub_may_hold_is_asked_for(name: str) -> None:
+    check_name(name)
 
 
 def test_a_folder_without_config(tmp_path: Path, named: Named, words: Any, folder: Path) -> None:

@@ -67,6 +67,7 @@ class Workers:
         self.errors = errors
         self.interrupted = False
         self.signals = 0
+        self.stuck: set[int] = set()  # workers that did not notice that another failed, and were killed here
         job = {"verb": verb, "config": resolved.config.model_dump(), "origins": resolved.origins}
         with socket.create_server(("127.0.0.1", 0)) as listener:
             env = self._environment(count, listener, json.dumps(job))
@@ -78,8 +79,7 @@ class Workers:
             number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM)
         }
         try:
-            while any(p.poll() is None for p in self.processes):
-                codes = [p.returncode for p in self.processes]
+            while None in (codes := [p.poll() for p in self.processes]):
                 if any(code not in (None, DONE, PREEMPTED) for code in codes):
                     refused = BAD_INPUT in codes  # before any work: nobody has anything to save
                     self._end_all(grace=0 if refused else GRACE)
@@ -120,7 +120,7 @@ class Workers:
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         """Ask the workers to save and leave; asked a second time, kill them."""
         self.signals += 1
-        self.interrupted = self.interrupted or number == signal.SIGINT
+        self.interrupted = self.interrupted or number == signal.SIGINT or self.signals > 1
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM if self.signals == 1 else signal.SIGKILL)
@@ -132,6 +132,7 @@ class Workers:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
+                self.stuck.add(process.pid)
                 process.kill()
                 process.wait()
 
@@ -144,18 +145,22 @@ class Workers:
         if self.interrupted:
             _say(records, "interrupted")
             return INTERRUPTED
-        if PREEMPTED in codes and all(code in (DONE, PREEMPTED) for code in codes):
-            _say(records, "stopped")
+        own = {rank: p.returncode for rank, p in enumerate(self.processes) if p.pid not in self.stuck}
+        if all(code in (DONE, PREEMPTED, -signal.SIGTERM) for code in own.values()):
+            _say(records, "stopped before the first step: there was nothing to save yet")
             return PREEMPTED
-        killed = [(rank, -code) for rank, code in enumerate(codes) if code < 0]
-        refused = [r for r in records if not r["traceback"]]
-        if killed and not refused:
-            rank, number = killed[0]
+        failed = [r for r in records if r["exit_code"] != PREEMPTED]  # the others leave while rank 0 saves
+        refused = [r for r in failed if not r["traceback"]]
+        silent = [rank for rank, code in own.items() if code < 0]
+        if silent and not refused:
             raise ShoalError(
-                f"worker {rank} was killed by {signal.Signals(number).name}; if the machine ran out of memory lower "
-                f"--per-device-train-batch-size; go on with --resume-from-checkpoint latest"
+                f"worker {silent[0]} was killed by {signal.Signals(-codes[silent[0]]).name}; if the machine ran out "
+                f"of memory lower --per-device-train-batch-size; go on with --resume-from-checkpoint latest"
             )
-        return self._tell(min(refused or records, key=lambda r: r["time"]))
+        if not failed:
+            rank, code = next((rank, code) for rank, code in own.items() if code not in (DONE, PREEMPTED))
+            raise ShoalError(f"worker {rank} ended with exit code {code} and left no message")
+        return self._tell(min(refused or failed, key=lambda r: r["time"]))
 
     def _tell(self, root: dict[str, Any]) -> int:
         """Print the root cause, its traceback first where it is no refusal, and keep a copy in the run's folder."""

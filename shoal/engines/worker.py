@@ -14,22 +14,21 @@ from pathlib import Path
 from types import FrameType
 
 from shoal.config import Resolved, RunConfig
-from shoal.errors import DONE, FAILED, Preempted, ShoalError, choose
+from shoal.errors import DONE, FAILED, ShoalError, choose
 
 JOB = "SHOAL_JOB"  # the verb and the configuration, as JSON
 ERRORS = "SHOAL_ERRORS"  # the folder in which a worker leaves its error for the launcher
 
 
 class Stop:
-    """SIGTERM: before training it ends the worker at once; after `hold` it only sets a flag for the loop."""
+    """SIGTERM: before training it ends the worker at once, in whatever call; after `hold` it only sets a flag."""
 
     def __init__(self) -> None:
-        self.asked = self.held = False
-        signal.signal(signal.SIGTERM, self._receive)
+        self.asked = False
 
     def hold(self) -> None:
         """From now on there is something to save."""
-        self.held = True
+        signal.signal(signal.SIGTERM, self._receive)
 
     def __call__(self) -> bool:
         """Whether the run was asked to stop."""
@@ -37,8 +36,6 @@ class Stop:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
-        if not self.held:
-            raise Preempted("stopped before the first step: there was nothing to save yet")
 
 
 def work(verb: str, resolved: Resolved) -> None:

@@ -6,6 +6,8 @@ is there at once, where Python would need seconds to import torch. Other tests s
 
 import atexit
 import ctypes
+import errno
+import json
 import math
 import os
 import signal
@@ -20,8 +22,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from laws.pool import PR_SET_PDEATHSIG
+from laws.strategies import STRATEGIES
+from safetensors.numpy import load_file
 
 MODEL = [
     "--model.hidden-size", "16", "--model.num-hidden-layers", "1", "--model.num-attention-heads", "2",
@@ -32,15 +37,17 @@ BATCH = ["--global-batch-size", "8", "--per-device-train-batch-size", "2", "--le
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to rank `rank` when it comes to `phase` of step `step` (from 0)."""
+    """What happens to rank `rank` when it comes to `phase` of step `step` (from 0; -1 for what is before)."""
 
-    kind: str  # "kill", "raise", "nan", "sigterm"
+    kind: str  # one of KINDS
     rank: int
     step: int
     phase: str  # one of PHASES
+    steps: int = 1  # NaN: in so many steps in a row
 
 
-PHASES = ("forward", "backward", "exchange", "update", "observe", "save")
+KINDS = ("kill", "raise", "sigterm", "full disk", "nan")  # NaN comes in the backward pass
+PHASES = ("join", "forward", "backward", "exchange", "update", "observe", "save", "evaluate", "export")
 
 
 def shoal(words: list[str], fault: Fault | None = None) -> None:
@@ -51,6 +58,7 @@ def shoal(words: list[str], fault: Fault | None = None) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, 0)  # it is on its own, as under a shell
     started = lambda *args, **kwargs: Forked(*args, fault=fault, **kwargs)  # noqa: E731
     local.subprocess = SimpleNamespace(Popen=started, TimeoutExpired=subprocess.TimeoutExpired)
+    local.GRACE = 3.0
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(cli.main(words))
 
@@ -127,64 +135,61 @@ def _work(env: dict[str, str], pass_fds: tuple[int, ...], fault: Fault | None) -
 
 def insert(fault: Fault) -> None:
     """Have this process meet `fault`."""
-    from shoal import checkpoint
+    from shoal import checkpoint, mesh
     from shoal.observe.observer import Observer
     from shoal.replica import Replica
-    from shoal.sync import SYNCS, allreduce
+    from shoal.run import Run
+    from shoal.sync import allreduce
+    from shoal.tasks.causal_lm import CausalLM
 
-    now = SimpleNamespace(step=-1, done=False)
+    assert fault.kind in KINDS
+    assert fault.phase in PHASES
+    at = SimpleNamespace(step=-1, struck=False)
 
-    def strike(replica: Any = None, step: int | None = None) -> None:
-        if (now.step if step is None else step) != fault.step or now.done:
+    def meet(phase: str, step: int | None = None) -> None:
+        if phase != fault.phase or fault.step != (at.step if step is None else step) or at.struck:
             return
-        now.done = True
-        if fault.kind == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif fault.kind == "sigterm":
-            os.kill(os.getpid(), signal.SIGTERM)
-        elif fault.kind == "raise":
-            raise RuntimeError(f"the fault of {fault}")
-        elif fault.kind == "nan":
-            replica.buckets.all[-1].flat[0] = float("nan")
+        at.struck = True
+        if fault.kind == "raise":
+            raise RuntimeError(f"the fault in {phase}")
+        if fault.kind == "full disk":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        os.kill(os.getpid(), signal.SIGKILL if fault.kind == "kill" else signal.SIGTERM)
 
     def before(owner: Any, name: str, then: Callable[..., None]) -> None:
         original = getattr(owner, name)
 
-        def struck(*args: Any, **kwargs: Any) -> Any:
+        def both(*args: Any, **kwargs: Any) -> Any:
             then(*args, **kwargs)
             return original(*args, **kwargs)
 
-        setattr(owner, name, struck)
+        setattr(owner, name, both)
 
-    def begin(replica: Replica, batch: Any) -> None:
-        now.step = batch.step
-        if fault.phase == "forward":
-            strike(replica)
-        if fault.phase == "backward":
-            model = replica.model
-            handles = [p.register_hook(lambda grad: strike_in_backward(replica, grad)) for p in model.parameters()]
-            now.handles = handles
+    def forward(replica: Replica, batch: Any) -> None:
+        first = at.step < 0
+        at.step = batch.step
+        if first:
+            for p in replica.model.parameters():
+                p.register_hook(backward)
+        meet("forward")
 
-    def strike_in_backward(replica: Replica, grad: torch.Tensor) -> torch.Tensor:
-        if fault.kind == "nan" and now.step == fault.step:
-            return grad * float("nan")
-        strike(replica)
+    def backward(grad: torch.Tensor) -> torch.Tensor:
+        if fault.kind == "nan":
+            return grad * float("nan") if 0 <= at.step - fault.step < fault.steps else grad
+        meet("backward")
         return grad
 
-    def at(phase: str) -> Callable[..., None]:
-        return lambda *args, **kwargs: strike() if fault.phase == phase else None
-
-    def save(folder: Path, *args: Any) -> None:  # in a thread, while the loop is at a later step
-        if fault.phase == "save":
-            strike(step=int(folder.name.removeprefix("checkpoint-")) - 1)
-
-    before(Replica, "gradients", begin)
-    before(allreduce.AllReduce, "step", at("exchange"))
-    before(Replica, "update", at("update"))
-    before(Observer, "step", at("observe"))
-    before(checkpoint, "write", save)
-    assert fault.phase in PHASES
-    assert SYNCS
+    before(mesh, "_store", lambda *args: meet("join"))
+    before(Replica, "gradients", forward)
+    before(allreduce.AllReduce, "step", lambda *args: meet("exchange"))
+    before(Replica, "update", lambda *args: meet("update"))
+    before(Observer, "step", lambda *args: meet("observe"))
+    before(Run, "evaluate", lambda *args: meet("evaluate"))
+    before(CausalLM, "export", lambda *args: meet("export"))
+    before(
+        checkpoint, "write",  # in a thread, while the loop is at a later step
+        lambda folder, *args: meet("save", int(folder.name.removeprefix("checkpoint-")) - 1),
+    )  # fmt: skip
 
 
 def workers_of(launcher: int) -> list[int]:
@@ -206,3 +211,45 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether the process has a handler for the signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (mask,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+def flags(strategy: str) -> list[str]:
+    """The flags that ask for a strategy of the table."""
+    return [f"--{key}={value}" for key, value in STRATEGIES[strategy].settings.items()]
+
+
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    """What `metrics.jsonl` says of each step."""
+    lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
+    return [record for record in map(json.loads, lines) if "train/loss" in record]
+
+
+def losses_of(run: Path) -> list[float]:
+    """The loss of each step, as written."""
+    return [record["train/loss"] for record in steps_of(run)]
+
+
+def weights_of(run: Path) -> dict[str, np.ndarray]:
+    """The exported model."""
+    return load_file(run / "final" / "model.safetensors")
+
+
+def ledger_of(run: Path) -> dict[int, list[int]]:
+    """The samples of each step in the order of its micro-batches, by the last attempt at it; read on its own."""
+    lines: dict[int, list[dict[str, Any]]] = {}
+    for file in (run / "ledger").glob("rank-*.jsonl"):
+        for line in map(json.loads, file.read_text().splitlines()):
+            lines.setdefault(line["step"], []).append(line)
+    last = {step: max(line["attempt"] for line in found) for step, found in lines.items()}
+    kept = {step: [e for e in lines[step] if e["attempt"] == last[step]] for step in sorted(lines)}
+    return {
+        step: [sample for line in sorted(found, key=lambda e: e["first"]) for sample in line["samples"]]
+        for step, found in kept.items()
+    }

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-HANG = 120.0  # seconds after which a world that has not ended counts as hung
+HANG = 60.0  # seconds after which a world that has not ended counts as hung
 TESTS = Path(__file__).parents[1]
 PR_SET_PDEATHSIG = 1
 
@@ -105,7 +105,11 @@ class Pool:
     def world(self, ranks: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """What `function(mesh, ...)` returned on each rank. Fails where one raised or died."""
         outcomes = self.wait(self.start(function, *args, ranks=ranks, **kwargs))
-        bad = [f"rank {r} of {ranks}: exit {o.code}\n{o.trace}{o.output}" for r, o in enumerate(outcomes) if o.code]
+        bad = [
+            f"rank {r} of {ranks}: exit {o.code}\n{o.trace}{o.output}"
+            for r, o in enumerate(outcomes)
+            if o.code
+        ]
         assert not bad, "\n".join(bad)
         return [outcome.value for outcome in outcomes]
 
@@ -125,7 +129,7 @@ def serve(link_fd: int) -> None:
     import shoal.engines.local
     import shoal.engines.worker
     import shoal.job
-    import shoal.tasks  # noqa: F401
+    import shoal.tasks
 
     torch.set_num_threads(1)
     shoal.config.load_config(None, [], {})  # builds pydantic's validators

@@ -1,4 +1,4 @@
-"""A small task with every difficulty: rows of mixed length, some without a label, and models that are hard to reduce."""
+"""A small task with every difficulty: rows of mixed length, some without a label; models that are hard to reduce."""
 
 from dataclasses import dataclass
 from pathlib import Path

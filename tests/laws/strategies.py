@@ -20,7 +20,9 @@ class Strategy:
 
 STRATEGIES = {
     "allreduce": Strategy({"strategy": "allreduce"}, {1, 2, 3, 4, 5, 7, 9, 10}),
-    "allreduce-exact": Strategy({"strategy": "allreduce", "exact": True}, {1, 2, 3, 4, 5, 7, 9, 10}, exact=True),
+    "allreduce-exact": Strategy(
+        {"strategy": "allreduce", "exact": True}, {1, 2, 3, 4, 5, 7, 9, 10}, exact=True
+    ),
 }
 
 

@@ -10,6 +10,7 @@ from laws.rows import RowsTask
 from laws.strategies import each_that_keeps
 from laws.worlds import first_difference, follow
 
+
 @pytest.mark.parametrize("kind", ["plain", "tied", "sometimes", "frozen"])
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
 @each_that_keeps(1)

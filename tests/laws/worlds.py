@@ -13,11 +13,11 @@ from laws.strategies import STRATEGIES
 
 from shoal.config import load_config
 from shoal.errors import Preempted
+from shoal.loop import train
 from shoal.mesh import Mesh
 from shoal.observe.console import Screen
 from shoal.run import Run, assemble
 from shoal.tasks import TASKS
-from shoal.loop import train
 
 Arrays = dict[str, np.ndarray]
 
@@ -35,7 +35,13 @@ class Record:
 def run_of(mesh: Mesh, strategy: str, task: RowsTask, **settings: Any) -> Run:
     """A run on this rank as `shoal train` puts it together, with another task."""
     TASKS["rows"] = task
-    given = {"task": "rows", "output_dir": "unused", "save_steps": 0, **STRATEGIES[strategy].settings, **settings}
+    given = {
+        "task": "rows",
+        "output_dir": "unused",
+        "save_steps": 0,
+        **STRATEGIES[strategy].settings,
+        **settings,
+    }
     return assemble(load_config(None, [], {}, **given).config, mesh, Path("rows"), Screen(speaks=False))
 
 
@@ -53,7 +59,9 @@ def gradient(run: Run, step: int = 0) -> tuple[Arrays, float]:
     return grads, run.wire.sum(losses).sum().item() / batch.labels
 
 
-def gradients(mesh: Mesh, strategy: str, task: RowsTask, cases: list[dict[str, Any]]) -> list[tuple[Arrays, float]]:
+def gradients(
+    mesh: Mesh, strategy: str, task: RowsTask, cases: list[dict[str, Any]]
+) -> list[tuple[Arrays, float]]:
     """The gradient of step 0 under each of several settings, never clipped."""
     return [gradient(run_of(mesh, strategy, task, max_grad_norm=0.0, **case)) for case in cases]
 

@@ -1,6 +1,8 @@
 """Every number is answered once, by whichever helper; what goes wrong in one is raised here, and none is left."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -10,7 +12,7 @@ from shoal import crew
 from shoal.errors import ShoalError, UserError
 
 HELPER = """
-import os, signal
+import os, signal, sys, time
 from shoal import crew
 from shoal.errors import UserError
 
@@ -24,6 +26,9 @@ def begin(word):
         if word == "torn" and number == 2:
             os.write(1, b'{"answer": [')
             os.kill(os.getpid(), signal.SIGKILL)
+        if word == "slow":
+            print("at work", file=sys.stderr, flush=True)
+            time.sleep(60)
         return [word, number, os.environ["MARK"]]
 
     return work
@@ -69,3 +74,19 @@ def test_none_is_left_where_the_asker_stops_early() -> None:
     assert len(psutil.Process(os.getpid()).children()) == 2
     asked.close()
     assert not psutil.Process(os.getpid()).children()
+
+
+def test_no_helper_outlives_a_killed_parent(tmp_path: Path) -> None:
+    program = f"import sys; sys.path[:0] = [{str(crew.PACKAGE_ROOT)!r}, {str(tmp_path)!r}]; from shoal import crew; "
+    program += "list(crew.hand_out('a_helper', 'slow', range(7), 2, MARK='here'))"
+    parent = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE)
+    with parent:
+        assert parent.stderr is not None
+        assert [parent.stderr.readline() for _ in range(2)] == [b"at work\n"] * 2
+        helpers = psutil.Process(parent.pid).children()
+        parent.kill()
+    _, alive = psutil.wait_procs(helpers, timeout=20)
+    for process in alive:
+        process.kill()
+    assert len(helpers) == 2
+    assert not alive

@@ -6,13 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from corpora import Data, documents_of, files_of, some_text
 
@@ -20,8 +17,6 @@ from shoal import crew
 from shoal.data import pool, units
 from shoal.data.prepare import prepare
 from shoal.data.shards import TokenStream, content_hash, held_out
-from shoal.data.sources import Part, Span
-from shoal.data.tokenizer import train_bpe
 from shoal.errors import ShoalError, UserError
 
 
@@ -192,35 +187,6 @@ def test_a_process_of_the_pool_that_dies_is_an_error_not_a_hang(
     job = units.Job([[], []], "text", "", [], [], "uint16")
     with pytest.raises(ShoalError, match="ended with code 3"):
         list(pool.tokenize(job, tmp_path, [0, 1], 2))
-
-
-@pytest.mark.usefixtures("many_units")
-def test_no_process_of_the_pool_outlives_a_killed_parent(corpus: Path, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "never.txt")  # a file whose end does not come
-    parts = [Part(str(tmp_path / "never.txt"), "text", 1, "")] * 2
-    bpe = tmp_path / "bpe"
-    train_bpe(["text"], 300, bpe)
-    job = units.Job([[Span(part, 1)] for part in parts], "text", str(bpe), [], [], "uint16")
-    job.save(tmp_path / "job.json")
-    program = "import sys; from pathlib import Path; from shoal.data import pool, units; "
-    program += "at = Path(sys.argv[1]); list(pool.tokenize(units.Job.load(at / 'job.json'), at, [0, 1], 2))"
-    parent = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env=with_shoal())
-    children = psutil.Process(parent.pid).children
-    wait_until(lambda: len(children()) == 2 and all(child.num_fds() > 3 for child in children()))
-    orphans = children()
-    parent.kill()
-    parent.wait()
-    _, alive = psutil.wait_procs(orphans, timeout=20)
-    for process in alive:
-        process.kill()
-    assert not alive
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_documents_to_evaluate_on_may_be_named(corpus: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The gradients of one replica in a few flat buffers, each announced as soon as it is complete."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import nn
@@ -9,7 +10,7 @@ from shoal.summation import TreeSum
 
 
 class Bucket:
-    """Gradients that travel together: `flat` [n], of which every parameter's `.grad` is a view.
+    """Gradients that travel together: `flat` [n], of which every parameter's `.grad` becomes a view.
 
     `flat` is padded with zeros to a multiple of `multiple`, so that it cuts into equal parts.
     """
@@ -17,19 +18,26 @@ class Bucket:
     def __init__(self, params: list[nn.Parameter], multiple: int) -> None:
         self.params = params
         numel = sum(p.numel() for p in params)
-        self.flat = torch.zeros(
-            -(-numel // multiple) * multiple, dtype=params[0].dtype, device=params[0].device
-        )
+        padded = -(-numel // multiple) * multiple
+        self.flat = torch.zeros(padded, dtype=params[0].dtype, device=params[0].device)
+        parts = self.flat[:numel].split([p.numel() for p in params])
+        self.views = {p: part.view_as(p) for p, part in zip(params, parts, strict=True)}
         self.tree = TreeSum()  # exact mode: the sums over this rank's micro-batches
         self.missing = 0
 
     def clear(self) -> None:
-        """Set the gradients to zero, as views of the buffer."""
-        self.flat.zero_()
-        start = 0
+        """Forget all gradients: the next ones are copied in, which costs less than to zero and to add."""
         for p in self.params:
-            p.grad = self.flat[start : start + p.numel()].view_as(p)
-            start += p.numel()
+            p.grad = None
+
+    def take(self, p: nn.Parameter) -> None:
+        """Have the gradient of `p`, zero if there is none, in the buffer."""
+        view = self.views[p]
+        if p.grad is None:
+            view.zero_()
+        elif p.grad is not view:
+            view.copy_(p.grad)
+        p.grad = view
 
 
 class Buckets:
@@ -50,7 +58,7 @@ class Buckets:
         self._announced = len(self.all)
         for bucket in self.all:
             for p in bucket.params:
-                p.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._arrived(bucket))
+                p.register_post_accumulate_grad_hook(partial(self._arrived, bucket))
 
     def __iter__(self) -> Iterator[Bucket]:
         return iter(self.all)
@@ -68,9 +76,14 @@ class Buckets:
 
     def end(self) -> None:
         """After that backward pass: finish the buckets that wait for parameters to which no gradient came."""
+        for bucket in self.all:
+            if bucket.missing:
+                for p in bucket.params:
+                    bucket.take(p)
         self._advance(lambda bucket: True)
 
-    def _arrived(self, bucket: Bucket) -> None:
+    def _arrived(self, bucket: Bucket, p: nn.Parameter) -> None:
+        bucket.take(p)
         bucket.missing -= 1
         self._advance(lambda bucket: bucket.missing == 0)
 

@@ -54,9 +54,7 @@ class Wire:
         """The text that rank 0 gave, on every rank. (Torch's own way would unpickle what it receives.)"""
         size = torch.tensor([len(text.encode())])
         self.broadcast(size)
-        content = torch.zeros(int(size), dtype=torch.uint8)
-        if self.rank == 0:
-            content.copy_(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8))
+        content = torch.tensor([*text.encode()] if self.rank == 0 else [0] * int(size), dtype=torch.uint8)
         self.broadcast(content)
         return bytes(content.tolist()).decode()
 

@@ -59,10 +59,9 @@ def main() -> int:
     from shoal.engines.orphans import die_with_parent
 
     die_with_parent()
-    job = json.loads(os.environ[JOB])
-    resolved = Resolved(RunConfig.model_validate(job["config"]), job["origins"])
     try:
-        work(job["verb"], resolved)
+        job = json.loads(os.environ[JOB])
+        work(job["verb"], Resolved(RunConfig.model_validate(job["config"]), job["origins"]))
     except ShoalError as error:
         _leave(str(error), error.exit_code)
         return error.exit_code

@@ -105,6 +105,7 @@ def _summary(run: Run, metrics: dict[str, float], seconds: float, first_token: i
         "tokens_per_second": tokens / seconds,
         "workers": run.mesh.world_size,
         "cpu_seconds_per_worker": usage.ru_utime + usage.ru_stime,
+        "bytes_sent_per_worker": run.wire.bytes_sent,
         "peak_rss_gib_per_worker": peak_rss_gib(),
         "skipped_steps": run.progress.nonfinite_total,
         "parameters": sum(p.numel() for _, p in run.replica.params),
@@ -121,8 +122,14 @@ def _finish_folder(run: Run, summary: dict[str, Any]) -> None:
         run.screen.say(f"***** A sample of generated text *****\n{sample}\n*****")
     run.task.export(run.replica.model, run.folder / "final", summary)
     (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
-    shown = " ".join(f"{name}={value:,.4g}" for name, value in summary.items() if isinstance(value, float))
-    run.screen.say(
-        f"trained {summary['steps']:,} steps, {summary['tokens']:,} tokens in {duration(summary['seconds'])}: {shown}"
-    )
-    run.screen.say(f"the model is in {run.folder / 'final'}; the run in {run.folder}")
+    facts = {
+        "Steps": summary["steps"],
+        "Tokens": summary["tokens"],
+        "Time": f"{duration(summary['seconds'])}, {summary['tokens_per_second']:,.0f} tokens per second",
+        "Processor time": f"{duration(summary['cpu_seconds_per_worker'])} of each worker",
+        "Peak memory": f"{summary['peak_rss_gib_per_worker']:.2f} GiB of each worker",
+        "Sent": f"{summary['bytes_sent_per_worker'] / 1e6:,.1f} MB by each worker",
+        **{name: f"{value:,.5g}" for name, value in summary.items() if name.startswith("eval/")},
+        "Model": str(run.folder / "final"),
+    }
+    run.screen.banner("Finished", facts)

@@ -33,7 +33,7 @@ class Observer:
     def __enter__(self) -> Self:
         self.run.screen.start_bar(self.run.total_steps, self.run.progress.step)
         self.started = self.last = time.perf_counter()
-        self.run.wire.bytes_sent = 0
+        self.sent = self.run.wire.bytes_sent
         return self
 
     def __exit__(
@@ -51,8 +51,8 @@ class Observer:
         if batch.step == self.first_step:
             _check_policy(run)
         now = time.perf_counter()
-        record = _record(run, batch, loss, now - self.last)
-        self.last, replica.seconds, run.wire.bytes_sent = now, Seconds(), 0
+        record = _record(run, batch, loss, now - self.last, run.wire.bytes_sent - self.sent)
+        self.last, self.sent, replica.seconds = now, run.wire.bytes_sent, Seconds()
         self._write(record)
         done = batch.step + 1
         run.screen.advance(done)
@@ -69,8 +69,10 @@ class Observer:
             self._write({"step": self.run.progress.step, "tokens": self.run.progress.tokens, **metrics})
             shown = " ".join(f"{name}: {value:,.5g}" for name, value in metrics.items())
             self.run.screen.say(f"step: {self.run.progress.step} {shown}")
-        self.last = time.perf_counter()  # the next step's time does not hold this
-        self.run.wire.bytes_sent = 0
+        self.last, self.sent = (
+            time.perf_counter(),
+            self.run.wire.bytes_sent,
+        )  # the next step does not pay for this
         return metrics
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -84,7 +86,7 @@ def peak_rss_gib() -> float:
     return peak / GIB * (1 if sys.platform == "darwin" else 1024)
 
 
-def _record(run: Run, batch: Batch, loss: float, seconds: float) -> dict[str, Any]:
+def _record(run: Run, batch: Batch, loss: float, seconds: float, sent: int) -> dict[str, Any]:
     spent = run.replica.seconds
     rate = batch.labels / seconds
     return {
@@ -101,7 +103,7 @@ def _record(run: Run, batch: Batch, loss: float, seconds: float) -> dict[str, An
         "perf/compute_pct": 100 * spent.compute / seconds,
         "perf/comm_pct": 100 * spent.communication / seconds,
         "perf/optimizer_pct": 100 * spent.optimizer / seconds,
-        "perf/comm_bytes": run.wire.bytes_sent,
+        "perf/comm_bytes": sent,
         "perf/micro_batches": run.replica.shares.counts,
         "mem/peak_rss_gib": peak_rss_gib(),
     }

@@ -1,6 +1,6 @@
 """The sample ledger: which rank computed which sample, and the proof that each was used exactly once.
 
-ledger/run.json              the number of samples, and where the data ends
+ledger/run.json              the number of samples and of rows in a step, and where the data ends
 ledger/rank-00000.jsonl      a line a step: attempt, step, first micro-batch, sample ids
 """
 
@@ -21,9 +21,8 @@ class Ledger:
     def __init__(self, folder: Path, rank: int, attempt: int, batches: Batches) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if rank == 0:
-            (folder / "run.json").write_text(
-                json.dumps({"samples": len(batches.samples), "end": batches.end})
-            )
+            facts = {"samples": len(batches.samples), "rows": batches.global_batch_size, "end": batches.end}
+            (folder / "run.json").write_text(json.dumps(facts))
         self.attempt = attempt
         path = folder / f"rank-{rank:05d}.jsonl"
         broken = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
@@ -70,11 +69,16 @@ def audit(run: Path) -> Audit:
     folder = run / "ledger"
     if not (folder / "run.json").exists():
         raise UserError(f"audit {run}", "it holds no ledger", "train with --ledger")
-    samples = json.loads((folder / "run.json").read_text())["samples"]
+    facts = json.loads((folder / "run.json").read_text())
+    samples, rows = facts["samples"], facts["rows"]
     files = sorted(folder.glob("rank-*.jsonl"))
     steps = _final_attempts(files)
     faults = [f"step {s} is missing" for s in range(max(steps, default=-1) + 1) if s not in steps]
-    ids = [i for s in sorted(steps) for _, part in sorted(steps[s]) for i in part]
+    found = {s: [i for _, part in sorted(steps[s]) for i in part] for s in sorted(steps)}
+    faults += [
+        f"step {s}: {len(found[s])} of {rows} rows are recorded" for s in found if len(found[s]) != rows
+    ]
+    ids = [i for s in found for i in found[s]]
     used = np.array([i for i in ids if i != ABSENT], dtype=np.int64)
     for epoch, start in enumerate(range(0, len(used), samples)):
         faults += _epoch_faults(epoch, used[start : start + samples], samples)

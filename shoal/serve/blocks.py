@@ -13,7 +13,7 @@ from typing import Any
 
 from shoal import crew
 from shoal.errors import UserError
-from shoal.serve.generate import GenerateOptions
+from shoal.serve.options import GenerateOptions
 
 JOB = "job.json"
 

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, TextStreamer
 from shoal.data import tokenizer as tokenizers
 from shoal.errors import UserError
 from shoal.models.loading import load_trained
-from shoal.serve.generate import GenerateOptions
+from shoal.serve.options import GenerateOptions
 
 
 class Writer:

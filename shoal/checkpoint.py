@@ -118,21 +118,37 @@ class Checkpoints:
             self._copied.set()
 
     def _rotate(self) -> None:
-        """Delete all but the newest ones, never the best."""
+        """Delete all but the newest ones, never the best; and those of later steps, if the run was walked back."""
+        _sweep(self.folder)
         best = _pointed(self.folder / "best")
-        old = (
-            [path for path in candidates(self.folder) if path.name != best][self.keep :] if self.keep else []
-        )
-        for path in old:
-            doomed = path.with_name(f".{path.name}.old")
-            path.rename(doomed)  # so that a kill in the middle leaves no half checkpoint under its name
-            shutil.rmtree(doomed)
+        reached = [path for path in candidates(self.folder) if _step_of(path) <= self.newest_step]
+        kept = [path for path in reached if path.name != best][: self.keep or None]
+        for path in candidates(self.folder):
+            if path not in kept and (path.name != best or path not in reached):
+                path.rename(
+                    _hidden(path, "old")
+                )  # a kill in the middle leaves no half checkpoint under its name
+        _sweep(self.folder)
 
 
 def write(folder: Path, tensors: Tensors, progress: Progress, config_json: str | None) -> None:
     """Write a whole checkpoint aside and move it into place, each file on disk before the move."""
-    aside = folder.with_name(f".{folder.name}.tmp")
+    aside = _hidden(folder, "tmp")
     shutil.rmtree(aside, ignore_errors=True)
+    try:
+        _fill(aside, tensors, progress, config_json)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if folder.exists():  # of an earlier attempt at this step
+        shutil.rmtree(_hidden(folder, "old"), ignore_errors=True)
+        folder.rename(_hidden(folder, "old"))
+    aside.rename(folder)
+    _sync_to_disk(folder.parent)
+    shutil.rmtree(_hidden(folder, "old"), ignore_errors=True)
+
+
+def _fill(aside: Path, tensors: Tensors, progress: Progress, config_json: str | None) -> None:
     aside.mkdir(parents=True)
     for file, part in tensors.items():
         (aside / file).parent.mkdir(exist_ok=True)
@@ -149,10 +165,6 @@ def write(folder: Path, tensors: Tensors, progress: Progress, config_json: str |
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in (*files, aside / MANIFEST, aside):
         _sync_to_disk(path)
-    if folder.exists():  # of an earlier attempt that was walked back over
-        shutil.rmtree(folder)
-    aside.rename(folder)
-    _sync_to_disk(folder.parent)
 
 
 def verify(folder: Path) -> str | None:
@@ -177,7 +189,29 @@ def verify(folder: Path) -> str | None:
 def candidates(folder: Path) -> list[Path]:
     """All checkpoints in place below a run folder, newest first."""
     steps = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(steps, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
+    return sorted(steps, key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def _hidden(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}.{suffix}")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what saves, killed or done, have left beside the checkpoints."""
+    for path in folder.glob(".checkpoint-*"):
+        shutil.rmtree(path)
+
+
+def _finish_moves(folder: Path) -> None:
+    """Move into place what was whole when a kill came just before the move."""
+    for aside in folder.glob(".checkpoint-*.tmp"):
+        place = folder / aside.name.removeprefix(".").removesuffix(".tmp")
+        if not place.exists() and verify(aside) is None:
+            aside.rename(place)
 
 
 def find(asked: str, folder: Path, say: Callable[[str], None]) -> Path | None:
@@ -195,7 +229,9 @@ def find(asked: str, folder: Path, say: Callable[[str], None]) -> Path | None:
     if asked != "latest" and (named / MANIFEST).exists():
         choices = [named]
     else:
-        choices = candidates(folder if asked == "latest" else named)
+        run = folder if asked == "latest" else named
+        _finish_moves(run)
+        choices = candidates(run)
     for path in choices:
         problem = verify(path)
         if problem is None:

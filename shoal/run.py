@@ -23,7 +23,7 @@ from shoal.replica import Loss, Replica
 from shoal.sync import SYNCS, Sync
 from shoal.tasks import TASKS, Task
 
-BUILTIN_EPOCHS = 0.4
+BUILTIN_EPOCHS = 0.5
 
 
 @dataclass

@@ -88,7 +88,7 @@ class TrainConfig(Section):
     max_steps: Whole = fact(0, "steps to train for; 0 = by epochs", ge=0)
     num_train_epochs: Number | None = fact(
         None,
-        "passes over the data when max_steps is 0; empty = 1, of the built-in corpus 0.4",
+        "passes over the data when max_steps is 0; empty = 1, of the built-in corpus 0.5",
         "epochs",
         gt=0,
     )
@@ -109,7 +109,7 @@ class TrainConfig(Section):
         "accumulate_grad_batches",
         ge=1,
     )
-    learning_rate: Number = fact(1e-3, "the highest rate, reached after warm-up", "lr", ge=0)
+    learning_rate: Number = fact(3e-3, "the highest rate, reached after warm-up", "lr", ge=0)
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = fact(
         "cosine", "how the rate falls after warm-up", "lr_scheduler"
     )

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,6 +63,7 @@ class Checkpoints:
         self.every = every
         self.keep = keep
         self.newest_step = -1  # of those saved by this process
+        self.stalled = 0.0  # seconds that the caller has waited in `save` and `settle`
         self._thread: threading.Thread | None = None
         self._copied = threading.Event()
         self._copied.set()
@@ -79,16 +81,20 @@ class Checkpoints:
         The copy and the writing run in a thread beside the next forward and backward pass, which only read
         parameters, so that the loop does not wait for either.
         """
+        began = time.perf_counter()
         self.finish()
         self.newest_step = progress.step
         self._copied.clear()
         parts = (tensors, Progress(**asdict(progress)), config_json, best)
         self._thread = threading.Thread(target=self._save, args=parts, name="checkpoint")
         self._thread.start()
+        self.stalled += time.perf_counter() - began
 
     def settle(self) -> None:
         """Wait until what is being saved has been copied; call before parameters change."""
+        began = time.perf_counter()
         self._copied.wait()
+        self.stalled += time.perf_counter() - began
         if self._error is not None:
             self.finish()
 

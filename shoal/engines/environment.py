@@ -29,7 +29,7 @@ def placement(environ: Mapping[str, str] = os.environ) -> Placement:
         raise UserError(
             "a worker's environment", found, f"set {RANK[0]} and {WORLD_SIZE[0]}, as torchrun does"
         )
-    if world_size > 1 and "MASTER_PORT" not in environ:
+    if world_size > 1 and not int(environ.get("MASTER_PORT", 0)):
         raise UserError(
             "a worker's environment", "no MASTER_PORT", "set MASTER_ADDR and MASTER_PORT on every rank"
         )

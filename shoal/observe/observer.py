@@ -52,7 +52,8 @@ class Observer:
             _check_policy(run)
         now = time.perf_counter()
         record = _record(run, batch, loss, now - self.last, run.wire.bytes_sent - self.sent)
-        self.last, self.sent, replica.seconds = now, run.wire.bytes_sent, Seconds()
+        self.last, self.sent = now, run.wire.bytes_sent
+        replica.seconds, run.checkpoints.stalled = Seconds(), 0.0
         self._write(record)
         done = batch.step + 1
         run.screen.advance(done)
@@ -103,6 +104,7 @@ def _record(run: Run, batch: Batch, loss: float, seconds: float, sent: int) -> d
         "perf/compute_pct": 100 * spent.compute / seconds,
         "perf/comm_pct": 100 * spent.communication / seconds,
         "perf/optimizer_pct": 100 * spent.optimizer / seconds,
+        "perf/save_stall_pct": 100 * run.checkpoints.stalled / seconds,
         "perf/comm_bytes": sent,
         "perf/micro_batches": run.replica.shares.counts,
         "mem/peak_rss_gib": peak_rss_gib(),

@@ -1,0 +1,229 @@
+"""`shoal` started for real: processes of their own, torchrun, bad input, and what a worker listens on."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from laws.launches import BATCH, is_alive, ledger_of, losses_of, shoal, weights_of, workers_of
+from laws.pool import HANG, Pool
+from laws.worlds import first_difference
+
+from shoal.engines.environment import is_worker, placement
+from shoal.errors import BAD_INPUT, DONE, PREEMPTED, UserError
+
+COMMON = [*BATCH, "--save-steps", "5", "--ledger"]
+RESUME = ["--resume-from-checkpoint", "latest"]
+
+
+def start(*command: str) -> subprocess.Popen[str]:
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", *command], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """The exit code and everything that was printed."""
+    output, _ = process.communicate(timeout=2 * HANG)
+    return process.returncode, output
+
+
+def wait_for_steps(process: subprocess.Popen[str], run: Path, steps: int) -> None:
+    deadline = time.monotonic() + 2 * HANG
+    while len(losses_of(run)) < steps:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_run_killed_at_a_random_step_goes_on_with_other_workers(data: list[str], tmp_path: Path) -> None:
+    words = ["shoal", "train", *data, *COMMON, "--exact", "--output-dir", str(tmp_path), "--max-steps"]
+    killed = start(*words, "100000", "--nproc-per-node", "2", "--lr-scheduler-type", "constant")
+    wait_for_steps(killed, tmp_path, random.randrange(6, 40))
+    workers = workers_of(killed.pid)
+    assert len(workers) == 2
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    deadline = time.monotonic() + HANG
+    while any(map(is_alive, workers)):
+        assert time.monotonic() < deadline, "an orphan is left"
+        time.sleep(0.02)
+    before = losses_of(tmp_path)
+    steps = str(len(before) + 5)
+    code, output = end(
+        start(*words, steps, "--nproc-per-node", "1", "--lr-scheduler-type", "constant", *RESUME)
+    )
+    assert code == DONE, output
+    assert "resumed from" in output
+    assert losses_of(tmp_path)[: len(before)] == before
+    assert list(ledger_of(tmp_path)) == list(range(int(steps)))
+    code, output = end(start("shoal", "audit", str(tmp_path)))
+    assert code == DONE, output
+    assert "exactly once" in output
+
+
+def test_torchrun_starts_the_same_run(pool: Pool, data: list[str], tmp_path: Path) -> None:
+    words = ["train", *data, *BATCH, "--max-steps", "4", "--output-dir"]
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    code, output = end(start(*torchrun, "shoal", *words, str(tmp_path / "torchrun")))
+    assert code == DONE, output
+    ours = pool.alone(shoal, [*words, str(tmp_path / "ours"), "--nproc-per-node", "2"])
+    assert ours.code == DONE, ours.output
+    assert losses_of(tmp_path / "torchrun") == losses_of(tmp_path / "ours")
+    assert first_difference([weights_of(tmp_path / "torchrun")], [weights_of(tmp_path / "ours")]) is None
+
+
+def test_a_stop_before_python_is_up_is_a_stop(data: list[str], tmp_path: Path) -> None:
+    started = start("shoal", "train", *data, *COMMON, "--nproc-per-node", "2", "--output-dir", str(tmp_path))
+    deadline = time.monotonic() + HANG
+    while len(workers := workers_of(started.pid)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.3)  # the launcher listens; the workers import torch
+    started.send_signal(signal.SIGTERM)
+    code, output = end(started)
+    assert code == PREEMPTED, output
+    assert not any(map(is_alive, workers))
+    assert "Traceback" not in output
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(pool: Pool, data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    assert (
+        pool.alone(shoal, ["train", *data, *BATCH, "--max-steps", "2", "--output-dir", str(run)]).code == DONE
+    )
+    return run
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--output-dir", "{finished}"], "it holds a finished run"),
+        (["--nproc-per-node", "0"], "--nproc-per-node 0"),
+        (["--nproc-per-node", "5"], "fewer than workers"),
+        (["--global-batch-size", "9"], "9 / 2 = 4.5"),
+        (
+            ["--gradient-accumulation-steps", "3", "--nproc-per-node", "2"],
+            "2 per device * 3 accumulation * 2",
+        ),
+        (["--resume-from-checkpoint", "{finished}/nowhere"], "there is no such folder"),
+        (["--balance", "3,2", "--nproc-per-node", "2"], "2 workers share 4 micro-batches"),
+        (["--model", "{finished}"], "{finished}: no tokenizer could be loaded"),
+        (["--model", "gpt2-tiny", "--model.n_positions", "8"], "takes at most 8 positions"),
+        (["--data", "{finished}/nothing.txt"], "nothing.txt"),
+        (["--seed", "often"], "--seed"),
+    ],
+)
+def test_bad_input_is_one_line_and_changes_nothing(
+    pool: Pool, data: list[str], tmp_path: Path, finished: Path, words: list[str], said: str
+) -> None:
+    given = ["train", *data, *BATCH, "--max-steps", "2", "--output-dir", str(tmp_path / "new")]
+    if "n_positions" in str(words):
+        given = given[:1] + given[1:5] + given[given.index("--vocab-size") :]
+    before = files_of(finished)
+    refused = pool.alone(shoal, [*given, *(word.format(finished=finished) for word in words)])
+    assert refused.code == BAD_INPUT, refused.output
+    *before_it, line = refused.output.splitlines()
+    assert before_it in ([], ["waiting for another process that prepares the same data"])
+    assert line.startswith("shoal: error: ")
+    assert said.format(finished=finished) in line
+    assert files_of(finished) == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_is_replaced_only_if_asked_and_only_once_all_fits(
+    pool: Pool, data: list[str], tmp_path: Path, finished: Path
+) -> None:
+    again = ["train", *data, *BATCH, "--output-dir", str(finished), "--overwrite-output-dir", "--max-steps"]
+    before = files_of(finished)
+    refused = pool.alone(shoal, [*again, "3", "--balance", "3,2", "--nproc-per-node", "2"])
+    assert refused.code == BAD_INPUT
+    assert files_of(finished) == before
+    assert pool.alone(shoal, [*again, "3"]).code == DONE
+    assert len(losses_of(finished)) == 3
+
+
+def listening(pid: int) -> list[str]:
+    """The addresses, as the kernel writes them, on which a process accepts TCP connections."""
+    links = [entry.readlink().name for entry in Path(f"/proc/{pid}/fd").iterdir()]
+    inodes = {link.removeprefix("socket:[").rstrip("]") for link in links if link.startswith("socket:")}
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                found.append(fields[1].rpartition(":")[0])
+    return found
+
+
+def test_workers_listen_on_loopback_alone(pool: Pool, data: list[str], tmp_path: Path) -> None:
+    words = [
+        "train",
+        *data,
+        *COMMON,
+        "--max-steps",
+        "100000",
+        "--output-dir",
+        str(tmp_path),
+        "--nproc-per-node",
+        "2",
+    ]
+    (started,) = pool.start(shoal, words)
+    deadline = time.monotonic() + HANG
+    while not losses_of(tmp_path):
+        assert time.monotonic() < deadline, started.output()
+        time.sleep(0.02)
+    found = [address for pid in workers_of(started.pid) for address in listening(pid)]
+    started.send(signal.SIGTERM)
+    assert started.wait().code == PREEMPTED
+    loopback = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+    assert len(found) >= 2
+    assert set(found) <= loopback
+
+
+@pytest.mark.parametrize(
+    ("environ", "rank", "world_size", "local_rank"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_PORT": "1"}, 1, 4, 1),
+        ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "3", "MASTER_PORT": "1"}, 2, 3, 0),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "MASTER_PORT": "1"}, 3, 8, 1),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, 0, 1, 0),
+    ],
+)
+def test_who_a_worker_is_follows_from_what_the_engine_set(
+    environ: dict[str, str], rank: int, world_size: int, local_rank: int
+) -> None:
+    assert is_worker(environ)
+    place = placement(environ)
+    assert (place.rank, place.world_size, place.local_rank) == (rank, world_size, local_rank)
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"RANK": "2", "WORLD_SIZE": "2", "MASTER_PORT": "1"},
+        {"RANK": "-1", "WORLD_SIZE": "2", "MASTER_PORT": "1"},
+        {"RANK": "0"},
+        {"RANK": "0", "WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "0"},
+    ],
+)
+def test_an_environment_at_odds_with_itself_is_refused(environ: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="a worker's environment"):
+        placement(environ)
+
+
+def test_a_shell_within_a_slurm_job_is_no_worker() -> None:
+    assert not is_worker({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"})
+    assert not is_worker({})

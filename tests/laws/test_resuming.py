@@ -1,0 +1,92 @@
+"""Law 7: interrupted equals uninterrupted: the same bits at the same world size, the same ledger at another."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from laws.launches import BATCH, Fault, flags, ledger_of, losses_of, shoal, weights_of
+from laws.pool import Outcome, Pool
+from laws.rows import RowsTask
+from laws.strategies import STRATEGIES, each_that_keeps
+from laws.worlds import first_difference, follow
+
+from shoal.errors import DONE, FAILED, PREEMPTED
+
+STEPS, STOPPED = 12, 5
+TASK = RowsTask("tied", dropout=0.1)
+KEPT = ("step", "tokens", "nonfinite_total", "best", "data")  # shares follow the speed of the ranks
+
+
+def settings(folder: Path, **more: Any) -> dict[str, Any]:
+    common = {
+        "max_steps": STEPS,
+        "global_batch_size": 12,
+        "per_device_train_batch_size": 2,
+        "bucket_mb": 0.004,
+    }
+    return common | {"output_dir": str(folder), "precision": "32-true", "learning_rate": 0.01} | more
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon", "sgd"])
+@each_that_keeps(7)
+def test_interrupted_equals_uninterrupted(pool: Pool, tmp_path: Path, strategy: str, optim: str) -> None:
+    whole = pool.world(2, follow, strategy, TASK, **settings(tmp_path / "whole", optim=optim))[0]
+    broken = settings(tmp_path / "broken", optim=optim)
+    first = pool.world(2, follow, strategy, TASK, stop_after=STOPPED, **broken)[0]
+    assert first.stopped
+    assert first_difference(whole.tensors[:STOPPED], first.tensors) is None
+    for record in pool.world(2, follow, strategy, TASK, resume_from_checkpoint="latest", **broken):
+        assert first_difference(whole.tensors[STOPPED:], record.tensors) is None
+        assert [record.progress[key] for key in KEPT] == [whole.progress[key] for key in KEPT]
+    assert losses_of(tmp_path / "broken") == whole.losses
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+@each_that_keeps(7)
+def test_interrupted_and_resumed_on_other_ranks(
+    pool: Pool, tmp_path: Path, strategy: str, ranks: int
+) -> None:
+    """In float64 up to rounding; what is exact, in bf16 to the last bit."""
+    exact = STRATEGIES[strategy].exact
+    tolerance, precision = (0.0, "bf16-mixed") if exact else (1e-9, "64-true")
+    whole = pool.world(2, follow, strategy, TASK, **settings(tmp_path / "whole", precision=precision))[0]
+    broken = settings(tmp_path / "broken", precision=precision)
+    pool.world(2, follow, strategy, TASK, stop_after=STOPPED, **broken)
+    resumed = pool.world(ranks, follow, strategy, TASK, resume_from_checkpoint="latest", **broken)[0]
+    assert first_difference(whole.tensors[STOPPED:], resumed.tensors, tolerance) is None
+    np.testing.assert_allclose(losses_of(tmp_path / "broken"), whole.losses, rtol=tolerance)
+
+
+@each_that_keeps(7)
+def test_the_ledger_does_not_depend_on_what_happened(
+    pool: Pool, data: list[str], tmp_path: Path, strategy: str
+) -> None:
+    """Two epochs: at once on one rank; and on three that are killed, on two that are stopped, and on four."""
+
+    def train(run: Path, ranks: int, *more: str, fault: Fault | None = None) -> Outcome:
+        words = ["train", *data, *BATCH, *flags(strategy), "--ledger", "--num-train-epochs", "2"]
+        words += ["--save-steps", "4", "--output-dir", str(run), "--nproc-per-node", str(ranks), *more]
+        return pool.alone(shoal, words, fault)
+
+    resume = ("--resume-from-checkpoint", "latest")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert train(whole, 1).code == DONE
+    steps = len(losses_of(whole))
+    assert steps > 20
+    assert train(broken, 3, fault=Fault("kill", 1, 6, "exchange")).code == FAILED
+    assert train(broken, 2, *resume, fault=Fault("sigterm", 0, 13, "backward")).code == PREEMPTED
+    assert train(broken, 4, *resume).code == DONE
+    assert ledger_of(broken) == ledger_of(whole)
+    np.testing.assert_allclose(
+        losses_of(broken), losses_of(whole), rtol=0 if STRATEGIES[strategy].exact else 0.05
+    )
+    if STRATEGIES[strategy].exact:
+        assert first_difference([weights_of(whole)], [weights_of(broken)]) is None
+
+    audited = pool.alone(shoal, ["audit", str(broken)])
+    assert audited.code == DONE, audited.output
+    assert f"{steps} steps on 4 ranks" in audited.output
+    assert "2 whole epochs" in audited.output
+    (broken / "ledger" / "rank-00001.jsonl").unlink()
+    assert pool.alone(shoal, ["audit", str(broken)]).code == FAILED

@@ -65,7 +65,7 @@ def _agree(run: Run, batch: Batch, losses: Tensor, stopping: bool) -> Tally:
     numbers[-1] = stopping
     run.wire.sum(numbers)
     seconds = numbers[len(losses) : -1].tolist()
-    return Tally(numbers[: len(losses)].sum().item() / batch.labels, seconds, bool(numbers[-1] > 0))
+    return Tally(numbers[: len(losses)].sum().item() / max(1, batch.labels), seconds, bool(numbers[-1] > 0))
 
 
 def _improves(run: Run, metrics: dict[str, float] | None) -> bool:

@@ -1,6 +1,6 @@
-"""A loop of one's own, data-parallel: `python examples/own_loop.py`, or `torchrun --nproc-per-node 2 examples/own_loop.py`.
+"""A loop of one's own, data-parallel: a small network learns the sign of a sum.
 
-A small network learns the sign of a sum. Both commands print the same losses.
+`python examples/own_loop.py` and `torchrun --nproc-per-node 2 examples/own_loop.py` print the same losses.
 """
 
 import torch

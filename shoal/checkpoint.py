@@ -37,6 +37,7 @@ class Progress:
 
     step: int = 0  # steps done
     tokens: int = 0  # labels learnt from
+    seconds: float = 0.0  # spent in steps, all attempts together
     shares: list[int] | None = None  # of the ranks, as last balanced
     nonfinite_steps: int = 0  # in a row
     nonfinite_total: int = 0

@@ -191,17 +191,23 @@ def _of_trained(folder: Path, flags: list[str]) -> "Resolved":
     from shoal.config import ModelConfig, Resolved, load_config
     from shoal.models.presets import PRESETS
 
+    if not folder.is_dir():
+        raise UserError(
+            f"shoal evaluate {folder}", "there is no such folder", "give a run's or a model's folder"
+        )
     recipe = folder / "config.resolved.yaml"
     if not recipe.exists():
         return load_config(None, flags, model=str(folder))
-    run = load_config(recipe, flags)
-    data = run.config.data
-    if data.tokenizer == "auto" and run.config.model.name in PRESETS:
-        data = data.model_copy(
-            update={"tokenizer": "train"}
-        )  # what the run did, so that its data is found again
-    trained = {"model": ModelConfig(name=str(folder / "final")), "data": data}
-    return Resolved(run.config.model_copy(update=trained), run.origins)
+    trained, asked = load_config(recipe).config, load_config(recipe, flags)
+    data, final = asked.config.data, str(folder / "final")
+    if data.tokenizer == "auto":
+        found_again = (
+            data == trained.data and trained.model.name in PRESETS
+        )  # under the key it was trained with
+        data = data.model_copy(update={"tokenizer": "train" if found_again else final})
+    fresh = asked.config.checkpoint.model_copy(update={"resume_from_checkpoint": ""})
+    sections = {"model": ModelConfig(name=final), "data": data, "checkpoint": fresh}
+    return Resolved(asked.config.model_copy(update=sections), asked.origins)
 
 
 def _first_word(words: list[str], what: str) -> tuple[str, list[str]]:

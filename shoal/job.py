@@ -4,7 +4,6 @@ import json
 import platform
 import resource
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,11 +41,9 @@ def train_job(resolved: Resolved, mesh: Mesh, data: Path, stop: Stop) -> None:
     run.wire.barrier()
     screen.banner("Running training", _facts(run))
     stop.hold()
-    began, first_token = time.perf_counter(), run.progress.tokens
     metrics = train(run, stop)
     if mesh.is_first:
-        summary = _summary(run, metrics, time.perf_counter() - began, first_token)
-        _finish_folder(run, summary)
+        _finish_folder(run, resolved, _summary(run, metrics))
 
 
 def evaluate_job(resolved: Resolved, mesh: Mesh, data: Path, stop: Stop) -> None:
@@ -94,15 +91,14 @@ def _facts(run: Run) -> dict[str, Any]:
     }
 
 
-def _summary(run: Run, metrics: dict[str, float], seconds: float, first_token: int) -> dict[str, Any]:
+def _summary(run: Run, metrics: dict[str, float]) -> dict[str, Any]:
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    tokens = run.progress.tokens - first_token
     return {
         "steps": run.progress.step,
         "tokens": run.progress.tokens,
         **metrics,
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
+        "seconds": run.progress.seconds,
+        "tokens_per_second": run.progress.tokens / max(run.progress.seconds, 1e-9),
         "workers": run.mesh.world_size,
         "cpu_seconds_per_worker": usage.ru_utime + usage.ru_stime,
         "bytes_sent_per_worker": run.wire.bytes_sent,
@@ -115,12 +111,14 @@ def _summary(run: Run, metrics: dict[str, float], seconds: float, first_token: i
     }
 
 
-def _finish_folder(run: Run, summary: dict[str, Any]) -> None:
+def _finish_folder(run: Run, resolved: Resolved, summary: dict[str, Any]) -> None:
     """Export, show a sample, and write the summary last: it marks the run as finished."""
     sample = run.task.example(run.replica.model)
     if sample:
         run.screen.say(f"***** A sample of generated text *****\n{sample}\n*****")
-    run.task.export(run.replica.model, run.folder / "final", summary)
+    chosen = {key: origin for key, origin in resolved.origins.items() if origin != "default"}
+    settings = {key: _setting(resolved, key) for key in ("model.name", "data.path", *chosen)}
+    run.task.export(run.replica.model, run.folder / "final", {**summary, "Settings": settings})
     (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
     facts = {
         "Steps": summary["steps"],
@@ -133,3 +131,8 @@ def _finish_folder(run: Run, summary: dict[str, Any]) -> None:
         "Model": str(run.folder / "final"),
     }
     run.screen.banner("Finished", facts)
+
+
+def _setting(resolved: Resolved, key: str) -> Any:
+    section, field = key.split(".", 1)
+    return getattr(getattr(resolved.config, section), field)

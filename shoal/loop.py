@@ -41,9 +41,11 @@ def train(run: Run, stop: Stop) -> dict[str, float]:
                 raise _preempted(run)
         run.save()
         metrics = observer.evaluate(stop)
-        run.checkpoints.finish()
         if metrics is None:
             raise _preempted(run)
+        if _improves(run, metrics):
+            run.save(best=True)
+        run.checkpoints.finish()
         return metrics
 
 
@@ -69,7 +71,7 @@ def _agree(run: Run, batch: Batch, losses: Tensor, stopping: bool) -> Tally:
 
 
 def _improves(run: Run, metrics: dict[str, float] | None) -> bool:
-    if metrics is None or not metrics["eval/loss"] < (run.progress.best or float("inf")):
+    if not metrics or not metrics["eval/loss"] < (run.progress.best or float("inf")):
         return False
     run.progress.best = metrics["eval/loss"]
     return True

@@ -101,6 +101,7 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
     """
     torch.set_num_threads(config.train.threads)
     wire = Wire(mesh.group)
+    _check_same_data(wire, data)
     task = choose("--task", config.train.task, TASKS)(config, data)
     policy = precision.resolve(config.train.precision, mesh.device)
     batches, total_steps, micro_batches = _batches(config, task, mesh.world_size)
@@ -164,6 +165,16 @@ def _batches(config: RunConfig, task: Task, world_size: int) -> tuple[Batches, i
         epochs=None if by_steps else _epochs(config),
     )
     return batches, config.train.max_steps or batches.steps or 0, batch.micro_batches
+
+
+def _check_same_data(wire: Wire, data: Path) -> None:
+    """The folder's name is the hash of what is in it."""
+    first = wire.share_text(data.name)
+    if data.name != first:
+        found = f"rank {wire.rank} prepared {data.name}, rank 0 {first}"
+        raise UserError(
+            "--data", found, "give every machine the same files (and the same Python for builtin)"
+        )
 
 
 def _compiled(loss: Loss) -> Loss:

@@ -10,6 +10,7 @@ from shoal.config.values import (
     Optimizer,
     Precision,
     Shares,
+    Trackers,
     Warmup,
     Whole,
     Workers,
@@ -63,7 +64,9 @@ class DataConfig(Section):
 
     primary: ClassVar[str] = "path"
 
-    path: Names = fact(["builtin"], "files, folders, globs, URLs, hf:NAME, or builtin", "train_file")
+    path: Names = fact(
+        ["builtin"], "files, folders, globs, URLs, hf:NAME, or builtin", "train_file", min_length=1
+    )
     text_field: str = fact("text", "the field or column that holds the text", "text_column")
     tokenizer: str = fact(
         "auto", "a folder or hub name; auto = the model's own, else train a BPE", "tokenizer_name"
@@ -176,7 +179,7 @@ class LogConfig(Section):
     """What is told while the run goes on."""
 
     logging_steps: Whole = fact(10, "print every so many steps", ge=1)
-    report_to: Names = fact([], "trackers that also get the metrics: tensorboard")
+    report_to: Trackers = fact([], "trackers that also get the metrics: tensorboard")
     ledger: bool = fact(False, "record which rank computed which sample, for `shoal audit`")
 
 

@@ -49,6 +49,13 @@ def names(given: Any) -> Any:
     return [] if parts == ["none"] else [part for part in parts if part]
 
 
+def _trackers(given: list[str]) -> list[str]:
+    unknown = [name for name in given if name != "tensorboard"]
+    if unknown:
+        raise ValueError("should be tensorboard or none")
+    return given
+
+
 def guess(given: Any) -> Any:
     """Text without a declared type (a model dimension): a number or a truth value if it reads as one."""
     if not isinstance(given, str):
@@ -107,6 +114,7 @@ Number = Annotated[float, BeforeValidator(number, json_schema_input_type=float |
 Whole = Annotated[int, BeforeValidator(whole_number, json_schema_input_type=int | str)]
 Warmup = Annotated[Number, AfterValidator(_warmup)]
 Names = Annotated[list[str], BeforeValidator(names, json_schema_input_type=list[str] | str)]
+Trackers = Annotated[list[str], BeforeValidator(names), AfterValidator(_trackers)]
 Optimizer = Annotated[Literal["adamw", "muon", "sgd"], BeforeValidator(_optimizer)]
 Precision = Annotated[Literal["auto", "bf16-mixed", "32-true", "64-true"], BeforeValidator(_precision)]
 Shares = Annotated[str, BeforeValidator(_shares)]

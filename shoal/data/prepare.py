@@ -31,8 +31,13 @@ POOL_FROM_BYTES = 4 << 20  # below, starting processes costs more than they save
 Report = Callable[[str], None]
 
 
+def say(text: str) -> None:
+    """Print a line where it does not mix with results."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def prepare(
-    data: DataConfig, tokenizer_name: str = TRAIN, report: Report = print, processes: int | None = None
+    data: DataConfig, tokenizer_name: str = TRAIN, report: Report = say, processes: int | None = None
 ) -> Path:
     """The folder of token shards of `data`, made where the cache does not hold it yet.
 
@@ -187,12 +192,17 @@ def _key(*content: object) -> str:
 def _locked(target: Path, report: Report) -> Iterator[None]:
     """Only one process makes `target`; a lock of a killed process is free again."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_suffix(".lock").open("w") as lock:
+    with target.with_suffix(".lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            report("waiting for another process that prepares the same data")
+            lock.seek(0)
+            if lock.read() != str(os.getppid()):  # the workers of one run have the same parent
+                report("waiting for another process that prepares the same data")
             fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(str(os.getppid()))
+        lock.flush()
         yield
 
 

@@ -167,11 +167,11 @@ class Workers:
         where = ""
         if root["traceback"]:
             print(root["traceback"], file=sys.stderr)
-            kept = Path(self.config.checkpoint.output_dir) / "errors"
-            kept.mkdir(parents=True, exist_ok=True)
-            path = kept / f"rank-{root['rank']}.json"
-            path.write_text(json.dumps(root, indent=1))
-            where = f" (worker {root['rank']}; its traceback is above and in {path})"
+            where = f" (worker {root['rank']}; its traceback is above)"
+            folder = Path(self.config.checkpoint.output_dir)
+            if folder.is_dir():
+                (folder / "errors").mkdir(exist_ok=True)
+                (folder / "errors" / f"rank-{root['rank']}.json").write_text(json.dumps(root, indent=1))
         print(f"shoal: error: {root['message']}{where}", file=sys.stderr)
         return int(root["exit_code"]) or FAILED
 

@@ -52,6 +52,7 @@ def work(verb: str, resolved: Resolved) -> None:
     data = choose("--task", config.train.task, TASKS).prepare(config)
     with join(placement()) as mesh:
         JOBS[verb](resolved, mesh, data, stop)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is done: there is nothing left to stop
 
 
 def main() -> int:

@@ -51,6 +51,7 @@ class Observer:
         if batch.step == self.first_step:
             _check_policy(run)
         now = time.perf_counter()
+        run.progress.seconds += now - self.last
         record = _record(run, batch, loss, now - self.last, run.wire.bytes_sent - self.sent)
         self.last, self.sent = now, run.wire.bytes_sent
         replica.seconds, run.checkpoints.stalled = Seconds(), 0.0

@@ -136,7 +136,10 @@ def test_processes_that_start_together_prepare_once(corpus: Path) -> None:
     program = "import json, sys; sys.path.insert(0, sys.argv[2]); from corpora import Data; "
     program += "from shoal.data.prepare import prepare; print(prepare(Data(**json.loads(sys.argv[1]))))"
     words = [sys.executable, "-c", program, json.dumps(asdict(data_at(corpus))), str(Path(__file__).parent)]
-    started = [subprocess.Popen(words, env=with_shoal(), stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    started = [
+        subprocess.Popen(words, env=with_shoal(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(3)
+    ]
     said = [process.communicate()[0] for process in started]
     assert len({text.splitlines()[-1] for text in said}) == 1
     assert "".join(said).count("prepared 20 documents") == 1

@@ -86,8 +86,26 @@ def test_evaluate_takes_the_settings_of_the_run_and_its_model(launched, tmp_path
     assert resolved.config.model.name == str(tmp_path / "final")
     assert resolved.config.data.sequence_length == 64
     assert resolved.config.launch.nproc_per_node == 2
-    assert cli.main(["evaluate", "gpt2"]) == 0
-    assert launched[1][0].config.model.name == "gpt2"
+    assert resolved.config.data.tokenizer == "train"  # as the run had it, so that its data is found again
+    (tmp_path / "model").mkdir()
+    assert cli.main(["evaluate", str(tmp_path / "model")]) == 0
+    assert launched[1][0].config.model.name == str(tmp_path / "model")
+
+
+def test_evaluate_on_other_data_keeps_the_tokenizer_of_the_run(launched, tmp_path):
+    (tmp_path / "config.resolved.yaml").write_text(
+        "model: lstm\ncheckpoint: {resume_from_checkpoint: latest}\n"
+    )
+    assert cli.main(["evaluate", str(tmp_path), "--data", "other.txt"]) == 0
+    config = launched[0][0].config
+    assert config.data.tokenizer == str(tmp_path / "final")
+    assert config.checkpoint.resume_from_checkpoint == ""
+
+
+def test_evaluate_of_nothing_is_refused(launched, tmp_path, capsys):
+    assert cli.main(["evaluate", str(tmp_path / "nothere")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+    assert not launched
 
 
 def test_generate_passes_on_only_what_was_given(stub):

@@ -59,6 +59,7 @@ def shoal(words: list[str], fault: Fault | None = None) -> None:
     started = lambda *args, **kwargs: Forked(*args, fault=fault, **kwargs)  # noqa: E731
     local.subprocess = SimpleNamespace(Popen=started, TimeoutExpired=subprocess.TimeoutExpired)
     local.GRACE = 3.0
+    os.environ.pop("GLOO_SOCKET_IFNAME")  # the pool's own: the launcher sets it
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(cli.main(words))
 

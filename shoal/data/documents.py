@@ -11,7 +11,7 @@ from shoal.data.sources import Part, Span, opened
 from shoal.errors import UserError
 
 PIECE_BYTES = 64 * 1024  # a text file is cut into documents of at most this: no file must fit in memory
-MIN_PIECE_BYTES, PIECES = 4 * 1024, 16  # and into about so many, that a short one too has some to hold out
+MIN_PIECE_BYTES, PIECES = 4 * 1024, 16  # a file that is alone, into so many: a short one has some to hold out
 BLOCK_BYTES = 1 << 20
 LINE_END_BEFORE_TEXT = re.compile(rb"(?<=\S)\n(?=\S)")  # no tokenizer joins text across such a line end
 
@@ -36,7 +36,8 @@ def spans_of(part: Part, span_bytes: int) -> list[Span]:
 
 def _read_text(span: Span, _: str) -> Iterator[str]:
     """Pieces of a text file, cut at line ends; together they are the file, byte for byte."""
-    most = min(PIECE_BYTES, max(MIN_PIECE_BYTES, span.part.size // PIECES))
+    part = span.part
+    most = min(PIECE_BYTES, max(MIN_PIECE_BYTES, part.size // PIECES)) if part.alone else PIECE_BYTES
     with opened(span.part) as file:
         offset, stop = _enter(file, span)
         rest = b""

@@ -6,7 +6,7 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -36,6 +36,7 @@ class Part:
     format: str
     size: int
     asked: str
+    alone: bool = False  # whether it is all there is
 
     @property
     def compressed(self) -> bool:
@@ -58,7 +59,8 @@ class Span:
 
 def list_parts(entries: Sequence[str], flag: str = "--data") -> list[Part]:
     """The parts that `entries` name, in that order; raises UserError for one that names nothing to read."""
-    return [part for entry in entries for part in _parts_of(entry, f"{flag} {entry}")]
+    parts = [part for entry in entries for part in _parts_of(entry, f"{flag} {entry}")]
+    return [replace(parts[0], alone=True)] if len(parts) == 1 else parts
 
 
 @contextmanager

@@ -9,25 +9,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from shoal.placement import Placement
+
 TIMEOUT = timedelta(minutes=10)  # how long a collective waits for the slowest rank
-
-
-@dataclass(frozen=True)
-class Placement:
-    """What an engine says of one process: who it is, how many there are, and where they meet.
-
-    Rank 0 serves the store, on the listening socket `store_fd` if it inherited one from the launcher, unless the
-    engine itself serves it. `attempt` counts restarts by the engine: each meets under fresh keys.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    address: str = "127.0.0.1"
-    port: int = 0
-    store_fd: int | None = None
-    served: bool = False
-    attempt: int = 0
 
 
 @dataclass(frozen=True)

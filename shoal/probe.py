@@ -69,7 +69,8 @@ def _work(rank: int, port: int, store: int) -> None:
     import torch
 
     from shoal.collectives import Wire
-    from shoal.mesh import Placement, join
+    from shoal.mesh import join
+    from shoal.placement import Placement
 
     with join(Placement(rank, 2, rank, port=port, store_fd=store if rank == 0 else None)) as mesh:
         wire = Wire(mesh.group)

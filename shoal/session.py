@@ -17,7 +17,8 @@ from shoal.data.order import derive_seed
 from shoal.engines.environment import is_worker, placement
 from shoal.errors import UserError
 from shoal.layouts import replicated
-from shoal.mesh import Placement, join
+from shoal.mesh import join
+from shoal.placement import Placement
 from shoal.replica import Replica
 from shoal.shares import equal
 from shoal.sync.allreduce import AllReduce

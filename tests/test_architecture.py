@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "shoal"
 ORDER = """
     errors crew config
     data models tasks
-    precision mesh collectives summation buckets layouts codecs optim replica shares sync
+    precision placement mesh collectives summation buckets layouts codecs optim replica shares sync
     checkpoint evaluate observe run observe.observer loop job
     engines session api
     serve probe doctor cli __main__
@@ -205,6 +205,7 @@ def test_every_setting_is_used(fact):
     [
         "import shoal",
         "import shoal.config, shoal.doctor, shoal.api",
+        "import shoal.engines.local",
         "from shoal.cli import main; main(['--help'])",
         "from shoal.cli import main; main(['train', '--help'])",
         "from shoal.cli import main; main(['config', 'show'])",

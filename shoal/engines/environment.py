@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 
 from shoal.errors import UserError
-from shoal.mesh import Placement
+from shoal.placement import Placement
 
 RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 WORLD_SIZE = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")

@@ -164,7 +164,8 @@ def _fork_world(link: Connection, folder: Path, ranks: int, path: list[str], wor
 
 def _run(result: Path, rank: int, ranks: int, port: int, store_fd: int | None, work: bytes) -> int:
     """Call the function as rank `rank`, and write what came of it."""
-    from shoal.mesh import Placement, join
+    from shoal.mesh import join
+    from shoal.placement import Placement
 
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     _redirect(result.with_suffix(".out"))

@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
 from shoal.errors import UserError
-from shoal.models import attention, lstm  # noqa: F401  (the LSTM registers itself with the Auto classes)
+from shoal.models import attention, lstm, norm  # noqa: F401  (the LSTM registers itself with the Auto classes)
 from shoal.models.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def load(
         loaded = _pretrained(model.name, config)
     _check_vocabulary(model.name, loaded, vocab_size)
     attention.use_fastest(loaded)
+    norm.use_fastest(loaded)
     return loaded.train()
 
 
@@ -76,6 +77,7 @@ def load_trained(name: str) -> transformers.PreTrainedModel:
     """The model of a folder or hub name with its weights, in float32 and eval mode, on the CPU."""
     loaded = _pretrained(name, _stored_config(name, {}))
     attention.use_fastest(loaded)
+    norm.use_fastest(loaded)
     return loaded.eval()
 
 

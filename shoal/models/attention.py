@@ -22,6 +22,9 @@ def use_fastest(model: PreTrainedModel) -> None:
     """Let a model whose attention is torch's own choose by window and dtype; any other keeps what it has."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
+        for module in model.modules():
+            if type(module).__name__.endswith("RotaryEmbedding"):
+                module.register_forward_hook(_in_compute_dtype)
 
 
 def attention_forward(
@@ -56,6 +59,15 @@ def attention_forward(
             query.to(compute), key.to(compute), value.to(compute), attention_mask, dropout, scale
         )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _in_compute_dtype(module: nn.Module, inputs: Any, turned: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Cosines and sines, rounded to what the queries and keys are in that they turn.
+
+    In float32 they would widen every query and key to be narrowed again: 10 % of a step. The angles stay float32.
+    """
+    narrow = turned[0].device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return tuple(each.to(torch.get_autocast_dtype("cpu")) for each in turned) if narrow else turned
 
 
 def _by_products(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, dropout: float, scale: float) -> Tensor:

@@ -14,7 +14,7 @@ from shoal.data.sources import Part, Span
 from shoal.data.tokenizer import open_fast
 
 UNITS = 64  # aimed at: enough to keep many processes evenly busy
-MIN_UNIT_BYTES, MAX_UNIT_BYTES = 1 << 20, 64 << 20  # what a start is worth, and what a kill may cost
+MIN_UNIT_BYTES, MAX_UNIT_BYTES = 256 << 10, 64 << 20  # what a shard is worth, and what a kill may cost
 JOB = "job.json"
 BATCH_CHARACTERS = 1 << 20
 

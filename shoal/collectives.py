@@ -40,6 +40,15 @@ class Wire:
         self.bytes_sent += (self.world_size - 1) * part.nbytes
         return _all_gather(whole, part, group=self.group, async_op=True)
 
+    def start_send(self, tensor: Tensor, rank: int) -> Work:
+        """Begin to send `tensor` to `rank`. It must not change before `.wait()`."""
+        self.bytes_sent += tensor.nbytes
+        return _started(dist.isend(tensor, group=self.group, group_dst=rank))
+
+    def start_receive(self, tensor: Tensor, rank: int) -> Work:
+        """Begin to overwrite `tensor` with what `rank` sends: of this size, in the order in which it was sent."""
+        return _started(dist.irecv(tensor, group=self.group, group_src=rank))
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of `tensor` over the ranks, in place, at once. For numbers, not for gradients."""
         self.start_all_reduce(tensor).wait()
@@ -64,3 +73,8 @@ class Wire:
 
     def _others_part(self, tensor: Tensor) -> int:
         return tensor.nbytes * (self.world_size - 1) // self.world_size
+
+
+def _started(work: Work | None) -> Work:
+    assert work is not None, "only ranks of the group hold a wire"
+    return work

@@ -1,0 +1,154 @@
+"""The sums of a strategy over the ranks, encoded, and started while others are still being computed."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from shoal.codecs import build, make
+from shoal.codecs.base import Codec, State, Subject
+from shoal.codecs.channel import Channel
+from shoal.collectives import Wire, Work
+from shoal.config import StrategyConfig
+from shoal.cost import Sizes
+from shoal.data.order import derive_seed
+
+Shapes = Sequence[torch.Size]
+
+
+class Sum:
+    """A sum on its way: `advance` ends one exchange and starts the next, `wait` ends them all."""
+
+    def __init__(self, exchanges: Iterator[Work]) -> None:
+        self._exchanges = exchanges
+        self._work = next(exchanges, None)
+
+    def advance(self) -> "Sum":
+        """Wait for the exchange that was started, and start the one that needs it."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = next(self._exchanges, None)
+        return self
+
+    def wait(self) -> None:
+        """Have the sum."""
+        while self._work is not None:
+            self.advance()
+
+
+Finish = Callable[[], Sum]
+
+
+class Exchange:
+    """The sums of one strategy. Each tensor has a key, by which its codecs remember it from one sum to the next."""
+
+    def __init__(self, options: StrategyConfig, wire: Wire, seed: int = 0) -> None:
+        self.options = options
+        self.wire = wire
+        self.seed = seed
+        self._channels: dict[str, Channel] = {}
+        self._encoders: dict[str, Codec] = {}
+        self._loaded: State = {}  # of keys that were not used yet
+
+    def start_sum(self, key: str, tensor: Tensor, shapes: Shapes | None = None) -> Finish:
+        """Begin to sum `tensor` [n] over the ranks in place. Call what it returns, then `.wait()` on that.
+
+        The call waits for the first exchange and starts the second: start all tensors, call all, then wait for
+        all. `shapes` are those of the parameters in it, one after the other; padding after them is left as it
+        is, where the tensor is encoded. All ranks must start the same keys in the same order.
+        """
+        if key not in self._channels:
+            channel = Channel(self.options, self._subject(key, tensor, shapes), self.wire.world_size)
+            self._channels[key] = channel
+            channel.load_state_dict(self._take(key, tensor.device))
+        return Sum(self._channels[key].sum(tensor, self.wire)).advance
+
+    def encode_for(self, key: str, tensor: Tensor, shapes: Shapes | None = None) -> Tensor:
+        """What to send of `tensor` [n] from this rank to another: uint8 of the length `payload_bytes` says.
+
+        What is left out goes into the next tensor of this key. There is no warm-up: a receiver must know the
+        length.
+        """
+        if key not in self._encoders:
+            self._encoders[key] = build(_warm(self.options), self._subject(key, tensor, shapes))
+            self._encoders[key].load_state_dict(self._take(key, tensor.device))
+        return self._encoders[key].encode(tensor)
+
+    def decode(self, key: str, payload: Tensor, like: Tensor, shapes: Shapes | None = None) -> Tensor:
+        """What another rank's `encode_for` made `payload` of, under this key and with these shapes: as `like`."""
+        return make(_warm(self.options), self._subject(key, like, shapes)).decode(payload, like.numel())
+
+    def payload_bytes(self, like: Tensor, shapes: Shapes | None = None) -> int:
+        """The length of what `encode_for` makes of a tensor as `like`."""
+        return make(_warm(self.options), self._subject("", like, shapes)).nbytes(like.numel())
+
+    def state_dict(self) -> State:
+        """What is remembered for every key: "codec/KEY/part"."""
+        live = {**self._encoders, **self._channels}
+        parts = {key: each.state_dict() for key, each in live.items()}
+        named = {f"codec/{key}/{part}": t for key, state in parts.items() for part, t in state.items()}
+        return self._loaded | named
+
+    def load_state_dict(self, states: Sequence[State]) -> None:
+        """Take up what `state_dict` gave on every rank that saved, in their order; other names are passed over.
+
+        For another number of ranks, residuals and velocities are added up and divided by the new number, those
+        of the chunks are cut anew: what was not sent yet still will be. The rest was alike on all, and rank 0's
+        is taken.
+        """
+        own = [{n: t for n, t in state.items() if n.startswith("codec/")} for state in states]
+        self._loaded = refit(own, self.wire.rank, self.wire.world_size)
+        self._channels.clear()
+        self._encoders.clear()
+
+    @staticmethod
+    def bytes_sent(options: StrategyConfig, sizes: Sizes) -> int:
+        """What a rank sends for one sum of all parameters as one tensor, after the warm-up.
+
+        Cut into buckets it is this but for what is rounded up in each: a scale, an element, a share.
+        """
+        return _priced(options, sizes).bytes_sent(sizes.world_size)
+
+    @staticmethod
+    def bytes_held(options: StrategyConfig, sizes: Sizes) -> int:
+        """What is remembered between two sums of all parameters."""
+        return _priced(options, sizes).held()
+
+    def _subject(self, key: str, tensor: Tensor, shapes: Shapes | None) -> Subject:
+        given = tuple(shapes or [tensor.shape])
+        return Subject(given, tensor.dtype, derive_seed(self.seed, "codec", key), self.wire.rank)
+
+    def _take(self, key: str, device: torch.device) -> State:
+        prefix = f"codec/{key}/"
+        names = [name for name in self._loaded if name.startswith(prefix)]
+        return {n.removeprefix(prefix): self._loaded.pop(n).to(device, copy=True) for n in names}
+
+
+def refit(states: Sequence[State], rank: int, world_size: int) -> State:
+    """What `rank` of `world_size` goes on with, of what `len(states)` ranks remembered: see `load_state_dict`."""
+    if len(states) == world_size:
+        return states[rank]
+    fitted = {}
+    for name in dict.fromkeys(name for state in states for name in state):
+        parts = [state[name] for state in states if name in state]
+        key, part = name.rsplit("/", 1)
+        if part in ("residual", "velocity"):
+            fitted[name] = torch.stack(parts).sum(0) / world_size
+        elif part == "server.residual":
+            numel = states[0][f"{key}/residual"].numel()
+            chunk = -(-numel // world_size)
+            padded = torch.cat([torch.cat(parts)[:numel], parts[0].new_zeros(world_size * chunk - numel)])
+            fitted[name] = padded[rank * chunk : (rank + 1) * chunk].clone()
+        else:
+            fitted[name] = parts[0]
+    return fitted
+
+
+def _warm(options: StrategyConfig) -> StrategyConfig:
+    """As after the warm-up."""
+    return options.model_copy(update={"codec_warmup": 0})
+
+
+def _priced(options: StrategyConfig, sizes: Sizes) -> Channel:
+    dtype = {4: torch.float32, 8: torch.float64}[sizes.itemsize]
+    return Channel(_warm(options), Subject(tuple(sizes.shapes), dtype), sizes.world_size)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shoal.summation import TreeSum
 
@@ -20,10 +20,20 @@ class Bucket:
         numel = sum(p.numel() for p in params)
         padded = -(-numel // multiple) * multiple
         self.flat = torch.zeros(padded, dtype=params[0].dtype, device=params[0].device)
-        parts = self.flat[:numel].split([p.numel() for p in params])
-        self.views = {p: part.view_as(p) for p, part in zip(params, parts, strict=True)}
+        self.views = dict(self.parts(self.flat))
         self.tree = TreeSum()  # exact mode: the sums over this rank's micro-batches
         self.missing = 0
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """The shapes of its parameters, in their order in `flat`."""
+        return [p.shape for p in self.params]
+
+    def parts(self, flat: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each parameter, and the view of `flat` [n] that is its own."""
+        sizes = [p.numel() for p in self.params]
+        for p, part in zip(self.params, flat[: sum(sizes)].split(sizes), strict=True):
+            yield p, part.view_as(p)
 
     def clear(self) -> None:
         """Forget all gradients: the next ones are copied in, which costs less than to zero and to add."""

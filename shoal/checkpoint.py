@@ -4,7 +4,7 @@ checkpoint-500/
   manifest.json                  step, tokens, world size, size and SHA-256 of every file
   model/model.safetensors        parameters and buffers by name (and config.json: a Hugging Face folder)
   optimizer/state.safetensors    "parameter/part", for example "lm_head.weight/exp_avg"
-  sync/state.safetensors         what the strategy keeps
+  ranks/00001.safetensors        what only this rank holds: "sync/..."; where replicas differ "model/..." too
   state.json                     where the run stands
 latest, best                     files that hold the name of a checkpoint
 """
@@ -16,9 +16,11 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -29,6 +31,8 @@ from shoal.optim import NamedState
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+PARTS = ".parts"
+PATIENCE = 120.0  # seconds that rank 0 waits for the parts of the others
 
 
 @dataclass
@@ -57,13 +61,16 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. Rank 0 writes; every rank reads."""
+    """The checkpoints of one run folder. Rank 0 writes, the others hand it their part; every rank reads."""
 
-    def __init__(self, folder: Path, *, every: int, keep: int) -> None:
+    def __init__(self, folder: Path, *, every: int, keep: int, rank: int = 0, world_size: int = 1) -> None:
         self.folder = folder
         self.every = every
         self.keep = keep
+        self.rank = rank
+        self.world_size = world_size
         self.newest_step = -1  # of those saved by this process
+        self.saves = 0  # by this process: the same number on every rank
         self.stalled = 0.0  # seconds that the caller has waited in `save` and `settle`
         self._thread: threading.Thread | None = None
         self._copied = threading.Event()
@@ -75,18 +82,28 @@ class Checkpoints:
         return bool(self.every) and step % self.every == 0
 
     def save(
-        self, tensors: Tensors, progress: Progress, config_json: str | None, *, best: bool = False
+        self,
+        tensors: Tensors,
+        progress: Progress,
+        config_json: str | None,
+        *,
+        part: dict[str, Tensor] | None = None,
+        best: bool = False,
     ) -> None:
-        """Start to save the live `tensors`. They must not change before `settle` returns.
+        """Start to save live tensors: those of rank 0, and this rank's `part` (if one has any, all have).
 
-        The copy and the writing run in a thread beside the next forward and backward pass, which only read
-        parameters, so that the loop does not wait for either.
+        They must not change before `settle` returns. The copy and the writing run in a thread beside the next
+        forward and backward pass, which only read parameters, so that the loop does not wait for either.
         """
         began = time.perf_counter()
         self.finish()
         self.newest_step = progress.step
+        self.saves += 1
+        if self.rank and not part:
+            return
         self._copied.clear()
-        parts = (tensors, Progress(**asdict(progress)), config_json, best)
+        files = tensors | ({_rank_file(self.rank): part} if part else {})
+        parts = (files, Progress(**asdict(progress)), config_json, best)
         self._thread = threading.Thread(target=self._save, args=parts, name="checkpoint")
         self._thread.start()
         self.stalled += time.perf_counter() - began
@@ -114,7 +131,12 @@ class Checkpoints:
                 file: {n: t.detach().cpu().clone() for n, t in part.items()} for file, part in tensors.items()
             }
             self._copied.set()
-            write(self.folder / f"checkpoint-{progress.step}", copies, progress, config_json)
+            place, own = self.folder / f"checkpoint-{progress.step}", _rank_file(self.rank)
+            if self.rank:
+                _hand_over(_parts(place, self.saves) / own, copies[own])
+                return
+            others = [_rank_file(rank) for rank in range(1, self.world_size)] if own in copies else []
+            write(place, copies, progress, config_json, partial(_receive, _parts(place, self.saves), others))
             _point(self.folder / "latest", f"checkpoint-{progress.step}")
             if best:
                 _point(self.folder / "best", f"checkpoint-{progress.step}")
@@ -138,11 +160,21 @@ class Checkpoints:
         _sweep(self.folder)
 
 
-def write(folder: Path, tensors: Tensors, progress: Progress, config_json: str | None) -> None:
-    """Write a whole checkpoint aside and move it into place, each file on disk before the move."""
+def write(
+    folder: Path,
+    tensors: Tensors,
+    progress: Progress,
+    config_json: str | None,
+    receive: Callable[[Path], None] = lambda aside: None,
+) -> None:
+    """Write a whole checkpoint aside and move it into place, each file on disk before the move.
+
+    `receive` moves into that folder what other ranks hand over.
+    """
     aside = _hidden(folder, "tmp")
     shutil.rmtree(aside, ignore_errors=True)
     try:
+        receive(aside)
         _fill(aside, tensors, progress, config_json)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -155,8 +187,35 @@ def write(folder: Path, tensors: Tensors, progress: Progress, config_json: str |
     shutil.rmtree(_hidden(folder, "old"), ignore_errors=True)
 
 
+def _rank_file(rank: int) -> str:
+    return f"ranks/{rank:05}.safetensors"
+
+
+def _hand_over(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Leave a rank's part where rank 0 looks for it, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unready = path.with_suffix(".tmp")
+    save_file({n: t.contiguous() for n, t in tensors.items()}, unready, metadata={"format": "pt"})
+    unready.rename(path)
+
+
+def _receive(parts: Path, names: Sequence[str], aside: Path) -> None:
+    """Move the parts of other ranks in as they appear: a file system that all see is all that is needed."""
+    deadline = time.monotonic() + PATIENCE
+    for name in names:
+        while not (parts / name).exists():
+            if time.monotonic() > deadline:
+                raise ShoalError(
+                    f"save {aside}: {name} did not come; is --output-dir on a disk that all see?"
+                )
+            time.sleep(0.01)
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
+        (parts / name).rename(aside / name)
+    shutil.rmtree(parts, ignore_errors=True)
+
+
 def _fill(aside: Path, tensors: Tensors, progress: Progress, config_json: str | None) -> None:
-    aside.mkdir(parents=True)
+    aside.mkdir(parents=True, exist_ok=True)
     for file, part in tensors.items():
         (aside / file).parent.mkdir(exist_ok=True)
         save_file({n: t.contiguous() for n, t in part.items()}, aside / file, metadata={"format": "pt"})
@@ -207,9 +266,21 @@ def _hidden(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}.{suffix}")
 
 
+def _parts(path: Path, save: int) -> Path:
+    """Where ranks hand over their parts: of each save its own, since ranks may be one ahead of rank 0."""
+    return path.with_name(f".{path.name}.{save}{PARTS}")
+
+
 def _sweep(folder: Path) -> None:
-    """Remove what saves, killed or done, have left beside the checkpoints."""
+    """Remove what saves, killed or done, have left beside the checkpoints; but no part of the next one."""
     for path in folder.glob(".checkpoint-*"):
+        if not path.name.endswith(PARTS):
+            shutil.rmtree(path)
+
+
+def forget_parts(folder: Path) -> None:
+    """Remove the parts that ranks of an earlier attempt handed over. Call it before any rank of this one saves."""
+    for path in folder.glob(f".checkpoint-*{PARTS}"):
         shutil.rmtree(path)
 
 
@@ -254,9 +325,32 @@ def load_progress(folder: Path) -> Progress:
     return Progress(**json.loads((folder / "state.json").read_text()))
 
 
-def load_model(folder: Path, model: nn.Module) -> None:
-    """Copy a checkpoint's parameters and buffers into `model`; refuse those of another model."""
+class Parts(Sequence[dict[str, Tensor]]):
+    """What each rank that saved held alone, below one heading ("sync", "model", "optimizer"); read when asked for."""
+
+    def __init__(self, folder: Path, heading: str) -> None:
+        self.files = sorted((folder / "ranks").glob("*.safetensors"))
+        self.prefix = f"{heading}/"
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, rank: Any) -> Any:
+        with safe_open(self.files[rank], "pt") as file:
+            names = [name for name in file.keys() if name.startswith(self.prefix)]  # noqa: SIM118 (not a dict)
+            return {name.removeprefix(self.prefix): file.get_tensor(name) for name in names}
+
+
+def load_model(folder: Path, model: nn.Module, part: dict[str, Tensor] | None = None) -> None:
+    """Copy a checkpoint's parameters and buffers into `model`; refuse those of another model.
+
+    `part` are this rank's own ones, where the replicas differed.
+    """
     own = model_tensors(model)
+    if part:
+        for name, tensor in own.items():
+            tensor.copy_(part[name])
+        return
     with safe_open(folder / "model" / "model.safetensors", "pt") as file:
         names = set(file.keys())
         for name in sorted(names ^ own.keys()):
@@ -272,12 +366,12 @@ def load_model(folder: Path, model: nn.Module) -> None:
             tensor.copy_(file.get_tensor(name))
 
 
-def load_optimizer(folder: Path, state: NamedState) -> None:
-    """Set the optimizers' state to that of a checkpoint."""
+def load_optimizer(folder: Path, state: NamedState, part: dict[str, Tensor] | None = None) -> None:
+    """Set the optimizers' state to that of a checkpoint: to `part`, if given."""
     by_param: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in load_tensors(folder, "optimizer/state.safetensors").items():
-        param, part = name.rsplit("/", 1)
-        by_param.setdefault(param, {})[part] = tensor
+    for name, tensor in (part or load_tensors(folder, "optimizer/state.safetensors")).items():
+        param, moment = name.rsplit("/", 1)
+        by_param.setdefault(param, {})[moment] = tensor
     state.load(lambda param: by_param.get(param, {}))
 
 

@@ -120,13 +120,15 @@ def config(words: list[str]) -> int:
     if not words or _asks_help(words):
         return _print_settings(config)
     what, rest = words[0], words[1:]
-    from shoal.config import dump_yaml, reference, resolve_batch, resolve_workers
+    from shoal.config import check_options, dump_yaml, reference, resolve_batch, resolve_workers
 
     if what == "show":
         print(dump_yaml(_resolve(rest)), end="")
     elif what == "validate":
         recipe, _ = _first_word(rest, "the path of a recipe")
-        run = _resolve(rest).config
+        resolved = _resolve(rest)
+        run = resolved.config
+        check_options(resolved)
         workers = resolve_workers(run)
         batch = resolve_batch(run, workers)
         print(

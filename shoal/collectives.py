@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shoal import mesh
+
 Work = dist.Work  # a started exchange: done after its `.wait()`
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
 
@@ -20,6 +22,10 @@ class Wire:
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
         self.bytes_sent = 0
+
+    def neighbours(self, size: int) -> "Wire":
+        """A wire to the ranks that stand in the same run of `size` ranks; it counts for itself."""
+        return Wire(mesh.neighbours(self.group, size))
 
     def start_all_reduce(self, tensor: Tensor) -> Work:
         """Begin to sum `tensor` in place over the ranks; the result is there after `.wait()`."""

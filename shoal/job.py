@@ -11,12 +11,15 @@ from typing import Any, Protocol
 import torch
 import transformers
 
+from shoal import checkpoint
 from shoal.config import Resolved, dump_yaml
+from shoal.cost import Sizes
 from shoal.loop import train
 from shoal.mesh import Mesh
 from shoal.observe.console import Screen, duration
 from shoal.observe.observer import peak_rss_gib
 from shoal.run import Run, assemble
+from shoal.sync import SYNCS
 
 LEFT_BEHIND = ("summary.json", "metrics.jsonl", "latest", "best")
 LEFT_FOLDERS = ("final", "ledger", "errors", "tb", "checkpoint-*", ".checkpoint-*")
@@ -42,8 +45,9 @@ def train_job(resolved: Resolved, mesh: Mesh, data: Path, stop: Stop) -> None:
     screen.banner("Running training", _facts(run))
     stop.hold()
     metrics = train(run, stop)
-    if mesh.is_first:
-        _finish_folder(run, resolved, _summary(run, metrics))
+    with run.sync.shared_model(run.replica):
+        if mesh.is_first:
+            _finish_folder(run, resolved, _summary(run, metrics))
 
 
 def evaluate_job(resolved: Resolved, mesh: Mesh, data: Path, stop: Stop) -> None:
@@ -59,6 +63,7 @@ JOBS: dict[str, Callable[[Resolved, Mesh, Path, Stop], None]] = {"train": train_
 def _begin_folder(run: Run, resolved: Resolved) -> None:
     """Everything fits together: now the folder becomes this run's. Only here is an earlier run removed."""
     run.folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.forget_parts(run.folder)
     if not run.config.checkpoint.resume_from_checkpoint:
         for name in LEFT_BEHIND:
             (run.folder / name).unlink(missing_ok=True)
@@ -85,10 +90,23 @@ def _facts(run: Run) -> dict[str, Any]:
         "Gradient accumulation steps": accumulation,
         "Total optimization steps": run.total_steps,
         "Workers": f"{run.mesh.world_size} x {config.train.threads} threads on {run.mesh.device.type}",
-        "Strategy": config.strategy.name + (", exact" if config.train.exact else ""),
+        "Strategy": _strategy(run),
         "Precision": str(replica.policy),
         "Output": str(run.folder),
     }
+
+
+def _strategy(run: Run) -> str:
+    """How replicas agree, and what it is expected to cost a step; the summary tells what was really sent."""
+    options = run.config.strategy
+    sizes = Sizes(tuple(p.shape for _, p in run.replica.params), run.mesh.world_size)
+    cost = SYNCS[options.name].cost(run.config, sizes)
+    words = [options.name, *(["exact"] if run.config.train.exact else [])]
+    words += [f"codec {options.codec}"] if options.codec != "none" else []
+    words += [f"{cost.sent / 1e6:,.3g} MB sent by each worker in an average step"]
+    words += [f"{cost.held / 1e6:,.3g} MB held for it"] if cost.held else []
+    words += [f"up to {cost.staleness} steps stale"] if cost.staleness else []
+    return ", ".join(words)
 
 
 def _summary(run: Run, metrics: dict[str, float]) -> dict[str, Any]:

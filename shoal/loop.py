@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shoal.data.batches import Batch
 from shoal.errors import Preempted, ShoalError
 from shoal.observe.observer import Observer
 from shoal.run import Run
@@ -28,9 +27,9 @@ def train(run: Run, stop: Stop) -> dict[str, float]:
             losses = run.replica.gradients(batch)
             run.checkpoints.settle()  # a save in flight still reads the parameters until here
             run.sync.step(run.replica, step)
-            tally = _agree(run, batch, losses, stop())
+            tally = _agree(run, losses, stop())
             observer.step(batch, tally.loss)
-            run.commit(batch)
+            run.commit(batch, tally.loss)
             if run.config.strategy.balance == "auto":
                 run.replica.shares = balancer.observe(run.replica.shares, tally.seconds)
             improved = run.evaluation_due and _improves(run, observer.evaluate(stop))
@@ -58,16 +57,15 @@ class Tally:
     stopping: bool
 
 
-def _agree(run: Run, batch: Batch, losses: Tensor, stopping: bool) -> Tally:
+def _agree(run: Run, losses: Tensor, stopping: bool) -> Tally:
     """One small sum tells every rank the same. The losses add up in the order of their micro-batches."""
-    world_size, rank = run.mesh.world_size, run.mesh.rank
-    numbers = torch.zeros(len(losses) + world_size + 1, dtype=torch.float64)
+    numbers = torch.zeros(len(losses) + run.mesh.world_size + 2, dtype=torch.float64)
     numbers[: len(losses)] = losses
-    numbers[len(losses) + rank] = run.replica.seconds.compute
-    numbers[-1] = stopping
-    run.wire.sum(numbers)
-    seconds = numbers[len(losses) : -1].tolist()
-    return Tally(numbers[: len(losses)].sum().item() / max(1, batch.labels), seconds, bool(numbers[-1] > 0))
+    numbers[len(losses) + run.mesh.rank] = run.replica.seconds.compute
+    numbers[-2:] = torch.tensor([run.replica.own_labels, stopping])
+    numbers = run.sync.agree(numbers)
+    loss = numbers[: len(losses)].sum() / numbers[-2].clamp(min=1)
+    return Tally(loss.item(), numbers[len(losses) : -2].tolist(), bool(numbers[-1] > 0))
 
 
 def _improves(run: Run, metrics: dict[str, float] | None) -> bool:

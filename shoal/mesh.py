@@ -50,6 +50,14 @@ def join(placement: Placement) -> Iterator[Mesh]:
         dist.destroy_process_group()
 
 
+def neighbours(group: dist.ProcessGroup, size: int) -> dist.ProcessGroup:
+    """Of the groups that cut `group` into runs of `size` ranks the one of this rank. Every rank must call it."""
+    ranks = dist.get_process_group_ranks(group)
+    runs = [ranks[first : first + size] for first in range(0, len(ranks), size)]
+    groups = [dist.new_group(run) for run in runs]
+    return groups[dist.get_rank(group) // size]
+
+
 def _store(placement: Placement) -> dist.Store:
     """The key-value store where ranks meet. It listens on the address that was named, and on no other."""
     serves = placement.rank == 0 and not placement.served

@@ -15,6 +15,7 @@ from shoal.data.order import derive_seed
 from shoal.optim import NamedState
 from shoal.precision import Policy
 
+TINY = 1e-6  # beside a norm that divides, as in torch's clipping
 Loss = Callable[[Any, dict[str, Tensor]], Tensor]  # (model, inputs) -> the sum over a micro-batch's labels
 
 
@@ -55,11 +56,15 @@ class Replica:
     max_grad_norm: float
     shares: Shares
     rank: int
+    normalize: bool = False  # update by the direction of the gradient alone
     seconds: Seconds = field(default_factory=Seconds)
     grad_norm: float = 0.0
     learning_rate: float = 0.0
     nonfinite_steps: int = 0  # in a row
-    labels: int = 1  # what the summed gradients are still to be divided by
+    labels: float = 1  # what the summed gradients are still to be divided by
+    step: int = 0  # whose gradients are being taken, or were last
+    step_labels: int = 0  # the labels of that step over all ranks
+    own_labels: int = 0  # of these, the ones of this rank
 
     @property
     def params(self) -> list[tuple[str, nn.Parameter]]:
@@ -80,6 +85,8 @@ class Replica:
         """
         losses = torch.zeros(len(batch.ids), dtype=torch.float64)
         share = self.shares.of(self.rank)
+        self.step, self.step_labels = batch.step, batch.labels
+        self.own_labels = int(batch.samples.label_counts(batch.ids[share.start : share.stop]).sum())
         for v in share:
             started = time.perf_counter()
             inputs = {k: t.to(self.device) for k, t in batch.micro_batch(v).items()}
@@ -112,7 +119,10 @@ class Replica:
         finite = torch.isfinite(norm).item()
         self.nonfinite_steps = 0 if finite else self.nonfinite_steps + 1
         if finite:
-            if self.max_grad_norm:
+            if self.normalize:
+                for bucket in self.buckets:
+                    bucket.flat.div_(norm + TINY)
+            elif self.max_grad_norm:
                 clip_grads_with_norm_([p for _, p in self.params], self.max_grad_norm, norm)
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:

@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from shoal import checkpoint, optim, precision, shares
+from shoal import checkpoint, codecs, optim, precision, shares
 from shoal.buckets import Buckets
 from shoal.checkpoint import Checkpoints, Progress
 from shoal.collectives import Wire
@@ -21,6 +22,7 @@ from shoal.mesh import Mesh
 from shoal.observe.console import Screen
 from shoal.replica import Loss, Replica
 from shoal.sync import SYNCS, Sync
+from shoal.sync.guard import Guard
 from shoal.tasks import TASKS, Task
 
 BUILTIN_EPOCHS = 0.5
@@ -43,15 +45,23 @@ class Run:
     progress: Progress
     total_steps: int
 
-    @property
     def tensors(self) -> checkpoint.Tensors:
-        """The live tensors that a checkpoint holds."""
+        """What a checkpoint holds of the one model: live tensors, but copies where the replicas differ."""
         files = {
             "model/model.safetensors": checkpoint.model_tensors(self.replica.model),
             "optimizer/state.safetensors": dict(self.replica.optimizer_state.tensors()),
-            "sync/state.safetensors": self.sync.state_dict(),
         }
-        return {name: tensors for name, tensors in files.items() if tensors}
+        if self.sync.replicas_differ:
+            files = {name: {n: t.clone() for n, t in held.items()} for name, held in files.items()}
+        return {name: held for name, held in files.items() if held}
+
+    def part(self) -> dict[str, Tensor]:
+        """The live tensors that only this rank holds."""
+        headings = {"sync": self.sync.state_dict()}
+        if self.sync.replicas_differ:
+            headings["model"] = checkpoint.model_tensors(self.replica.model)
+            headings["optimizer"] = dict(self.replica.optimizer_state.tensors())
+        return {f"{heading}/{name}": t for heading, held in headings.items() for name, t in held.items()}
 
     @property
     def evaluation_due(self) -> bool:
@@ -59,37 +69,42 @@ class Run:
         every = self.config.eval.eval_steps
         return bool(every) and self.progress.step % every == 0 and self.progress.step < self.total_steps
 
-    def commit(self, batch: Batch) -> None:
-        """Count a step as done."""
+    def commit(self, batch: Batch, loss: float) -> None:
+        """Count a step as done, and tell the strategy how it went."""
         failed = self.replica.nonfinite_steps > 0
         self.progress.step = batch.step + 1
         self.progress.tokens += batch.labels
         self.progress.nonfinite_steps = self.replica.nonfinite_steps
         self.progress.nonfinite_total += failed
         self.progress.shares = self.replica.shares.counts
+        self.sync.watch(loss)
 
     def save(self, *, best: bool = False) -> None:
-        """Start to save a checkpoint of the steps done, unless there is one."""
-        if self.mesh.is_first and (best or self.checkpoints.newest_step != self.progress.step):
-            model_config = getattr(self.replica.model, "config", None)
-            config_json = model_config.to_json_string() if model_config is not None else None
-            self.checkpoints.save(self.tensors, self.progress, config_json, best=best)
+        """Start to save a checkpoint of the steps done, unless there is one. Every rank calls it."""
+        if not best and self.checkpoints.newest_step == self.progress.step:
+            return
+        with self.sync.shared_model(self.replica):
+            tensors = self.tensors() if self.mesh.is_first else {}
+        model_config = getattr(self.replica.model, "config", None)
+        config_json = model_config.to_json_string() if model_config is not None else None
+        self.checkpoints.save(tensors, self.progress, config_json, part=self.part(), best=best)
 
     def evaluate(self, stop: Callable[[], bool]) -> dict[str, float] | None:
         """The task's metrics over the whole "eval" split, {} if it is empty; None if `stop()` came true."""
         samples = self.task.samples("eval")
         if not len(samples):
             return {}
-        measured = evaluate(
-            self.replica.model,
-            self.task.loss,  # never the compiled one: a second graph would cost more than it saves
-            samples,
-            micro_batch_size=self.batches.shape[1],
-            wire=self.wire,
-            policy=self.replica.policy,
-            device=self.mesh.device,
-            stop=stop,
-        )
+        with self.sync.shared_model(self.replica):
+            measured = evaluate(
+                self.replica.model,
+                self.task.loss,  # never the compiled one: a second graph would cost more than it saves
+                samples,
+                micro_batch_size=self.batches.shape[1],
+                wire=self.wire,
+                policy=self.replica.policy,
+                device=self.mesh.device,
+                stop=stop,
+            )
         return None if measured is None else self.task.metrics(*measured)
 
 
@@ -109,7 +124,7 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
     params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     buckets = Buckets(
         [p for _, p in params],
-        bucket_bytes=round(config.strategy.bucket_mb * 1e6),
+        bucket_bytes=_bucket_bytes(config, params),
         multiple=mesh.world_size,
         exact=config.train.exact,
     )
@@ -134,14 +149,22 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
             kind=config.train.lr_scheduler_type,
         ),
         max_grad_norm=config.train.max_grad_norm,
+        normalize=config.strategy.normalize == "sum",
         shares=_first_shares(config.strategy.balance, micro_batches, mesh.world_size),
         rank=mesh.rank,
     )
-    sync = choose("--strategy", config.strategy.name, SYNCS)(config, wire)
+    sync: Sync = choose("--strategy", config.strategy.name, SYNCS)(config, wire)
+    if config.strategy.guard is not None:
+        sync = Guard(config, wire, sync, screen.say)
+    codecs.check(config.strategy, [p.shape for _, p in params])
     sync.attach(replica)
     folder = Path(config.checkpoint.output_dir)
     checkpoints = Checkpoints(
-        folder, every=config.checkpoint.save_steps, keep=config.checkpoint.save_total_limit
+        folder,
+        every=config.checkpoint.save_steps,
+        keep=config.checkpoint.save_total_limit,
+        rank=mesh.rank,
+        world_size=mesh.world_size,
     )
     progress = Progress(data=data.name)
     run = Run(
@@ -150,6 +173,12 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
     if config.checkpoint.resume_from_checkpoint:
         _resume(run)
     return run
+
+
+def _bucket_bytes(config: RunConfig, params: optim.NamedParams) -> int:
+    """As asked, but small enough that each fragment of the model gets a bucket."""
+    whole = sum(p.nbytes for _, p in params)
+    return max(1, min(round(config.strategy.bucket_mb * 1e6), whole // config.strategy.fragments))
 
 
 def _batches(config: RunConfig, task: Task, world_size: int) -> tuple[Batches, int, int]:
@@ -212,9 +241,14 @@ def _resume(run: Run) -> None:
         raise UserError(
             f"resume from {folder}", "it was trained on other data", "give the same --data and tokenizer"
         )
-    checkpoint.load_model(folder, run.replica.model)
-    checkpoint.load_optimizer(folder, run.replica.optimizer_state)
-    run.sync.load_state_dict(checkpoint.load_tensors(folder, "sync/state.safetensors"))
+    models, optimizers, syncs = (
+        checkpoint.Parts(folder, heading) for heading in ("model", "optimizer", "sync")
+    )
+    own = run.mesh.rank if len(models) == run.mesh.world_size else None
+    checkpoint.load_model(folder, run.replica.model, None if own is None else models[own])
+    checkpoint.load_optimizer(folder, run.replica.optimizer_state, None if own is None else optimizers[own])
+    if len(syncs):
+        run.sync.load_state_dict(syncs)
     run.progress = progress
     run.replica.nonfinite_steps = progress.nonfinite_steps
     counts = progress.shares

@@ -13,6 +13,7 @@ from shoal import checkpoint, precision
 from shoal.buckets import Buckets
 from shoal.checkpoint import Progress
 from shoal.collectives import Wire
+from shoal.config import RunConfig
 from shoal.data.order import derive_seed
 from shoal.engines.environment import is_worker, placement
 from shoal.errors import UserError
@@ -108,7 +109,7 @@ class Session:
             shares=equal(self.micro_batches, self.mesh.world_size),
             rank=self.mesh.rank,
         )
-        self._sync = AllReduce(self.wire)
+        self._sync = AllReduce(RunConfig(), self.wire)
         self._sync.attach(self._replica)
         return model, optimizer
 

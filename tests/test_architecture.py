@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "shoal"
 ORDER = """
     errors crew config
     data models tasks
-    precision placement mesh collectives summation buckets layouts codecs optim replica shares sync
+    precision placement mesh collectives cost summation buckets layouts codecs optim replica shares sync
     checkpoint evaluate observe run observe.observer loop job
     engines session api
     serve probe doctor cli __main__
@@ -27,7 +27,18 @@ SPEAKS_TO_RANKS = {"mesh", "collectives", "layouts", "engines", "checkpoint"}
 READS_ENVIRONMENT = {"engines", "cli", "config"}
 
 # The modules of shoal/config/ that hold and fill the record; reading a setting there is not using it.
-RECORD = {"__init__", "record", "values", "names", "flags", "sources", "resolve", "reference"}
+RECORD = {
+    "__init__",
+    "record",
+    "section",
+    "strategy",
+    "values",
+    "names",
+    "flags",
+    "sources",
+    "resolve",
+    "reference",
+}
 
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "joblib", "marshal"}
 UNPICKLING_CALLS = {
@@ -191,6 +202,8 @@ def reads() -> set[str]:
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 base, name = ["", *dotted(node).split(".")][-2:]
                 found.add(f"{other if base == 'config' else base}.{name}")
+                if base == "options":  # of a strategy or codec
+                    found.add(f"strategy.{name}")
     return found
 
 

@@ -1,6 +1,7 @@
 """The typed record of a run: one definition for file, flags, Python, docs and schema."""
 
 from shoal.config.batch import Batch, resolve_batch, resolve_workers, usable_cores
+from shoal.config.options import check_options
 from shoal.config.record import (
     CheckpointConfig,
     DataConfig,
@@ -9,10 +10,10 @@ from shoal.config.record import (
     LogConfig,
     ModelConfig,
     RunConfig,
-    StrategyConfig,
     TrainConfig,
 )
 from shoal.config.resolve import Resolved, dump_yaml, load_config
+from shoal.config.strategy import StrategyConfig
 
 __all__ = [
     "Batch",
@@ -26,6 +27,7 @@ __all__ = [
     "RunConfig",
     "StrategyConfig",
     "TrainConfig",
+    "check_options",
     "dump_yaml",
     "load_config",
     "resolve_batch",

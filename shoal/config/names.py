@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from shoal.config.record import RunConfig, Section
+from shoal.config.record import RunConfig
+from shoal.config.section import Section
 from shoal.errors import UserError
 
 
@@ -46,6 +47,11 @@ class Fact:
     def switches(self) -> dict[str, tuple[str, str]]:
         """Yes/no names that stand for two of its values: {name: (value when on, value when off)}."""
         return self._extra["switches"]
+
+    @property
+    def readers(self) -> list[str]:
+        """The strategies and codecs that read it; empty: every run does."""
+        return self._extra["of"]
 
     @property
     def _extra(self) -> dict[str, Any]:

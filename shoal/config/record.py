@@ -2,40 +2,21 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
+from shoal.config.section import Section, fact
+from shoal.config.strategy import StrategyConfig
 from shoal.config.values import (
     Names,
     Number,
     Optimizer,
     Precision,
-    Shares,
     Trackers,
     Warmup,
     Whole,
     Workers,
     guess,
-    renamed,
 )
-
-
-def fact(
-    default: Any,
-    meaning: str,
-    *aliases: str,
-    switches: dict[str, tuple[str, str]] | None = None,
-    **limits: Any,
-) -> Any:
-    """One setting. A switch is a yes/no name for two of its values: {name: (when on, when off)}."""
-    extra: dict[str, Any] = {"aliases": list(aliases), "switches": switches or {}}
-    return Field(default, description=meaning, json_schema_extra=extra, **limits)
-
-
-class Section(BaseModel):
-    """A group of settings. `primary` is the one that a bare `--model X` or `model: X` sets."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, allow_inf_nan=False)
-    primary: ClassVar[str] = ""
 
 
 class ModelConfig(Section):
@@ -139,22 +120,6 @@ class TrainConfig(Section):
     )
     threads: Whole = fact(1, "threads of a worker", ge=1)
     max_nonfinite_steps: Whole = fact(3, "stop after so many steps in a row without a finite gradient", ge=1)
-
-
-class StrategyConfig(Section):
-    """How the replicas agree."""
-
-    primary: ClassVar[str] = "name"
-
-    name: Annotated[str, BeforeValidator(renamed({"ddp": "allreduce"}))] = fact(
-        "allreduce", "the way to synchronise"
-    )
-    bucket_mb: Number = fact(
-        4.0, "megabytes (10^6 bytes) of gradients reduced at once", "bucket_cap_mb", gt=0
-    )
-    balance: Shares = fact(
-        "auto", "shares of the micro-batches: auto = by measured speed, off = equal, or 3,1"
-    )
 
 
 class EvalConfig(Section):

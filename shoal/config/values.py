@@ -106,6 +106,14 @@ def _shares(given: Any) -> Any:
     return str(text)
 
 
+def _period(given: Any) -> Any:
+    text = str(given).strip().lower().replace(" ", "")
+    count = text.removesuffix("tokens")
+    if text != "end" and (whole_number(count) if not isinstance(given, bool) else 0) < 1:
+        raise ValueError("should be 1 or more steps, a number of tokens such as 100ktokens, or end")
+    return text if text == "end" else f"{whole_number(count)}{text[len(count) :]}"
+
+
 def _workers(given: Any) -> Any:
     return given if given in ("auto", "cpu", "gpu") else whole_number(given)
 
@@ -118,6 +126,7 @@ Trackers = Annotated[list[str], BeforeValidator(names), AfterValidator(_trackers
 Optimizer = Annotated[Literal["adamw", "muon", "sgd"], BeforeValidator(_optimizer)]
 Precision = Annotated[Literal["auto", "bf16-mixed", "32-true", "64-true"], BeforeValidator(_precision)]
 Shares = Annotated[str, BeforeValidator(_shares)]
+Period = Annotated[str, BeforeValidator(_period, json_schema_input_type=int | str)]
 Workers = Annotated[
     int | Literal["auto", "cpu", "gpu"], BeforeValidator(_workers, json_schema_input_type=int | str)
 ]

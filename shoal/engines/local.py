@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from shoal.config import Resolved, resolve_workers
+from shoal.config import Resolved, check_options, resolve_workers
 from shoal.engines.environment import STORE_FD, is_worker
 from shoal.engines.worker import ERRORS, JOB, work
 from shoal.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, PREEMPTED, ShoalError, UserError
@@ -35,6 +35,7 @@ def launch(resolved: Resolved, verb: str = "train") -> int:
     Raises UserError before any worker starts where the configuration is at odds with itself or its folder.
     """
     if verb == "train":
+        check_options(resolved)
         check_folder(resolved)
     if is_worker():
         work(verb, resolved)

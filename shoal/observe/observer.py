@@ -109,6 +109,7 @@ def _record(run: Run, batch: Batch, loss: float, seconds: float, sent: int) -> d
         "perf/comm_bytes": sent,
         "perf/micro_batches": run.replica.shares.counts,
         "mem/peak_rss_gib": peak_rss_gib(),
+        **run.sync.metrics(),
     }
 
 

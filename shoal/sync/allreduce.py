@@ -1,90 +1,82 @@
 """Synchronous all-reduce: every step all replicas add up their gradients, then update alike."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import chain
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
 from shoal.buckets import Bucket
+from shoal.codecs.exchange import Exchange, Sum
 from shoal.collectives import Wire, Work
 from shoal.config import RunConfig
-from shoal.replica import Replica, Shares
-from shoal.summation import Node, TreeSum, roots
+from shoal.cost import Cost, Sizes
+from shoal.replica import TINY, Replica
+from shoal.sync.base import State, Sync
+from shoal.sync.exact import start_exact_sum
 
-Exchange = Callable[[], Work]  # a started one: called, it waits for the first half and starts the second
 
-
-@dataclass
-class AllReduce:
+class AllReduce(Sync):
     """Sums each bucket over the replicas while the backward pass still makes the next one.
 
-    In exact mode the sum follows the tree of `shoal.summation`: each rank gathers every rank's roots of one part
-    of the bucket, finishes the tree for that part, and all gather the parts: the bytes of a ring, as long as
-    a share is one root.
+    A codec encodes what is sent: right where a step's gradients take longer to send than to compute, and never
+    where the link is faster than the encoding. `clip_each` and `normalize each` change what a rank sends by its own
+    whole gradient, which is only there after the backward pass: then nothing travels beside it.
     """
 
-    wire: Wire
-    pending: list[Exchange] = field(default_factory=list)
-
-    @classmethod
-    def from_config(cls, config: RunConfig, wire: Wire) -> "AllReduce":
-        """As every entry of `SYNCS`."""
-        return cls(wire)
+    def __init__(self, config: RunConfig, wire: Wire) -> None:
+        super().__init__(config, wire)
+        self.options = config.strategy
+        self.exchange = Exchange(self.options, wire, config.train.seed)
+        self.keys: dict[Bucket, str] = {}  # the names of the buckets
+        self.pending: list[Callable[[], Work | Sum]] = []  # called, each waits for its first exchange
+        self.changes_own = bool(self.options.clip_each) or self.options.normalize == "each"
 
     def attach(self, replica: Replica) -> None:
         """Have every complete bucket sent at once."""
-        start = self._start_exact if replica.buckets.exact else self._start
-        replica.buckets.on_complete = lambda bucket: self.pending.append(start(bucket, replica.shares))
+        self.keys = {bucket: str(i) for i, bucket in enumerate(replica.buckets)}
+        if replica.buckets.exact:
+            replica.buckets.on_complete = lambda bucket: self.pending.append(
+                start_exact_sum(self.wire, bucket, replica.shares)
+            )
+        elif not self.changes_own:
+            replica.buckets.on_complete = self._start
 
     def step(self, replica: Replica, step: int) -> None:
         """Wait for the sums, then update."""
         started = time.perf_counter()
+        if self.changes_own:
+            self._change_own(replica)
+            for bucket in self.keys:
+                self._start(bucket)
         for work in [finish() for finish in self.pending]:
             work.wait()
         self.pending.clear()
         replica.seconds.communication += time.perf_counter() - started
         replica.update(step)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Nothing outlives a step."""
-        return {}
+    def state_dict(self) -> State:
+        """What the codec left out, and what else it remembers."""
+        return self.exchange.state_dict()
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Nothing to take back."""
+    def load_state_dict(self, states: Sequence[State]) -> None:
+        """By the exchange's rule."""
+        self.exchange.load_state_dict(states)
 
-    def _start(self, bucket: Bucket, shares: Shares) -> Exchange:
-        work = self.wire.start_all_reduce(bucket.flat)
-        return lambda: work
+    @classmethod
+    def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
+        """The gradients, encoded; uncoded and in exact mode a reduce-scatter and an all-gather of them."""
+        options = config.strategy
+        return Cost(Exchange.bytes_sent(options, sizes), Exchange.bytes_held(options, sizes))
 
-    def _start_exact(self, bucket: Bucket, shares: Shares) -> Exchange:
-        part = bucket.flat.numel() // self.wire.world_size
-        nodes = _roots_by_rank(shares)
-        own = [tensor.view(self.wire.world_size, part) for _, tensor in bucket.tree.pending]
-        sent = own[0] if len(own) == 1 else torch.cat(own, dim=1)
-        bucket.tree.pending.clear()
-        received = bucket.flat.new_empty(sum(map(len, nodes)), part)
-        counts = [part * len(held) for held in nodes]
-        work = self.wire.start_exchange(received.view(-1), counts, sent.reshape(-1))
+    def _start(self, bucket: Bucket) -> None:
+        self.pending.append(self.exchange.start_sum(self.keys[bucket], bucket.flat, bucket.shapes))
 
-        def finish() -> Work:
-            work.wait()
-            tree = TreeSum()
-            for node, tensor in zip(chain(*nodes), received, strict=True):
-                tree.push(node, tensor, owned=True)
-            return self.wire.start_all_gather(bucket.flat, tree.finish())
-
-        return finish
-
-
-def _roots_by_rank(shares: Shares) -> list[list[Node]]:
-    """The roots that each rank holds."""
-    ends = [sum(shares.counts[: r + 1]) for r in range(len(shares.counts))]
-    return [roots(end - count, end) for end, count in zip(ends, shares.counts, strict=True)]
-
-
-def bytes_sent(gradient_bytes: int, world_size: int) -> int:
-    """What a rank sends in a step: a reduce-scatter and an all-gather of the gradients, in either mode."""
-    return 2 * gradient_bytes * (world_size - 1) // world_size
+    def _change_own(self, replica: Replica) -> None:
+        """Clip or normalise this rank's gradient a label by its own norm. Not the same as doing so to the sum."""
+        fraction = replica.own_labels / max(1, replica.step_labels)
+        norm = torch.stack([bucket.flat.norm() for bucket in replica.buckets]).norm() / (fraction or 1)
+        scale = 1 / (norm + TINY)
+        if self.options.clip_each:
+            scale = (self.options.clip_each * scale).clamp(max=1.0)
+        for bucket in replica.buckets:
+            bucket.flat.mul_(scale)

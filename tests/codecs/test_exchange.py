@@ -9,13 +9,13 @@ import torch
 from cases import CASES, OPTIONS, SIZES, options_of, subject, values
 from laws.pool import Pool
 from reference import Gathered, TwoStages, largest, nearest, signs
-from shoal.cost import Sizes
 from sums import NUMEL, Summed, gradient, many, shapes_of, sum_steps, waiting
 
 from shoal.codecs import build
 from shoal.codecs.channel import Channel
 from shoal.codecs.exchange import Exchange, refit
 from shoal.collectives import Wire
+from shoal.cost import Sizes
 from shoal.mesh import Mesh
 
 STEPS = range(20)

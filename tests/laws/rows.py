@@ -80,6 +80,7 @@ class RowsTask:
     size: int = 61
     length: int = 9
     unlabelled: bool = False  # not one label in any row
+    full: bool = False  # all rows of the same length
     seed: int = 0
     tokenizer: Any = None
 
@@ -98,6 +99,8 @@ class RowsTask:
         rows = Rows(self.size if split == "train" else 17, self.length, seed=len(split))
         if self.unlabelled and split == "train":
             rows.counts[:] = 0
+        if self.full:
+            rows.counts[:] = self.length
         return rows
 
     def loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

@@ -10,12 +10,13 @@ import pytest
 class Strategy:
     """The settings that choose a strategy, and the numbers of the laws of the design that it keeps.
 
-    `exact`: what the laws allow up to rounding it keeps to the last bit.
+    `exact`: what the laws allow up to rounding it keeps to the last bit. `period`: steps until its costs repeat.
     """
 
     settings: dict[str, Any]
     laws: set[int]
     exact: bool = field(default=False)
+    period: int = 1
 
 
 STRATEGIES = {
@@ -23,6 +24,23 @@ STRATEGIES = {
     "allreduce": Strategy({"strategy": "allreduce", "balance": "off"}, {1, 2, 3, 4, 5, 7, 9, 10}),
     "allreduce-exact": Strategy(
         {"strategy": "allreduce", "exact": True}, {1, 2, 3, 4, 5, 7, 9, 10}, exact=True
+    ),
+    "local": Strategy({"strategy": "local", "sync_every": 4, "balance": "off"}, {6, 7, 9}, period=4),
+    "local-slowmo": Strategy(
+        {"strategy": "local", "sync_every": 4, "averaging": "slowmo", "balance": "off"}, {6, 7}
+    ),
+    "diloco": Strategy({"strategy": "diloco", "sync_every": 5, "balance": "off"}, {6, 7, 9}, period=5),
+    "diloco-streaming": Strategy(
+        {
+            "strategy": "diloco",
+            "sync_every": 6,
+            "fragments": 3,
+            "overlap_steps": 2,
+            "mixing": 0.5,
+            "balance": "off",
+        },
+        {6, 7, 9},
+        period=6,
     ),
 }
 

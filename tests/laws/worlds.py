@@ -32,14 +32,14 @@ class Record:
     stopped: bool = False
 
 
-def run_of(mesh: Mesh, strategy: str, task: RowsTask, **settings: Any) -> Run:
-    """A run on this rank as `shoal train` puts it together, with another task."""
+def run_of(mesh: Mesh, row: str, task: RowsTask, **settings: Any) -> Run:
+    """A run of a row of the table, on this rank, as `shoal train` puts it together; with another task."""
     TASKS["rows"] = task
     given = {
         "task": "rows",
         "output_dir": "unused",
         "save_steps": 0,
-        **STRATEGIES[strategy].settings,
+        **STRATEGIES[row].settings,
         **settings,
     }
     return assemble(load_config(None, [], {}, **given).config, mesh, Path("rows"), Screen(speaks=False))
@@ -60,17 +60,15 @@ def gradient(run: Run, step: int = 0) -> tuple[Arrays, float]:
 
 
 def gradients(
-    mesh: Mesh, strategy: str, task: RowsTask, cases: list[dict[str, Any]]
+    mesh: Mesh, row: str, task: RowsTask, cases: list[dict[str, Any]]
 ) -> list[tuple[Arrays, float]]:
     """The gradient of step 0 under each of several settings, never clipped."""
-    return [gradient(run_of(mesh, strategy, task, max_grad_norm=0.0, **case)) for case in cases]
+    return [gradient(run_of(mesh, row, task, max_grad_norm=0.0, **case)) for case in cases]
 
 
-def follow(
-    mesh: Mesh, strategy: str, task: RowsTask, *, stop_after: int | None = None, **settings: Any
-) -> Record:
+def follow(mesh: Mesh, row: str, task: RowsTask, *, stop_after: int | None = None, **settings: Any) -> Record:
     """Train by the loop itself, and record everything. `stop_after`: as if SIGTERM came during that step."""
-    run = run_of(mesh, strategy, task, **settings)
+    run = run_of(mesh, row, task, **settings)
     tensors: list[Arrays] = []
     _after(run, "commit", lambda: tensors.append(parameters(run)))
 

@@ -1,0 +1,90 @@
+"""How replicas agree: the settings of every strategy and codec. Each belongs to those that read it."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BeforeValidator
+
+from shoal.config.section import Section, fact
+from shoal.config.values import Number, Period, Shares, Whole, renamed
+
+Codec = Literal["none", "bf16", "fp16", "int8", "int4", "sign", "topk", "randomk", "powersgd"]
+SENDERS = "allreduce server async local diloco gossip"  # what they send is dense: a codec may encode it
+
+
+class StrategyConfig(Section):
+    """How the replicas agree. An empty option is the strategy's or codec's own; one that is not read is refused."""
+
+    primary: ClassVar[str] = "name"
+
+    name: Annotated[str, BeforeValidator(renamed({"ddp": "allreduce", "local-sgd": "local"}))] = fact(
+        "allreduce", "the way to synchronise"
+    )
+    bucket_mb: Number = fact(
+        4.0, "megabytes (10^6 bytes) of gradients reduced at once", "bucket_cap_mb", gt=0
+    )
+    balance: Shares = fact(
+        "auto", "shares of the micro-batches: auto = by measured speed, off = equal, or 3,1"
+    )
+
+    sync_every: Period | None = fact(
+        None, "steps between two syncs; or 100ktokens; or end = once", "outer_every", of="local diloco"
+    )
+    outer_lr: Number | None = fact(None, "rate of the outer update", of="local diloco", gt=0)
+    outer_momentum: Number | None = fact(None, "momentum of the outer update", of="local diloco", ge=0, lt=1)
+    averaging: Literal["mean", "slowmo", "bmuf", "elastic"] = fact(
+        "mean", "the outer rule of local", of="local"
+    )
+    local_after: Whole = fact(
+        0, "steps of synchronous training before the local ones", of="local diloco", ge=0
+    )
+    group_size: Whole | None = fact(
+        None, "ranks that sync every sync_every; all of them every global_every", of="local", ge=1
+    )
+    global_every: Whole | None = fact(None, "steps between two syncs of all groups", of="local", ge=1)
+    fragments: Whole = fact(1, "parts of the model, synced one after the other", of="diloco", ge=1)
+    overlap_steps: Whole = fact(
+        0, "steps for which a sync may travel while training goes on", of="diloco", ge=0
+    )
+    mixing: Number = fact(
+        1.0, "share of the synced parameters in what a replica goes on with", of="diloco", gt=0, le=1
+    )
+    topology: Literal["all", "pairs", "ring", "exponential", "push-sum"] | None = fact(
+        None,
+        "who talks to whom: diloco all or pairs; gossip ring, exponential or push-sum",
+        of="diloco gossip",
+    )
+
+    normalize: Literal["no", "sum", "each"] = fact(
+        "no",
+        "divide the gradient by its norm: sum = that of all workers, each = every worker its own",
+        of="allreduce local diloco gossip",
+    )
+    clip_each: Number = fact(
+        0.0, "the norm every worker clips its own gradient to before the sum; 0 = off", of="allreduce", ge=0
+    )
+
+    guard: Number | None = fact(
+        None,
+        "share by which the loss may rise before the guard acts, such as 0.05; empty = no guard",
+        of="local diloco gossip async",
+        gt=0,
+    )
+    guard_steps: Whole = fact(
+        0,
+        "synchronous steps at the start, for the guard to compare with",
+        of="local diloco gossip async",
+        ge=0,
+    )
+
+    codec: Codec = fact("none", "how what is sent is encoded", of=SENDERS)
+    error_feedback: bool | None = fact(
+        None, "carry what a codec left out into the next step; empty = where it is biased", of=SENDERS
+    )
+    density: Number | None = fact(None, "share of the elements that is sent", of="topk randomk", gt=0, le=1)
+    rank: Whole | None = fact(None, "columns of the factors", of="powersgd", ge=1)
+    block: Whole | None = fact(None, "elements that share a scale", of="int8 int4", ge=1)
+    stochastic: bool = fact(False, "round at random, without bias", of="int8 int4")
+    codec_momentum: Number = fact(
+        0.0, "momentum taken before the choice, as in DGC; use it with --optim sgd", of="topk", ge=0, lt=1
+    )
+    codec_warmup: Whole = fact(0, "steps over which the codec sets in", of="topk randomk powersgd", ge=0)

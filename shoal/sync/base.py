@@ -1,0 +1,64 @@
+"""What every strategy has in common. Most need `attach`, `step` and `cost` only."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor
+
+from shoal.collectives import Wire
+from shoal.config import RunConfig
+from shoal.cost import Cost, Sizes
+from shoal.replica import Replica
+
+State = dict[str, Tensor]
+
+
+class Sync(ABC):
+    """How one replica agrees with the others. It owns the update, since some strategies update elsewhere."""
+
+    replicas_differ = False  # whether they may, after a step, in parameters or optimizer state
+
+    def __init__(self, config: RunConfig, wire: Wire) -> None:
+        self.wire = wire
+
+    @abstractmethod
+    def attach(self, replica: Replica) -> None:
+        """Once, before the first step: listen to the replica's buckets, take copies."""
+
+    @abstractmethod
+    def step(self, replica: Replica, step: int) -> None:
+        """After the gradients of `step`: exchange what the strategy exchanges, and update the replica."""
+
+    def agree(self, numbers: Tensor) -> Tensor:
+        """The sum over the ranks of what the loop tells of a step; of the ranks heard of, without a barrier."""
+        return self.wire.sum(numbers)
+
+    def shared_model(self, replica: Replica) -> AbstractContextManager[None]:
+        """Within it the replica holds the one model of all: the one that is evaluated and saved."""
+        return nullcontext()
+
+    def watch(self, loss: float) -> None:
+        """Told the loss a label of each step, once all ranks know it."""
+        return
+
+    def tighten(self) -> str | None:
+        """Agree more closely from now on; says in words what was changed, or None where nothing is left to."""
+        return None
+
+    def metrics(self) -> dict[str, float]:
+        """What the strategy has to tell of the last step, by metric name."""
+        return {}
+
+    def state_dict(self) -> State:
+        """The live tensors of this rank that a checkpoint must hold beside the replica."""
+        return {}
+
+    def load_state_dict(self, states: Sequence[State]) -> None:
+        """Take back what `state_dict` gave on every rank, in their order. Their number may differ from today's."""
+        assert not any(states), f"{type(self).__name__} keeps nothing, and was given {states[0].keys()}"
+
+    @classmethod
+    @abstractmethod
+    def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
+        """What it sends and holds, and how stale it may be."""

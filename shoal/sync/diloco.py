@@ -1,0 +1,32 @@
+"""DiLoCo: replicas train alone for many steps, and an outer Nesterov momentum moves what they share.
+
+Douillard et al. 2023, "DiLoCo: Distributed Low-Communication Training of Language Models", algorithm 1. With
+`fragments` and `overlap_steps` it is Streaming DiLoCo (Douillard et al. 2025), with `--codec int4` its low-bit outer
+gradients, with `--codec topk` and no outer momentum SparseLoCo. Use it over slow links: bytes fall by `sync_every`.
+The defaults are the paper's (outer rate 0.7, momentum 0.9), but for H: 30 of Streaming DiLoCo's 30 to 100 steps.
+"""
+
+from typing import ClassVar
+
+from shoal.config.strategy import StrategyConfig
+from shoal.sync.local import Local
+from shoal.sync.outer import Nesterov, Outer
+
+OUTER_RATE = 0.7
+OUTER_MOMENTUM = 0.9
+
+
+class DiLoCo(Local):
+    """Local training under an outer Nesterov momentum."""
+
+    EVERY: ClassVar[str] = "30"
+
+    @classmethod
+    def has_outer(cls, options: StrategyConfig) -> bool:
+        """Always: its momentum is what it is."""
+        return True
+
+    def outer(self) -> Outer:
+        """A new outer momentum."""
+        momentum = self.options.outer_momentum
+        return Nesterov(self.options.outer_lr or OUTER_RATE, OUTER_MOMENTUM if momentum is None else momentum)

@@ -1,0 +1,42 @@
+"""Exact mode: the sum of a bucket over the ranks, in the order of one fixed tree."""
+
+from collections.abc import Callable
+from itertools import chain
+
+import torch
+
+from shoal.buckets import Bucket
+from shoal.collectives import Wire, Work
+from shoal.replica import Shares
+from shoal.summation import Node, TreeSum, roots
+
+
+def start_exact_sum(wire: Wire, bucket: Bucket, shares: Shares) -> Callable[[], Work]:
+    """Begin to sum a bucket in the order of the tree of `shoal.summation`, whatever the shares.
+
+    Each rank gathers every rank's roots of one part of the bucket, finishes the tree for that part, and all gather
+    the parts: the bytes of a ring, as long as a share is one root.
+    """
+    part = bucket.flat.numel() // wire.world_size
+    nodes = _roots_by_rank(shares)
+    own = [tensor.view(wire.world_size, part) for _, tensor in bucket.tree.pending]
+    sent = own[0] if len(own) == 1 else torch.cat(own, dim=1)
+    bucket.tree.pending.clear()
+    received = bucket.flat.new_empty(sum(map(len, nodes)), part)
+    counts = [part * len(held) for held in nodes]
+    work = wire.start_exchange(received.view(-1), counts, sent.reshape(-1))
+
+    def finish() -> Work:
+        work.wait()
+        tree = TreeSum()
+        for node, tensor in zip(chain(*nodes), received, strict=True):
+            tree.push(node, tensor, owned=True)
+        return wire.start_all_gather(bucket.flat, tree.finish())
+
+    return finish
+
+
+def _roots_by_rank(shares: Shares) -> list[list[Node]]:
+    """The roots that each rank holds."""
+    ends = [sum(shares.counts[: r + 1]) for r in range(len(shares.counts))]
+    return [roots(end - count, end) for end, count in zip(ends, shares.counts, strict=True)]

@@ -1,0 +1,232 @@
+"""Local training: each replica updates alone for some steps, then they agree on shared parameters.
+
+Use it where a step's gradients take longer to send than to compute: bytes fall by the number of steps between two
+syncs. Replicas drift meanwhile; more than some tens of steps need a smaller rate or an outer momentum (`diloco`).
+The state of the inner optimizers stays with each replica.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from shoal.codecs.exchange import Exchange, Finish
+from shoal.collectives import Wire
+from shoal.config import RunConfig
+from shoal.config.strategy import StrategyConfig
+from shoal.cost import Cost, Sizes
+from shoal.replica import Replica
+from shoal.sync.allreduce import AllReduce
+from shoal.sync.base import State, Sync
+from shoal.sync.outer import BlockMomentum, Elastic, Mean, Outer, SlowMo
+from shoal.sync.parameters import averaged, mean, write
+from shoal.sync.shared import Shared
+
+ELASTICITY = 0.9
+SLOW_MOMENTUM = 0.7
+
+
+class Period:
+    """When to sync: every so many steps, every so many tokens, or never before the end."""
+
+    def __init__(self, text: str) -> None:
+        self.tokens = int(text.removesuffix("tokens")) if text.endswith("tokens") else None
+        self.steps = None if self.tokens or text == "end" else int(text)
+        self.seen = 0  # tokens since the last sync
+
+    def due(self, done: int, labels: int, offset: int = 0) -> bool:
+        """Whether to sync, with `done` local steps taken, the last one of `labels` tokens over all ranks."""
+        if self.tokens is None:
+            return self.steps is not None and done % self.steps == offset
+        self.seen += labels
+        if self.seen < self.tokens:
+            return False
+        self.seen = 0
+        return True
+
+
+@dataclass
+class Journey:
+    """The deltas of one fragment on their way, and the local steps after which they are taken in."""
+
+    fragment: int
+    arrives: int
+    deltas: list[Tensor]
+    finish: list[Finish]
+
+    def complete(self) -> None:
+        """Wait until the deltas are the sums over the ranks."""
+        for work in [finish() for finish in self.finish]:
+            work.wait()
+        self.finish = []
+
+
+class Local(Sync):
+    """Periodic averaging, with an outer rule on request.
+
+    Before `local_after` steps it is all-reduce (post-local SGD). With `group_size` the ranks average within groups
+    of neighbours every `sync_every` steps, and all of them every `global_every` steps. With `fragments` the buckets
+    are dealt out to so many parts, each synced in its turn; with `overlap_steps` what is sent may travel so long.
+    """
+
+    replicas_differ = True
+    EVERY: ClassVar[str] = "16"  # steps between two syncs (Lin et al. 2020, post-local SGD: 4 to 16)
+
+    def __init__(self, config: RunConfig, wire: Wire) -> None:
+        super().__init__(config, wire)
+        self.options = config.strategy
+        self.period = Period(self.options.sync_every or self.EVERY)
+        self.synchronous = AllReduce(config, wire)
+        self.exchange = Exchange(self.options, wire, config.train.seed)
+        self.neighbours = wire.neighbours(self.options.group_size) if self.options.group_size else wire
+        self.shared: list[Shared] = []  # none where a sync is the plain mean of the parameters
+        self.travelling: list[Journey] = []
+
+    def attach(self, replica: Replica) -> None:
+        """Have gradients sent while training is still synchronous, and remember where the replicas start from."""
+        self.synchronous.attach(replica)
+        send = replica.buckets.on_complete
+        replica.buckets.on_complete = lambda bucket: None if self._alone(replica.step) else send(bucket)
+        self._begin(replica)
+
+    def step(self, replica: Replica, step: int) -> None:
+        """Update alone, and sync what is due."""
+        if not self._alone(step):
+            self.synchronous.step(replica, step)
+            if self._alone(step + 1):
+                self._begin(replica)
+            return
+        update_alone(replica, step)
+        done = step + 1 - self.options.local_after
+        started = time.perf_counter()
+        if self.shared:
+            self._sync_shared(done, replica)
+        else:
+            self._average(done, replica)
+        replica.seconds.communication += time.perf_counter() - started
+
+    def tighten(self) -> str | None:
+        """Sync twice as often."""
+        if (
+            self.period.steps is None
+            or self.period.steps < 2 * max(1, self.options.fragments)
+            or self.travelling
+        ):
+            return None
+        self.period.steps //= 2
+        return f"a sync every {self.period.steps} steps from now on"
+
+    def shared_model(self, replica: Replica) -> AbstractContextManager[None]:
+        """The mean of all replicas."""
+        return averaged(replica, self.wire)
+
+    def state_dict(self) -> State:
+        """What is shared, its momentum, what travels, what the codec left out, and the tokens since the last sync."""
+        state = {"period": torch.tensor([self.period.seen, self.period.steps or 0])}
+        for i, shared in enumerate(self.shared):
+            state |= {f"shared.{i}.{name}": tensor for name, tensor in shared.state_dict().items()}
+        for journey in self.travelling:
+            journey.complete()
+            state[f"travelling.{journey.fragment}"] = torch.tensor([journey.arrives])
+            for i, delta in zip(self._fragment(journey.fragment), journey.deltas, strict=True):
+                state[f"travelling.{journey.fragment}.{i}"] = delta
+        return state | self.exchange.state_dict()
+
+    def load_state_dict(self, states: Sequence[State]) -> None:
+        """What is shared was the same on all ranks; what the codec left out follows the exchange's rule."""
+        state = states[0]
+        self.period.seen, steps = state["period"].tolist()
+        self.period.steps = steps or None
+        for i, shared in enumerate(self.shared):
+            prefix = f"shared.{i}."
+            shared.load_state_dict(
+                {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+            )
+        for f in range(self.options.fragments):
+            if f"travelling.{f}" in state:
+                scale = self.wire.world_size / len(states)  # sums, which are divided by today's count
+                deltas = [state[f"travelling.{f}.{i}"] * scale for i in self._fragment(f)]
+                self.travelling.append(Journey(f, int(state[f"travelling.{f}"]), deltas, []))
+        self.exchange.load_state_dict(states)
+
+    @classmethod
+    def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
+        """The parameters once in a period; for an outer rule they and its momentum are held."""
+        every = Period(config.strategy.sync_every or cls.EVERY).steps or math.inf
+        held = 2 * sizes.nbytes if cls.has_outer(config.strategy) else 0
+        held += Exchange.bytes_held(config.strategy, sizes)
+        sent = Exchange.bytes_sent(config.strategy, sizes) / every
+        return Cost(sent=sent, held=held, staleness=config.strategy.overlap_steps)
+
+    @classmethod
+    def has_outer(cls, options: StrategyConfig) -> bool:
+        """Whether a sync is more than the mean of the parameters, so that a copy must be remembered."""
+        plain = options.averaging == "mean" and options.codec == "none" and options.fragments == 1
+        return not plain or options.overlap_steps > 0
+
+    def outer(self) -> Outer:
+        """A new outer rule, as the options say."""
+        momentum, rate = self.options.outer_momentum, self.options.outer_lr
+        if self.options.averaging == "slowmo":
+            return SlowMo(rate or 1.0, SLOW_MOMENTUM if momentum is None else momentum)
+        if self.options.averaging == "bmuf":
+            return BlockMomentum(rate or 1.0, 1 - 1 / self.wire.world_size if momentum is None else momentum)
+        if self.options.averaging == "elastic":
+            return Elastic(rate or ELASTICITY, self.wire.world_size)
+        return Mean(1.0, 0.0)
+
+    def _alone(self, step: int) -> bool:
+        return step >= self.options.local_after
+
+    def _begin(self, replica: Replica) -> None:
+        if self.has_outer(self.options):
+            self.shared = [Shared(bucket, self.outer(), self.options.mixing) for bucket in replica.buckets]
+
+    def _average(self, done: int, replica: Replica) -> None:
+        """Sync as the plain mean of the parameters, of all ranks or of this one's neighbours."""
+        everyone = self.options.global_every is not None and done % self.options.global_every == 0
+        if not (self.period.due(done, replica.step_labels) or everyone):
+            return
+        wire = self.wire if everyone else self.neighbours
+        before = wire.bytes_sent
+        for bucket, flat in zip(replica.buckets, mean(replica, wire), strict=True):
+            write(bucket, flat)
+        if wire is not self.wire:
+            self.wire.bytes_sent += wire.bytes_sent - before
+
+    def _sync_shared(self, done: int, replica: Replica) -> None:
+        """Send the fragments that are due on their way, and take in those that arrive."""
+        count = self.options.fragments
+        for f in range(count):
+            offset = f * (self.period.steps or 0) // count
+            if self.period.due(done, replica.step_labels, offset):
+                self.travelling.append(self._start(f, done + self.options.overlap_steps))
+        for journey in [each for each in self.travelling if each.arrives == done]:
+            self.travelling.remove(journey)
+            journey.complete()
+            for i, delta in zip(self._fragment(journey.fragment), journey.deltas, strict=True):
+                self.shared[i].settle(delta.div_(self.wire.world_size), replica.learning_rate)
+
+    def _start(self, fragment: int, arrives: int) -> Journey:
+        parts = [(i, self.shared[i]) for i in self._fragment(fragment)]
+        deltas = [shared.delta() for _, shared in parts]
+        finish = [
+            self.exchange.start_sum(str(i), delta, shared.bucket.shapes)
+            for (i, shared), delta in zip(parts, deltas, strict=True)
+        ]
+        return Journey(fragment, arrives, deltas, finish)
+
+    def _fragment(self, fragment: int) -> range:
+        """The buckets of a fragment: every so-manieth one, so that each holds layers of all depths."""
+        return range(fragment, len(self.shared), self.options.fragments)
+
+
+def update_alone(replica: Replica, step: int) -> None:
+    """The update of one replica by its own micro-batches: their gradients a label of their own."""
+    replica.labels = replica.own_labels / max(1, replica.step_labels) or 1
+    replica.update(step)

@@ -12,8 +12,10 @@ def to_bytes(tensor: Tensor) -> Tensor:
 
 def from_bytes(payload: Tensor, dtype: torch.dtype) -> Tensor:
     """What `to_bytes` was given. Copies only where the bytes do not lie as `dtype` needs them."""
-    lies = payload.is_contiguous() and payload.storage_offset() % dtype.itemsize == 0
-    return (payload if lies else payload.clone(memory_format=torch.contiguous_format)).view(dtype)
+    line = payload.reshape(-1)
+    if line.storage_offset() % dtype.itemsize:
+        line = line.clone()
+    return line.view(dtype).view(*payload.shape[:-1], payload.shape[-1] // dtype.itemsize)
 
 
 def pack_bits(bits: Tensor) -> Tensor:

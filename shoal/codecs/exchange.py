@@ -84,7 +84,7 @@ class Exchange:
 
     def state_dict(self) -> State:
         """What is remembered for every key: "codec/KEY/part"."""
-        live: dict[str, Channel | Codec] = {**self._encoders, **self._channels}
+        live: dict[str, Codec | Channel] = {**self._encoders, **self._channels}
         parts = {key: each.state_dict() for key, each in live.items()}
         named = {f"codec/{key}/{part}": t for key, state in parts.items() for part, t in state.items()}
         return self._loaded | named

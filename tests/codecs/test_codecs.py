@@ -119,18 +119,19 @@ def test_casts_round_to_the_nearest() -> None:
     [("int8, stochastic", {}), ("int8, stochastic", {"codec": "int4"}), ("randomk, unbiased", {})],
 )
 def test_unbiased_codecs_are_right_on_average(case: str, more: dict[str, Any]) -> None:
-    """Within five standard errors everywhere; the nearest rounding is not."""
+    """Within five standard errors everywhere, but for scales in float32; the nearest rounding is not."""
     trials, tensor = 2000, values(64, 10)
+    slack = 1e-7 * tensor.abs().max()
     codec = make(CASES[case].model_copy(update=more), subject(64))
     assert not codec.biased
     drawn = torch.stack([codec.decode(codec.encode(tensor), 64) for _ in range(trials)])
     errors = (drawn.mean(0) - tensor).abs()
-    assert (errors <= 5 * drawn.std(0) / trials**0.5 + 1e-12).all()
+    assert (errors <= 5 * drawn.std(0) / trials**0.5 + slack).all()
     assert drawn.std(0).max() > 0
     if CASES[case].stochastic:
         rounded = make(options_of(more.get("codec", "int8")), subject(64))
         once = rounded.decode(rounded.encode(tensor), 64)
-        assert ((once - tensor).abs() > 5 * drawn.std(0) / trials**0.5 + 1e-12).any()
+        assert ((once - tensor).abs() > 5 * drawn.std(0) / trials**0.5 + slack).any()
 
 
 def test_ranks_round_with_noise_of_their_own_and_draw_the_same_places() -> None:

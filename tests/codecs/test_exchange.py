@@ -33,7 +33,8 @@ def summed(pool: Pool) -> Any:
 
     @cache
     def of(ranks: int, dtype: torch.dtype = torch.float64) -> dict[str, list[Summed]]:
-        cases = [((options, STEPS), {"dtype": dtype}) for options in CASES.values()]
+        steps = STEPS if dtype == torch.float64 else STEPS[:4]
+        cases = [((options, steps), {"dtype": dtype}) for options in CASES.values()]
         found = pool.world(ranks, many, cases)
         return {case: [on_rank[i] for on_rank in found] for i, case in enumerate(CASES)}
 
@@ -44,8 +45,7 @@ def summed(pool: Pool) -> Any:
 @worlds
 def test_all_ranks_end_in_the_same_bits(summed: Any, ranks: int, dtype: torch.dtype) -> None:
     for case, on_ranks in summed(ranks, dtype).items():
-        for step in STEPS:
-            sums = [found.sums[step] for found in on_ranks]
+        for step, sums in enumerate(zip(*(found.sums for found in on_ranks), strict=True)):
             assert sums[0].dtype == dtype
             assert all(torch.equal(sums[0], each) for each in sums), f"{case}, step {step}"
             assert torch.isfinite(sums[0]).all()
@@ -121,15 +121,17 @@ def test_dgc_follows_its_rule_in_a_sum(summed: Any, ranks: int) -> None:
 def test_a_majority_decides(summed: Any, ranks: int) -> None:
     """The sign that most ranks have; where votes stand even, that of the sum weighted by the scales."""
     chunk = -(-NUMEL // ranks)
+    whole = (NUMEL // chunk * chunk // 16) * 16  # what fills up the last chunk counts in its last scale
     for step in STEPS[:5]:
         grads = [gradient(rank, step).numpy() for rank in range(ranks)]
         votes = np.sum([np.where(g >= 0, 1, -1) for g in grads], axis=0)
-        found = summed(ranks)["sign, vote"][0].sums[step].numpy()
-        decided = votes != 0
-        assert (np.sign(found)[decided] == np.sign(votes)[decided]).all()
         decoded = [[signs(16)(g[at : at + chunk]) for at in range(0, NUMEL, chunk)] for g in grads]
-        scales = np.sum([np.abs(np.concatenate(each)) for each in decoded], axis=0)
-        np.testing.assert_allclose(np.abs(found), scales, rtol=1e-6)
+        weighted = [np.concatenate(each) for each in decoded]
+        winners = np.sign(np.where(votes == 0, np.sum(weighted, axis=0), votes))
+        found = summed(ranks)["sign, vote"][0].sums[step].numpy()
+        expected = winners * np.sum(np.abs(weighted), axis=0)
+        np.testing.assert_array_equal(np.sign(found), winners)
+        np.testing.assert_allclose(found[:whole], expected[:whole], rtol=1e-6)
 
 
 @worlds
@@ -159,13 +161,13 @@ def test_one_bit_adam_follows_its_rule(summed: Any, ranks: int) -> None:
 def test_sizes_that_divide_by_nothing(pool: Pool, ranks: int) -> None:
     """Less elements than ranks, a bit more than a block, several tensors under way at once."""
     numels = tuple(SIZES)
-    cases = [((options, range(3)), {"numels": numels}) for options in CASES.values()]
+    cases = [((options, range(2)), {"numels": numels}) for options in CASES.values()]
     found = pool.world(ranks, many, cases)
     for i, (case, options) in enumerate(CASES.items()):
         predicted = [
             Exchange.bytes_sent(options, Sizes(tuple(shapes_of(n)), ranks, itemsize=8)) for n in numels
         ]
-        for step in range(3):
+        for step in range(2):
             assert all(torch.equal(found[0][i].sums[step], each[i].sums[step]) for each in found), case
             if options.codec != "none" and step >= options.codec_warmup:
                 assert all(each[i].sent[step] == sum(predicted) for each in found), case

@@ -62,6 +62,7 @@ class Buckets:
     ) -> None:
         self.all = [Bucket(group, multiple) for group in _cut(list(reversed(params)), bucket_bytes)]
         self.exact = exact
+        self.on_begin: Callable[[], object] = lambda: None  # before the first forward pass of a step
         self.on_complete: Callable[[Bucket], None] = lambda bucket: None
         self._leaf = 0
         self._last = False
@@ -74,10 +75,12 @@ class Buckets:
         return iter(self.all)
 
     def begin(self, leaf: int, *, first: bool, last: bool) -> None:
-        """Before the backward pass of micro-batch `leaf`, the `first` or `last` one of this rank's share.
+        """Before the forward and backward pass of micro-batch `leaf`, the `first` or `last` one of this rank's share.
 
         In exact mode every micro-batch's gradients stand alone in `flat` before they enter the bucket's tree.
         """
+        if first:
+            self.on_begin()
         self._leaf, self._last, self._announced = leaf, last, 0
         for bucket in self.all:
             bucket.missing = len(bucket.params)

@@ -1,0 +1,253 @@
+"""Gossip: each replica updates alone and averages its parameters with a neighbour or two. Nobody talks to all.
+
+x_i are the parameters of replica i, g_i the gradient of its own micro-batches times N, so that the mean of all g_i is
+the gradient of the step; Opt is the inner optimizer (any), W_k the mixing matrix of step k.
+
+| topology | neighbours | W | a step sends |
+|---|---|---|---|
+| `ring` | both sides | 1/3 each (two ranks: 1/2) | 2P |
+| `exponential` | rank i sends to i + 2^(k mod log2 N) | 1/2 each | P |
+| `push-sum` | the same, and the weights w_i travel along | 1/2 each | P + 8 bytes |
+
+`ring`, `exponential`: x_i = sum_j W_ij x_j, then Opt(x_i, g_i(old x_i)). This is D-PSGD (Lian et al. 2017,
+arXiv 1705.09056, algorithm 1, from memory), whose average needs only what was known before the gradient: it travels
+during the forward and backward pass. The one-peer graph is that of Ying et al. 2021 (arXiv 2110.13363): log2 N steps
+average exactly where N is a power of two.
+
+`push-sum` is SGP (Assran et al. 2019, arXiv 1811.10792): the replica holds z_i = x_i / w_i, w_i = 1 at first;
+x_i = sum_j W_ij x_j, w_i = sum_j W_ij w_j, then Opt(x_i, g_i(old z_i)). Columns of W add up to one, rows need not:
+z_i still goes to the mean, where a plain average drifts to those that are heard most. On the whole graph w_i stays 1;
+it earns its 8 bytes when a rank has died. The order is that of the authors' code with `overlap=True`, which likewise
+lets the optimizer step x and not z, over the same graph.
+
+With `overlap_steps` 0 the replicas update first and mix afterwards (adapt-then-combine: SGP as printed in the paper).
+Nothing then travels beside the computation, but two ranks follow all-reduce exactly if the optimizer is linear.
+
+Held: a copy of the parameters to send and one for each neighbour heard. Staleness 0: what is averaged is of one step.
+Use it where links are slow and ranks are many: the bytes of a step do not depend on N, and a rank waits for its
+neighbours alone. For few ranks all-reduce sends hardly more (of 4: 1.5 P), and is exact. Buffers of the model stay
+those of each rank.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from shoal.buckets import Bucket
+from shoal.collectives import Wire
+from shoal.config import RunConfig
+from shoal.cost import Cost, Sizes
+from shoal.errors import choose
+from shoal.replica import Replica
+from shoal.sync.base import State, Sync
+from shoal.sync.parameters import read, write
+from shoal.sync.peers import Peers, Posted
+
+DEFAULT_TOPOLOGY = "exponential"  # half the bytes of the ring, and it averages faster
+
+
+def ring(rank: int, world_size: int, step: int) -> list[int]:
+    """Whom `rank` sends to: the ranks on both sides, once each."""
+    return sorted({(rank - 1) % world_size, (rank + 1) % world_size} - {rank})
+
+
+def exponential(rank: int, world_size: int, step: int) -> list[int]:
+    """Whom `rank` sends to: one rank, 1, 2, 4, ... ahead in turn."""
+    hops = (world_size - 1).bit_length()
+    return [(rank + 2 ** (step % hops)) % world_size] if hops else []
+
+
+TOPOLOGIES: dict[str, Callable[[int, int, int], list[int]]] = {
+    "ring": ring,
+    "exponential": exponential,
+    "push-sum": exponential,
+}
+
+
+def mixing_matrix(topology: str, world_size: int, step: int) -> Tensor:
+    """W [N, N] in float64: what part of replica j (column) goes to replica i (row). Columns add up to one."""
+    matrix = torch.zeros(world_size, world_size, dtype=torch.float64)
+    for rank in range(world_size):
+        receivers = TOPOLOGIES[topology](rank, world_size, step)
+        matrix[[rank, *receivers], rank] = 1 / (1 + len(receivers))
+    return matrix
+
+
+@dataclass
+class Round:
+    """One exchange that was started: W, and of this replica and of each it hears x_i of every bucket (and w_i)."""
+
+    matrix: Tensor
+    own: list[Tensor]
+    heard: dict[int, list[Tensor]]
+    posted: Posted
+
+
+class Gossip(Sync):
+    """See the module. A neighbour that dies is left out, its share kept; its micro-batches are not computed again."""
+
+    replicas_differ = True
+
+    def __init__(self, config: RunConfig, wire: Wire) -> None:
+        super().__init__(config, wire)
+        topology = config.strategy.topology or DEFAULT_TOPOLOGY
+        choose("--topology", topology, TOPOLOGIES)
+        self.matrix = partial(mixing_matrix, topology, wire.world_size)
+        self.push_sum = topology == "push-sum"
+        self.overlaps = config.strategy.overlap_steps != 0
+        self.peers = Peers(wire)
+        self.weight = torch.ones(1, dtype=torch.float64)  # w_i of push-sum, for ever 1 otherwise
+        self.rounds = 0
+        self.under_way: Round | None = None
+        self.distance = 0.0
+        self._outbox: list[Tensor] = []
+        self._inboxes: list[list[Tensor]] = []
+
+    def attach(self, replica: Replica) -> None:
+        """Have the parameters sent as the forward pass begins."""
+        if self.overlaps:
+            replica.buckets.on_begin = lambda: self._start(replica)
+
+    def step(self, replica: Replica, step: int) -> None:
+        """Mix and update, or the other way round."""
+        if self.overlaps:
+            self._mix(replica)
+        self._update(replica, step)
+        if not self.overlaps:
+            self._mix(replica)
+
+    def agree(self, numbers: Tensor) -> Tensor:
+        """The sum over the ranks that answer, each pair on its own: so that a dead one is found within the step."""
+        return torch.stack(self.peers.gather(numbers)).sum(0)
+
+    @contextmanager
+    def shared_model(self, replica: Replica) -> Iterator[None]:
+        """The mean of the replicas that answer; of push-sum sum_i w_i z_i / sum_i w_i, which mixing conserves.
+
+        The same bits on every rank. It sends (N - 1) P, and holds a copy of the parameters meanwhile.
+        """
+        own = [read(bucket) for bucket in replica.buckets]
+        for bucket, flat in zip(replica.buckets, self._numerators(replica), strict=True):
+            weighed = torch.cat([flat, self.weight.to(flat)])
+            total = torch.stack(self.peers.gather(weighed)).sum(0)
+            write(bucket, total[:-1] / total[-1])
+        try:
+            yield
+        finally:
+            for bucket, flat in zip(replica.buckets, own, strict=True):
+                write(bucket, flat)
+
+    def metrics(self) -> dict[str, float]:
+        """How far the neighbours heard in the last step were from this replica, as a part of its own norm."""
+        return {"sync/consensus_distance": self.distance}
+
+    def state_dict(self) -> State:
+        """Where the graph's turn stands, and the weight of push-sum."""
+        return {"rounds": torch.tensor([self.rounds]), "weight": self.weight}
+
+    def load_state_dict(self, states: Sequence[State]) -> None:
+        """By another number of ranks all start from the mean, whose weight is 1."""
+        self.rounds = int(states[0]["rounds"])
+        if len(states) == self.wire.world_size:
+            self.weight.copy_(states[self.wire.rank]["weight"])
+
+    @staticmethod
+    def cost(config: RunConfig, sizes: Sizes) -> Cost:
+        """The parameters to every neighbour; a copy to send and one of each neighbour. The first steps average."""
+        topology = config.strategy.topology or DEFAULT_TOPOLOGY
+        neighbours = len(TOPOLOGIES[topology](0, sizes.world_size, 0))
+        weight = neighbours * 8 if topology == "push-sum" else 0
+        return Cost(sent=neighbours * sizes.nbytes + weight, held=(1 + neighbours) * sizes.nbytes)
+
+    def _start(self, replica: Replica) -> Round:
+        matrix, rank = self.matrix(self.rounds), self.wire.rank
+        senders = [peer for peer in self.peers.alive if matrix[rank, peer]]
+        receivers = [peer for peer in self.peers.alive if matrix[peer, rank]]
+        own = self._numerators(replica) + [self.weight] * self.push_sum
+        while len(self._inboxes) < len(senders):
+            self._inboxes.append([torch.empty_like(tensor) for tensor in own])
+        heard = dict(zip(senders, self._inboxes, strict=False))
+        posted = self.peers.start(
+            sent=((peer, tensor) for peer in receivers for tensor in own),
+            received=((peer, tensor) for peer, tensors in heard.items() for tensor in tensors),
+        )
+        self.rounds += 1
+        self.under_way = Round(matrix, own, heard, posted)
+        return self.under_way
+
+    def _numerators(self, replica: Replica) -> list[Tensor]:
+        """x_i = w_i z_i of each bucket, where it stays unchanged while it is sent."""
+        if not self._outbox:
+            self._outbox = [torch.zeros_like(bucket.flat, device="cpu") for bucket in replica.buckets]
+        for bucket, flat in zip(replica.buckets, self._outbox, strict=True):
+            _read(bucket, flat)
+            if self.weight != 1:
+                flat.mul_(self.weight.item())
+        return self._outbox
+
+    def _mix(self, replica: Replica) -> None:
+        """Finish the exchange under way, or a whole one, and average: the replica holds z_i afterwards."""
+        started = time.perf_counter()
+        exchange = self.under_way or self._start(replica)
+        self.under_way = None
+        self.peers.wait(exchange.posted)
+        replica.seconds.communication += time.perf_counter() - started
+        heard = {peer: tensors for peer, tensors in exchange.heard.items() if peer in self.peers.alive}
+        self.distance = _distance(self._estimates(exchange.own), map(self._estimates, heard.values()))
+        kept = self._kept(exchange.matrix, heard)
+        parts = {peer: exchange.matrix[self.wire.rank, peer].item() for peer in heard}
+        for i, mixed in enumerate(exchange.own):
+            mixed.mul_(kept)
+            for peer, tensors in heard.items():
+                mixed.add_(tensors[i], alpha=parts[peer])
+        for bucket, mixed in zip(replica.buckets, exchange.own, strict=False):
+            write(bucket, mixed if self.weight == 1 else mixed / self.weight.item())
+
+    def _kept(self, matrix: Tensor, heard: Iterable[int]) -> float:
+        """The part of its own that a replica keeps: what is left of its row of W, so that it goes on with an average.
+
+        In push-sum what is left of its column: nothing is lost but what was sent to a rank that died.
+        """
+        rank = self.wire.rank
+        if self.push_sum:
+            return 1 - sum(matrix[peer, rank].item() for peer in self.peers.alive)
+        return 1 - sum(matrix[rank, peer].item() for peer in heard)
+
+    def _estimates(self, numerators: list[Tensor]) -> list[Tensor]:
+        """z of each bucket."""
+        return [x / numerators[-1] for x in numerators[:-1]] if self.push_sum else numerators
+
+    def _update(self, replica: Replica, step: int) -> None:
+        """Have the optimizer step x_i = w_i z_i."""
+        replica.labels = 1 / self.wire.world_size
+        weight = self.weight.item()
+        _scale(replica, weight)
+        replica.update(step)
+        _scale(replica, 1 / weight)
+
+
+@torch.no_grad()
+def _read(bucket: Bucket, flat: Tensor) -> None:
+    for p, part in bucket.parts(flat):
+        part.copy_(p)
+
+
+@torch.no_grad()
+def _scale(replica: Replica, factor: float) -> None:
+    if factor != 1:
+        torch._foreach_mul_([p for _, p in replica.params], factor)
+
+
+def _distance(own: list[Tensor], heard: Iterable[list[Tensor]]) -> float:
+    """The root mean square over the neighbours of |z_j - z_i| / |z_i|; 0 where none is heard."""
+    squares = [
+        sum((other - x).square().sum().item() for other, x in zip(tensors, own, strict=True))
+        for tensors in heard
+    ]
+    norm = sum(x.square().sum().item() for x in own)
+    return float((sum(squares) / len(squares) / norm) ** 0.5) if squares and norm else 0.0

@@ -1,0 +1,460 @@
+"""Gossip: its rules as published, in one process in float64; what mixing conserves; and neighbours that die."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from laws.plain import IGNORED
+from laws.pool import Pool
+from laws.rows import RowsTask
+from laws.strategies import STRATEGIES, Strategy
+from laws.worlds import Arrays, first_difference, parameters, run_of
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shoal.cost import Sizes
+from shoal.data.batches import Batches
+from shoal.mesh import Mesh
+from shoal.run import Run
+from shoal.sync.gossip import TOPOLOGIES, Gossip, mixing_matrix
+
+STEPS, EACH, ROWS, RATE, SEED = 20, 2, 12, 0.05, 3
+SETTINGS: dict[str, Any] = {
+    "strategy": "gossip", "balance": "off", "max_steps": STEPS, "global_batch_size": ROWS, "seed": SEED,
+    "per_device_train_batch_size": EACH, "learning_rate": RATE, "lr_scheduler_type": "constant", "warmup_steps": 0,
+    "max_grad_norm": 0.0, "precision": "64-true", "bucket_mb": 0.002,
+}  # fmt: skip
+TASK = RowsTask("tied")
+STILL = {"learning_rate": 0.0}  # replicas only mix
+UNBALANCED = [[1 / 3, 0, 1 / 2], [1 / 3, 1 / 2, 0], [1 / 3, 1 / 2, 1 / 2]]  # 0 -> 1, 2; 1 -> 2; 2 -> 0
+
+Build = Callable[[nn.Module], torch.optim.Optimizer]
+OPTIMIZERS: dict[str, Build] = {
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), RATE),
+    "momentum": lambda model: torch.optim.SGD(model.parameters(), RATE, momentum=0.9, weight_decay=0.1),
+    "adamw": lambda model: torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.1),
+}
+
+
+# The graphs
+
+
+@pytest.mark.parametrize("world_size", range(1, 10))
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_rows_and_columns_of_the_mixing_matrices_add_up_to_one(topology: str, world_size: int) -> None:
+    for step in range(8):
+        matrix = mixing_matrix(topology, world_size, step)
+        ones = torch.ones(world_size, dtype=torch.float64)
+        torch.testing.assert_close(matrix.sum(0), ones)
+        torch.testing.assert_close(matrix.sum(1), ones)
+        assert (matrix >= 0).all()
+        assert (matrix.diagonal() > 0).all()
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8, 16])
+def test_one_turn_of_the_exponential_graph_averages_exactly(world_size: int) -> None:
+    steps = range(world_size.bit_length() - 1)
+    turn = torch.linalg.multi_dot([torch.eye(world_size).double()] * 2 + [
+        mixing_matrix("exponential", world_size, step) for step in steps
+    ])  # fmt: skip
+    torch.testing.assert_close(turn, torch.full_like(turn, 1 / world_size))
+
+
+def shift(world_size: int, ahead: int) -> Tensor:
+    """The permutation that hands each rank what the rank `ahead` places before it holds."""
+    return torch.roll(torch.eye(world_size, dtype=torch.float64), ahead, dims=0)
+
+
+def published(topology: str, world_size: int, step: int) -> Tensor:
+    eye = torch.eye(world_size, dtype=torch.float64)
+    if topology == "ring":
+        if world_size == 2:
+            return (eye + shift(2, 1)) / 2
+        return (eye + shift(world_size, 1) + shift(world_size, -1)) / 3
+    return (eye + shift(world_size, 2 ** (step % {2: 1, 3: 2, 4: 2}[world_size]))) / 2
+
+
+# The rules, for all replicas in one process
+
+
+class Replicas:
+    """N replicas of a model in float64: their gradients, and what mixing and the optimizers make of their rows X."""
+
+    def __init__(self, ranks: int, build: Build) -> None:
+        self.samples = TASK.samples("train")
+        self.order = Batches(self.samples, seed=SEED, global_batch_size=ROWS, micro_batch_size=EACH)
+        self.models = [TASK.model().double() for _ in range(ranks)]
+        self.optimizers = [build(model) for model in self.models]
+        self.weights = torch.ones(ranks, dtype=torch.float64)
+
+    @property
+    def rows(self) -> Tensor:
+        vectors = [nn.utils.parameters_to_vector(model.parameters()).detach() for model in self.models]
+        return torch.stack(vectors)
+
+    def put(self, rows: Tensor) -> None:
+        for model, row in zip(self.models, rows, strict=True):
+            nn.utils.vector_to_parameters(row.clone(), model.parameters())
+
+    def gradients(self, step: int) -> None:
+        """Of each replica over its own micro-batches, N times; the first ranks take one more if it does not fit."""
+        micro_batches = [self.samples.collate(ids) for ids in self.order.at(step).ids]
+        labels = sum(int((batch["labels"] != IGNORED).sum()) for batch in micro_batches)
+        ranks = len(self.models)
+        each, more = divmod(len(micro_batches), ranks)
+        rest = iter(micro_batches)
+        for rank, model in enumerate(self.models):
+            model.zero_grad()
+            for batch in [next(rest) for _ in range(each + (rank < more))]:
+                scores = model(batch["tokens"]).flatten(0, 1)
+                loss = F.cross_entropy(
+                    scores, batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
+                )
+                (loss * ranks / labels).backward()
+
+    def optimize(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def arrays(self) -> list[Arrays]:
+        return [{n: p.detach().numpy().copy() for n, p in model.named_parameters()} for model in self.models]
+
+
+def communicate_then_adapt(all_: Replicas, matrix: Tensor) -> None:
+    """D-PSGD: the gradient is that of the replica before it is averaged."""
+    all_.put(matrix @ all_.rows)
+    all_.optimize()
+
+
+def adapt_then_communicate(all_: Replicas, matrix: Tensor) -> None:
+    all_.optimize()
+    all_.put(matrix @ all_.rows)
+
+
+def push_sum(all_: Replicas, matrix: Tensor) -> None:
+    """SGP with overlap: z = x / w is held, x and w are mixed, the optimizer steps x."""
+    numerators = matrix @ (all_.weights[:, None] * all_.rows)
+    all_.weights = matrix @ all_.weights
+    all_.put(numerators)
+    all_.optimize()
+    all_.put(all_.rows / all_.weights[:, None])
+
+
+def push_sum_afterwards(all_: Replicas, matrix: Tensor) -> None:
+    """SGP as printed: the optimizer steps x, then x and w are mixed."""
+    all_.put(all_.weights[:, None] * all_.rows)
+    all_.optimize()
+    all_.weights, numerators = matrix @ all_.weights, matrix @ all_.rows
+    all_.put(numerators / all_.weights[:, None])
+
+
+RULES = {
+    ("ring", True): communicate_then_adapt, ("ring", False): adapt_then_communicate,
+    ("exponential", True): communicate_then_adapt, ("exponential", False): adapt_then_communicate,
+    ("push-sum", True): push_sum, ("push-sum", False): push_sum_afterwards,
+}  # fmt: skip
+
+
+def run_with(mesh: Mesh, **settings: Any) -> Run:
+    """A run as the table of the laws would have it under these settings."""
+    STRATEGIES["these"] = Strategy(SETTINGS | settings, set())
+    return run_of(mesh, "these", TASK)
+
+
+def started(
+    mesh: Mesh, optimizer: str = "sgd", matrix: list[list[float]] | None = None, **settings: Any
+) -> Run:
+    """A run with one of the optimizers above, and another graph on request."""
+    run = run_with(mesh, **settings)
+    run.replica.optimizers = [OPTIMIZERS[optimizer](run.replica.model)]
+    if matrix is not None:
+        run.sync.matrix = lambda step: torch.tensor(matrix, dtype=torch.float64)  # type: ignore[attr-defined]
+    return run
+
+
+def trained(mesh: Mesh, cases: list[dict[str, Any]]) -> list[list[Arrays]]:
+    """This rank's parameters after each step, for each of several settings."""
+    found = []
+    for case in cases:
+        run = started(mesh, **case)
+        found.append([])
+        for step in range(STEPS):
+            take(run, step)
+            found[-1].append(parameters(run))
+    return found
+
+
+def take(run: Run, step: int) -> None:
+    run.replica.gradients(run.batches.at(step))
+    run.sync.step(run.replica, step)
+
+
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlapped", "afterwards"])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_they_are_the_published_rules(pool: Pool, ranks: int, overlap: bool) -> None:
+    cases = [
+        {"topology": topology, "optimizer": optimizer, "overlap_steps": int(overlap)}
+        for topology in TOPOLOGIES
+        for optimizer in OPTIMIZERS
+    ]
+    found = pool.world(ranks, trained, cases)
+    for number, case in enumerate(cases):
+        all_, rule = Replicas(ranks, OPTIMIZERS[case["optimizer"]]), RULES[case["topology"], overlap]
+        for step in range(STEPS):
+            all_.gradients(step)
+            rule(all_, published(case["topology"], ranks, step))
+            for rank, expected in enumerate(all_.arrays()):
+                difference = first_difference([expected], [found[rank][number][step]], 1e-10)
+                assert difference is None, f"{case}, rank {rank}, {step}: {difference}"
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_push_sum_on_an_unbalanced_graph_is_the_published_rule(pool: Pool, overlap: bool) -> None:
+    case = {"topology": "push-sum", "overlap_steps": int(overlap), "matrix": UNBALANCED}
+    found = pool.world(3, trained, [{**case, "optimizer": name} for name in OPTIMIZERS])
+    for number, build in enumerate(OPTIMIZERS.values()):
+        all_ = Replicas(3, build)
+        for step in range(STEPS):
+            all_.gradients(step)
+            RULES["push-sum", overlap](all_, torch.tensor(UNBALANCED, dtype=torch.float64))
+            for rank, expected in enumerate(all_.arrays()):
+                assert first_difference([expected], [found[rank][number][step]], 1e-10) is None
+
+
+@pytest.mark.parametrize("topology", ["exponential", "push-sum"])
+def test_on_the_complete_graph_mixing_afterwards_is_all_reduce(pool: Pool, topology: str) -> None:
+    uniform = [[1 / 3] * 3] * 3
+    gossip = {"topology": topology, "overlap_steps": 0, "matrix": uniform, "optimizer": "momentum"}
+    for one, other in pool.world(3, trained, [gossip, {"strategy": "allreduce", "optimizer": "momentum"}]):
+        assert first_difference(other, one, 1e-10) is None
+
+
+def test_alone_it_is_plain_training_to_the_last_bit(pool: Pool) -> None:
+    cases = [{"strategy": "allreduce"}, *({"topology": topology} for topology in TOPOLOGIES)]
+    ((plain, *others),) = pool.world(1, trained, cases)
+    for other in others:
+        assert first_difference(plain, other) is None
+
+
+# What mixing conserves
+
+
+def spread(run: Run) -> None:
+    """Have the replicas hold different parameters."""
+    torch.manual_seed(run.mesh.rank)
+    with torch.no_grad():
+        for _, p in run.replica.params:
+            p.add_(torch.randn_like(p))
+
+
+def vector(run: Run) -> np.ndarray:
+    return np.concatenate([array.ravel() for array in parameters(run).values()])
+
+
+def mixed(mesh: Mesh, steps: int, averages: bool = False, **settings: Any) -> tuple[np.ndarray, list[float]]:
+    """Where a replica stands [steps + 1, P] while nothing is learnt, and its weight. `averages`: without push-sum."""
+    run = started(mesh, **STILL | settings)
+    assert isinstance(run.sync, Gossip)
+    run.sync.push_sum = run.sync.push_sum and not averages
+    spread(run)
+    history, weights = [vector(run)], [1.0]
+    for step in range(steps):
+        take(run, step)
+        history.append(vector(run))
+        weights.append(run.sync.weight.item())
+    return np.array(history), weights
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_mixing_conserves_the_mean_and_brings_the_replicas_together(
+    pool: Pool, ranks: int, topology: str
+) -> None:
+    found = np.array([history for history, _ in pool.world(ranks, mixed, 40, topology=topology)])
+    mean = found.mean(0)
+    np.testing.assert_allclose(mean, np.broadcast_to(mean[0], mean.shape), atol=1e-13)
+    np.testing.assert_allclose(found[:, -1], np.broadcast_to(mean[0], found[:, -1].shape), atol=1e-9)
+    assert abs(found[:, 0] - mean[0]).max() > 1
+
+
+def test_on_an_unbalanced_graph_push_sum_reaches_the_mean_and_a_plain_average_does_not(pool: Pool) -> None:
+    settings = {"topology": "push-sum", "matrix": UNBALANCED}
+    found = pool.world(3, mixed, 60, **settings)
+    mean = np.mean([history[0] for history, _ in found], axis=0)
+    for history, _ in found:
+        np.testing.assert_allclose(history[-1], mean, atol=1e-12)
+    weights = np.array([each for _, each in found])
+    np.testing.assert_allclose(weights.sum(0), 3, atol=1e-12)
+    assert abs(weights - 1).max() > 0.2
+    for history, _ in pool.world(3, mixed, 60, averages=True, **settings):
+        assert abs(history[-1] - mean).max() > 0.05
+
+
+# The one model of all
+
+
+def evaluated(mesh: Mesh, **settings: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, float]:
+    run = started(mesh, **settings)
+    spread(run)
+    for step in range(3):
+        take(run, step)
+    before = vector(run)
+    with run.sync.shared_model(run.replica):
+        within = vector(run)
+    distance = run.sync.metrics()["sync/consensus_distance"]
+    return before, within, vector(run), run.sync.weight.item(), distance  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("settings", [
+    {"topology": "ring"}, {"topology": "exponential"}, {"topology": "push-sum", "matrix": UNBALANCED}
+], ids=["ring", "exponential", "push-sum"])  # fmt: skip
+def test_the_model_that_is_evaluated_is_the_weighted_mean(pool: Pool, settings: dict[str, Any]) -> None:
+    found = pool.world(3, evaluated, **settings)
+    weights = [weight for *_, weight, _ in found]
+    mean = sum(w * before for w, (before, *_) in zip(weights, found, strict=True)) / sum(weights)
+    for before, within, after, _, _ in found:
+        np.testing.assert_allclose(within, mean, rtol=0, atol=1e-12)
+        np.testing.assert_array_equal(within, found[0][1])
+        np.testing.assert_array_equal(after, before)
+        assert abs(before - mean).max() > 1e-3
+
+
+def test_the_metric_is_the_distance_to_the_neighbours_before_mixing(pool: Pool) -> None:
+    def metric(histories: list[np.ndarray], rank: int) -> float:
+        own = histories[rank]
+        others = [x for r, x in enumerate(histories) if r != rank]
+        return float(np.sqrt(np.mean([((x - own) ** 2).sum() for x in others]) / (own**2).sum()))
+
+    found = pool.world(3, first_metric, topology="ring")
+    for rank, (_, distance) in enumerate(found):
+        assert distance == pytest.approx(metric([history for history, _ in found], rank))
+
+
+def first_metric(mesh: Mesh, **settings: Any) -> tuple[np.ndarray, float]:
+    run = started(mesh, **settings)
+    spread(run)
+    before = vector(run)
+    take(run, 0)
+    return before, run.sync.metrics()["sync/consensus_distance"]
+
+
+# Bytes, and what a checkpoint holds
+
+
+def bytes_of(mesh: Mesh, steps: int, **settings: Any) -> tuple[float, int]:
+    run = started(mesh, **settings)
+    run.wire.bytes_sent = 0
+    for step in range(steps):
+        take(run, step)
+    shapes = tuple(bucket.flat.shape for bucket in run.replica.buckets)
+    return steps * run.sync.cost(
+        run.config, Sizes(shapes, mesh.world_size, itemsize=8)
+    ).sent, run.wire.bytes_sent
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_predicted_bytes_are_sent(pool: Pool, ranks: int, topology: str) -> None:
+    for predicted, counted in pool.world(ranks, bytes_of, 3, topology=topology):
+        assert counted == predicted
+        assert ranks == 1 or counted > 0
+
+
+def interrupted(mesh: Mesh, **settings: Any) -> tuple[Arrays, Arrays]:
+    """The parameters after four steps, and after two and two with everything handed to a new run."""
+    whole = started(mesh, **settings)
+    for step in range(4):
+        take(whole, step)
+    first, second = started(mesh, **settings), started(mesh, **settings)
+    for step in range(2):
+        take(first, step)
+    states = first.sync.peers.gather(torch.cat([t.double() for t in first.sync.state_dict().values()]))  # type: ignore[attr-defined]
+    second.sync.load_state_dict([{"rounds": s[:1], "weight": s[1:]} for s in states])
+    second.replica.model.load_state_dict(first.replica.model.state_dict())
+    for step in range(2, 4):
+        take(second, step)
+    return parameters(whole), parameters(second)
+
+
+@pytest.mark.parametrize("settings", [
+    {"topology": "exponential"}, {"topology": "push-sum", "matrix": UNBALANCED}
+], ids=["exponential", "push-sum"])  # fmt: skip
+def test_interrupted_it_goes_on_to_the_last_bit(pool: Pool, settings: dict[str, Any]) -> None:
+    for whole, resumed in pool.world(3, interrupted, **settings):
+        assert first_difference([whole], [resumed]) is None
+
+
+# Neighbours that die
+
+DEAD, AT = 2, 5
+
+
+def bereft(mesh: Mesh, dead: int, **settings: Any) -> tuple[list[Arrays], list[float], np.ndarray, float]:
+    """Train while one rank dies before step AT: this rank's parameters, what it hears, and the model of all."""
+    run = started(mesh, **settings)
+    history, heard = [], []
+    for step in range(STEPS):
+        if (mesh.rank, step) == (dead, AT):
+            os._exit(0)
+        take(run, step)
+        history.append(parameters(run))
+        heard.append(run.sync.agree(torch.tensor([10.0**mesh.rank])).item())
+    with run.sync.shared_model(run.replica):
+        return history, heard, vector(run), run.sync.weight.item()  # type: ignore[attr-defined]
+
+
+def without(matrix: Tensor, dead: int, columns: bool) -> Tensor:
+    """What is left of W: a survivor keeps what it would have heard (of its row) or sent (of its column)."""
+    left = matrix.clone()
+    left[dead], left[:, dead] = 0.0, 0.0
+    for rank in range(len(left)):
+        left[rank, rank] = 0.0
+        left[rank, rank] = 1 - (left[:, rank] if columns else left[rank]).sum()
+    return left
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_the_others_go_on_without_a_neighbour_that_dies(pool: Pool, topology: str) -> None:
+    outcomes = pool.wait(pool.start(bereft, DEAD, ranks=4, topology=topology))
+    assert [outcome.code for outcome in outcomes] == [0] * 4, outcomes
+    all_ = Replicas(4, OPTIMIZERS["sgd"])
+    for step in range(STEPS):
+        all_.gradients(step)
+        matrix = published(topology, 4, step)
+        gone = without(matrix, DEAD, columns=topology == "push-sum")
+        RULES[topology, True](all_, matrix if step < AT else gone)
+        for rank in {0, 1, 3}:
+            found = outcomes[rank].value[0][step]
+            assert first_difference([all_.arrays()[rank]], [found], 1e-10) is None, (
+                f"rank {rank}, step {step}"
+            )
+    left = [0, 1, 3]
+    mean = (all_.weights[left, None] * all_.rows[left]).sum(0) / all_.weights[left].sum()
+    for rank in left:
+        _, heard, model, weight = outcomes[rank].value
+        assert heard == [1111.0] * AT + [1011.0] * (STEPS - AT)
+        np.testing.assert_allclose(model, mean.numpy(), atol=1e-10)
+        np.testing.assert_allclose(weight, all_.weights[rank])
+    said = [line for outcome in outcomes for line in outcome.output.splitlines()]
+    assert said == [f"shoal: worker {DEAD} no longer answers: 3 go on without it"]
+
+
+def test_one_goes_on_alone_when_all_others_die(pool: Pool) -> None:
+    outcomes = pool.wait(pool.start(lonely, ranks=3))
+    assert outcomes[1].value == [111.0] * 3 + [11.0] + [10.0] * 2
+    assert outcomes[0].output == "shoal: worker 2 no longer answers: 2 go on without it\n"
+    assert outcomes[1].output == "shoal: worker 0 no longer answers: 1 go on without it\n"
+
+
+def lonely(mesh: Mesh) -> list[float]:
+    run = started(mesh, topology="ring")
+    heard = []
+    for step in range(6):
+        if (mesh.rank, step) in ((2, 3), (0, 4)):
+            os._exit(0)
+        take(run, step)
+        heard.append(run.sync.agree(torch.tensor([10.0**mesh.rank])).item())
+    return heard

@@ -23,6 +23,8 @@ lets the optimizer step x and not z, over the same graph.
 With `overlap_steps` 0 the replicas update first and mix afterwards (adapt-then-combine: SGP as printed in the paper).
 Nothing then travels beside the computation, but two ranks follow all-reduce exactly if the optimizer is linear.
 
+With a codec differences travel, and `mixing` says what part of the average a replica takes: see `shoal.sync.copies`.
+
 Held: a copy of the parameters to send and one for each neighbour heard. Staleness 0: what is averaged is of one step.
 Use it where links are slow and ranks are many: the bytes of a step do not depend on N, and a rank waits for its
 neighbours alone. For few ranks all-reduce sends hardly more (of 4: 1.5 P), and is exact. Buffers of the model stay
@@ -30,7 +32,7 @@ those of each rank.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -39,12 +41,14 @@ import torch
 from torch import Tensor
 
 from shoal.buckets import Bucket
+from shoal.codecs import Subject
 from shoal.collectives import Wire
 from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
 from shoal.errors import choose
 from shoal.replica import Replica
 from shoal.sync.base import State, Sync
+from shoal.sync.copies import Copies, default_mixing, payload_bytes
 from shoal.sync.parameters import read, write
 from shoal.sync.peers import Peers, Posted
 
@@ -80,11 +84,12 @@ def mixing_matrix(topology: str, world_size: int, step: int) -> Tensor:
 
 @dataclass
 class Round:
-    """One exchange that was started: W, and of this replica and of each it hears x_i of every bucket (and w_i)."""
+    """One exchange that was started: W, this replica's x of each bucket, and the letters it sends and receives."""
 
     matrix: Tensor
     own: list[Tensor]
-    heard: dict[int, list[Tensor]]
+    receivers: list[int]
+    inboxes: dict[int, list[Tensor]]
     posted: Posted
 
 
@@ -95,11 +100,14 @@ class Gossip(Sync):
 
     def __init__(self, config: RunConfig, wire: Wire) -> None:
         super().__init__(config, wire)
-        topology = config.strategy.topology or DEFAULT_TOPOLOGY
+        self.options = config.strategy
+        topology = self.options.topology or DEFAULT_TOPOLOGY
         choose("--topology", topology, TOPOLOGIES)
         self.matrix = partial(mixing_matrix, topology, wire.world_size)
         self.push_sum = topology == "push-sum"
-        self.overlaps = config.strategy.overlap_steps != 0
+        self.overlaps = self.options.overlap_steps != 0
+        self.mixing = self.options.mixing or default_mixing(self.options)
+        self.copies: Copies | None = None  # where what is sent is encoded
         self.peers = Peers(wire)
         self.weight = torch.ones(1, dtype=torch.float64)  # w_i of push-sum, for ever 1 otherwise
         self.rounds = 0
@@ -109,7 +117,16 @@ class Gossip(Sync):
         self._inboxes: list[list[Tensor]] = []
 
     def attach(self, replica: Replica) -> None:
-        """Have the parameters sent as the forward pass begins."""
+        """Have the parameters sent as the forward pass begins, and know what they are at the start."""
+        if self.options.codec != "none":
+            rank, turn = self.wire.rank, range(self.wire.world_size.bit_length())
+            edges = torch.stack([self.matrix(step) for step in turn]).sum(0)
+            self.copies = Copies(
+                self.options,
+                replica.buckets.all,
+                senders=[peer for peer in self.peers.alive if edges[rank, peer]],
+                receivers=[peer for peer in self.peers.alive if edges[peer, rank]],
+            )
         if self.overlaps:
             replica.buckets.on_begin = lambda: self._start(replica)
 
@@ -147,37 +164,50 @@ class Gossip(Sync):
         return {"sync/consensus_distance": self.distance}
 
     def state_dict(self) -> State:
-        """Where the graph's turn stands, and the weight of push-sum."""
-        return {"rounds": torch.tensor([self.rounds]), "weight": self.weight}
+        """Where the graph's turn stands, the weight of push-sum, and what an encoded exchange remembers."""
+        copies = self.copies.state_dict() if self.copies else {}
+        return {"rounds": torch.tensor([self.rounds]), "weight": self.weight} | copies
 
     def load_state_dict(self, states: Sequence[State]) -> None:
-        """By another number of ranks all start from the mean, whose weight is 1."""
+        """By another number of ranks all start from the mean, whose weight is 1 and which all know."""
         self.rounds = int(states[0]["rounds"])
-        if len(states) == self.wire.world_size:
+        same = len(states) == self.wire.world_size
+        if same:
             self.weight.copy_(states[self.wire.rank]["weight"])
+        if self.copies:
+            self.copies.load_state_dict(states[self.wire.rank] if same else None)
 
     @staticmethod
     def cost(config: RunConfig, sizes: Sizes) -> Cost:
         """The parameters to every neighbour; a copy to send and one of each neighbour. The first steps average."""
-        topology = config.strategy.topology or DEFAULT_TOPOLOGY
-        neighbours = len(TOPOLOGIES[topology](0, sizes.world_size, 0))
-        weight = neighbours * 8 if topology == "push-sum" else 0
-        return Cost(sent=neighbours * sizes.nbytes + weight, held=(1 + neighbours) * sizes.nbytes)
+        topology, ranks = config.strategy.topology or DEFAULT_TOPOLOGY, sizes.world_size
+        neighbours = len(TOPOLOGIES[topology](0, ranks, 0))
+        payload, held = sizes.nbytes, (1 + neighbours) * sizes.nbytes
+        if config.strategy.codec != "none":
+            dtype = {4: torch.float32, 8: torch.float64}[sizes.itemsize]
+            payload = payload_bytes(config.strategy, Subject(sizes.shapes, dtype))
+            edges = neighbours if topology == "ring" else (ranks - 1).bit_length()
+            held = (1 + 2 * edges) * sizes.nbytes + neighbours * payload
+        return Cost(sent=neighbours * (payload + 8 * (topology == "push-sum")), held=held)
 
     def _start(self, replica: Replica) -> Round:
         matrix, rank = self.matrix(self.rounds), self.wire.rank
         senders = [peer for peer in self.peers.alive if matrix[rank, peer]]
         receivers = [peer for peer in self.peers.alive if matrix[peer, rank]]
-        own = self._numerators(replica) + [self.weight] * self.push_sum
+        own, weight = self._numerators(replica), [self.weight] * self.push_sum
+        letters = {
+            peer: (self.copies.encode(peer, own) if self.copies else own) + weight for peer in receivers
+        }
+        room = (self.copies.room() if self.copies else own) + weight
         while len(self._inboxes) < len(senders):
-            self._inboxes.append([torch.empty_like(tensor) for tensor in own])
-        heard = dict(zip(senders, self._inboxes, strict=False))
+            self._inboxes.append([torch.empty_like(tensor) for tensor in room])
+        inboxes = dict(zip(senders, self._inboxes, strict=False))
         posted = self.peers.start(
-            sent=((peer, tensor) for peer in receivers for tensor in own),
-            received=((peer, tensor) for peer, tensors in heard.items() for tensor in tensors),
+            sent=((peer, tensor) for peer, letter in letters.items() for tensor in letter),
+            received=((peer, tensor) for peer, inbox in inboxes.items() for tensor in inbox),
         )
         self.rounds += 1
-        self.under_way = Round(matrix, own, heard, posted)
+        self.under_way = Round(matrix, own, receivers, inboxes, posted)
         return self.under_way
 
     def _numerators(self, replica: Replica) -> list[Tensor]:
@@ -197,30 +227,53 @@ class Gossip(Sync):
         self.under_way = None
         self.peers.wait(exchange.posted)
         replica.seconds.communication += time.perf_counter() - started
-        heard = {peer: tensors for peer, tensors in exchange.heard.items() if peer in self.peers.alive}
-        self.distance = _distance(self._estimates(exchange.own), map(self._estimates, heard.values()))
-        kept = self._kept(exchange.matrix, heard)
-        parts = {peer: exchange.matrix[self.wire.rank, peer].item() for peer in heard}
+        alive, matrix, rank = self.peers.alive, exchange.matrix, self.wire.rank
+        letters = {peer: inbox for peer, inbox in exchange.inboxes.items() if peer in alive}
+        heard = {peer: self.copies.hear(peer, x) if self.copies else x for peer, x in letters.items()}
+        taken = {peer: self.mixing * matrix[rank, peer].item() for peer in heard}
+        given = {
+            peer: self.mixing * matrix[peer, rank].item() for peer in exchange.receivers if peer in alive
+        }
+        weights = {peer: letter[-1].item() if self.push_sum else 1.0 for peer, letter in letters.items()}
+        self.distance = self._distance(exchange.own, heard, weights)
+        kept, terms = self._terms(heard, taken, given)
         for i, mixed in enumerate(exchange.own):
             mixed.mul_(kept)
-            for peer, tensors in heard.items():
-                mixed.add_(tensors[i], alpha=parts[peer])
-        for bucket, mixed in zip(replica.buckets, exchange.own, strict=False):
+            for tensors, part in terms:
+                mixed.add_(tensors[i], alpha=part)
+        if self.push_sum:
+            self.weight.mul_(1 - sum(given.values())).add_(sum(taken[peer] * weights[peer] for peer in taken))
+        for bucket, mixed in zip(replica.buckets, exchange.own, strict=True):
             write(bucket, mixed if self.weight == 1 else mixed / self.weight.item())
 
-    def _kept(self, matrix: Tensor, heard: Iterable[int]) -> float:
-        """The part of its own that a replica keeps: what is left of its row of W, so that it goes on with an average.
+    def _terms(
+        self, heard: dict[int, list[Tensor]], taken: dict[int, float], given: dict[int, float]
+    ) -> tuple[float, list[tuple[list[Tensor], float]]]:
+        """What an average is made of: the part of this replica that is kept, and what is added with which part.
 
-        In push-sum what is left of its column: nothing is lost but what was sent to a rank that died.
+        A replica loses what it gives: of itself, or of the copy that the receiver has. A rank that died may have left
+        the two unequal; then an average is made up to one, and in push-sum the weight tells.
         """
-        rank = self.wire.rank
-        if self.push_sum:
-            return 1 - sum(matrix[peer, rank].item() for peer in self.peers.alive)
-        return 1 - sum(matrix[rank, peer].item() for peer in heard)
+        kept = 1.0 if self.push_sum else 1 - sum(taken.values()) + sum(given.values())
+        terms = [(heard[peer], part) for peer, part in taken.items()]
+        if self.copies is None:
+            return kept - sum(given.values()), terms
+        return kept, terms + [(self.copies.of_own[peer], -part) for peer, part in given.items()]
 
-    def _estimates(self, numerators: list[Tensor]) -> list[Tensor]:
-        """z of each bucket."""
-        return [x / numerators[-1] for x in numerators[:-1]] if self.push_sum else numerators
+    def _distance(
+        self, own: list[Tensor], heard: dict[int, list[Tensor]], weights: dict[int, float]
+    ) -> float:
+        """The root mean square over the neighbours of |z_j - z_i| / |z_i|; 0 where none is heard."""
+        inverse = 1 / self.weight.item()
+        squares = [
+            sum(
+                (x / weights[peer] - y * inverse).square().sum().item()
+                for x, y in zip(tensors, own, strict=False)
+            )
+            for peer, tensors in heard.items()
+        ]
+        norm = inverse**2 * sum(x.square().sum().item() for x in own)
+        return float((sum(squares) / len(squares) / norm) ** 0.5) if squares and norm else 0.0
 
     def _update(self, replica: Replica, step: int) -> None:
         """Have the optimizer step x_i = w_i z_i."""
@@ -241,13 +294,3 @@ def _read(bucket: Bucket, flat: Tensor) -> None:
 def _scale(replica: Replica, factor: float) -> None:
     if factor != 1:
         torch._foreach_mul_([p for _, p in replica.params], factor)
-
-
-def _distance(own: list[Tensor], heard: Iterable[list[Tensor]]) -> float:
-    """The root mean square over the neighbours of |z_j - z_i| / |z_i|; 0 where none is heard."""
-    squares = [
-        sum((other - x).square().sum().item() for other, x in zip(tensors, own, strict=True))
-        for tensors in heard
-    ]
-    norm = sum(x.square().sum().item() for x in own)
-    return float((sum(squares) / len(squares) / norm) ** 0.5) if squares and norm else 0.0

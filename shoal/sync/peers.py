@@ -1,8 +1,8 @@
 """Messages sent directly from one replica to another: a rank that dies takes no other exchange down with it.
 
 What gloo can notice is a process that ended: its connections close, and whatever is exchanged with it fails at once.
-A machine that hangs or is cut off closes nothing. It is missed after the group's timeout only, and that is an error for
-all: gloo then fails every exchange of the group, with whomever.
+A machine that hangs or is cut off closes nothing. It is missed after the group's timeout only, and that is an error
+for all: gloo then fails every exchange of the group, with whomever.
 """
 
 import sys

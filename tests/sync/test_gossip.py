@@ -21,7 +21,7 @@ from shoal.mesh import Mesh
 from shoal.run import Run
 from shoal.sync.gossip import TOPOLOGIES, Gossip, mixing_matrix
 
-STEPS, EACH, ROWS, RATE, SEED = 20, 2, 12, 0.05, 3
+STEPS, EACH, ROWS, RATE, SEED = 20, 2, 8, 0.05, 3
 SETTINGS: dict[str, Any] = {
     "strategy": "gossip", "balance": "off", "max_steps": STEPS, "global_batch_size": ROWS, "seed": SEED,
     "per_device_train_batch_size": EACH, "learning_rate": RATE, "lr_scheduler_type": "constant", "warmup_steps": 0,
@@ -192,14 +192,18 @@ def take(run: Run, step: int) -> None:
     run.sync.step(run.replica, step)
 
 
-@pytest.mark.parametrize("overlap", [True, False], ids=["overlapped", "afterwards"])
+EVERY = [(topology, optimizer) for topology in TOPOLOGIES for optimizer in OPTIMIZERS]
+ONE_EACH = list(zip(TOPOLOGIES, OPTIMIZERS, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("overlap", "chosen"), [(True, EVERY), (False, ONE_EACH)], ids=["overlapped", "afterwards"]
+)
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_they_are_the_published_rules(pool: Pool, ranks: int, overlap: bool) -> None:
-    cases = [
-        {"topology": topology, "optimizer": optimizer, "overlap_steps": int(overlap)}
-        for topology in TOPOLOGIES
-        for optimizer in OPTIMIZERS
-    ]
+def test_they_are_the_published_rules(
+    pool: Pool, ranks: int, overlap: bool, chosen: list[tuple[str, str]]
+) -> None:
+    cases = [{"topology": t, "optimizer": o, "overlap_steps": int(overlap)} for t, o in chosen]
     found = pool.world(ranks, trained, cases)
     for number, case in enumerate(cases):
         all_, rule = Replicas(ranks, OPTIMIZERS[case["optimizer"]]), RULES[case["topology"], overlap]
@@ -344,12 +348,14 @@ def first_metric(mesh: Mesh, **settings: Any) -> tuple[np.ndarray, float]:
 # Bytes, and what a checkpoint holds
 
 
-def bytes_of(mesh: Mesh, steps: int, **settings: Any) -> tuple[float, int]:
+def bytes_of(mesh: Mesh, steps: int, unpadded: bool = False, **settings: Any) -> tuple[float, int]:
     run = started(mesh, **settings)
     run.wire.bytes_sent = 0
     for step in range(steps):
         take(run, step)
     shapes = tuple(bucket.flat.shape for bucket in run.replica.buckets)
+    if unpadded:
+        shapes = tuple(shape for bucket in run.replica.buckets for shape in bucket.shapes)
     return steps * run.sync.cost(
         run.config, Sizes(shapes, mesh.world_size, itemsize=8)
     ).sent, run.wire.bytes_sent
@@ -371,8 +377,11 @@ def interrupted(mesh: Mesh, **settings: Any) -> tuple[Arrays, Arrays]:
     first, second = started(mesh, **settings), started(mesh, **settings)
     for step in range(2):
         take(first, step)
-    states = first.sync.peers.gather(torch.cat([t.double() for t in first.sync.state_dict().values()]))  # type: ignore[attr-defined]
-    second.sync.load_state_dict([{"rounds": s[:1], "weight": s[1:]} for s in states])
+    states = [
+        {n: t.clone() for n, t in first.sync.state_dict().items()} if r == mesh.rank else {} for r in range(3)
+    ]
+    states[0] = {"rounds": torch.tensor([2]), **states[0]}
+    second.sync.load_state_dict(states)
     second.replica.model.load_state_dict(first.replica.model.state_dict())
     for step in range(2, 4):
         take(second, step)
@@ -458,3 +467,111 @@ def lonely(mesh: Mesh) -> list[float]:
         take(run, step)
         heard.append(run.sync.agree(torch.tensor([10.0**mesh.rank])).item())
     return heard
+
+
+# Encoded
+
+
+CODECS: dict[str, dict[str, Any]] = {
+    "bf16": {}, "fp16": {}, "int8": {}, "int4": {"block": 64}, "sign": {}, "topk": {"density": 0.2},
+    "randomk": {"density": 0.2}, "powersgd": {"rank": 2},
+}  # fmt: skip
+
+
+def largest(rows: Tensor, share: float) -> Tensor:
+    """Of each row the elements of largest magnitude, zeros elsewhere."""
+    count = round(share * rows.shape[1])
+    return torch.stack([torch.where(row.abs() >= row.abs().sort().values[-count], row, 0) for row in rows])
+
+
+ENCODED: dict[str, tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = {
+    "bf16": ({}, lambda rows: rows.to(torch.bfloat16).double()),
+    "topk": ({"density": 0.2}, lambda rows: largest(rows, 0.2)),
+}
+
+
+@pytest.mark.parametrize("codec", ENCODED)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_encoded_it_is_the_published_rule_of_differences(pool: Pool, topology: str, codec: str) -> None:
+    options, encode = ENCODED[codec]
+    part = {"bf16": 1.0, "topk": 0.6}[codec]
+    case = {
+        "topology": topology,
+        "codec": codec,
+        "mixing": 0.6,
+        "optimizer": "adamw",
+        "bucket_mb": 25.0,
+        **options,
+    }
+    if codec == "bf16":
+        del case["mixing"]
+    found = pool.world(4, trained, [case])
+    all_ = Replicas(4, OPTIMIZERS["adamw"])
+    copies: dict[tuple[int, int], Tensor] = {}
+    start = all_.rows[0]
+    for step in range(STEPS):
+        matrix, rows = published(topology, 4, step), all_.rows
+        moved = rows.clone()
+        for i, j in [(i, j) for i in range(4) for j in range(4) if i != j and matrix[i, j]]:
+            known = copies.get((j, i), start)
+            copies[j, i] = known + encode((rows[j] - known)[None])[0]
+            moved[i] += part * matrix[i, j] * copies[j, i]
+            moved[j] -= part * matrix[i, j] * copies[j, i]
+        all_.gradients(step)
+        all_.put(moved)
+        all_.optimize()
+        for rank, expected in enumerate(all_.arrays()):
+            assert first_difference([expected], [found[rank][0][step]], 1e-10) is None, (
+                f"rank {rank}, step {step}"
+            )
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("topology", ["ring", "exponential"])
+def test_whatever_a_codec_leaves_out_the_mean_is_conserved(pool: Pool, topology: str, codec: str) -> None:
+    found = np.array([
+        history for history, _ in pool.world(3, mixed, 60, topology=topology, codec=codec, **CODECS[codec])
+    ])  # fmt: skip
+    mean = found.mean(0)
+    np.testing.assert_allclose(mean, np.broadcast_to(mean[0], mean.shape), atol=1e-11)
+    apart = np.linalg.norm(found - mean, axis=(0, 2))
+    assert apart[-1] < 0.7 * apart[0]
+
+
+def known(mesh: Mesh, **settings: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    run = started(mesh, **settings)
+    spread(run)
+    for step in range(5):
+        take(run, step)
+    state = {
+        name: tensor.clone() for name, tensor in run.sync.state_dict().items() if name.startswith("copy/")
+    }
+    return tuple({n: t for n, t in state.items() if f"/{way}/" in n} for way in ("own", "other"))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("codec", ["int4", "powersgd"])
+def test_both_ends_of_an_edge_hold_the_same_copy(pool: Pool, codec: str) -> None:
+    found = pool.world(4, known, topology="exponential", codec=codec, **CODECS[codec])
+    for rank, (own, _) in enumerate(found):
+        for name, copy in own.items():
+            _, _, receiver, bucket = name.split("/")
+            assert torch.equal(copy, found[int(receiver)][1][f"copy/other/{rank}/{bucket}"])
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_predicted_bytes_are_sent_encoded(pool: Pool, codec: str) -> None:
+    settings = {"topology": "ring", "codec": codec, "bucket_mb": 25.0, **CODECS[codec]}
+    for predicted, counted in pool.world(3, bytes_of, 2, unpadded=True, **settings):
+        assert counted == predicted
+
+
+@pytest.mark.parametrize("codec", ["int8", "powersgd"])
+def test_encoded_it_goes_on_to_the_last_bit(pool: Pool, tmp_path: Any, codec: str) -> None:
+    for whole, resumed in pool.world(3, interrupted, topology="exponential", codec=codec, **CODECS[codec]):
+        assert first_difference([whole], [resumed]) is None
+
+
+@pytest.mark.parametrize("option", [{"error_feedback": True}, {"codec_warmup": 3}])
+def test_options_that_differences_make_void_are_refused(pool: Pool, option: dict[str, Any]) -> None:
+    (outcome,) = pool.wait(pool.start(started, ranks=1, topology="ring", codec="topk", **option))
+    assert outcome.error.startswith("UserError: --")

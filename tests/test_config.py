@@ -64,7 +64,15 @@ def another(fact) -> tuple[str, object]:
         "strategy.error_feedback": ("true", True),
         **{
             f"strategy.{name}": ("0.25", 0.25)
-            for name in ("outer_lr", "outer_momentum", "mixing", "guard", "density", "codec_momentum")
+            for name in (
+                "outer_lr",
+                "outer_momentum",
+                "mixing",
+                "guard",
+                "density",
+                "codec_momentum",
+                "demo_decay",
+            )
         },
     }
     if fact.key in special:

@@ -38,13 +38,13 @@ def _contradictions(config: RunConfig) -> Iterator[Refusal]:
         found = f"groups average plainly, not by {options.averaging} with codec {options.codec}"
         yield "--group-size", found, "leave --averaging and --codec out"
     every = options.sync_every or ""
-    in_parts = options.fragments > 1 or options.overlap_steps > 0
+    in_parts = options.fragments > 1 or bool(options.overlap_steps)
     if in_parts and not (every.isdigit() or not every):
         yield f"--sync-every {every}", "fragments and overlap are timed in steps", "give a number of steps"
     if every.isdigit() and options.fragments > int(every):
         found = f"there are only {every} steps for them"
         yield f"--fragments {options.fragments}", found, f"take at most {every}"
-    if every.isdigit() and options.overlap_steps >= int(every):
+    if every.isdigit() and (options.overlap_steps or 0) >= int(every):
         found = f"the next sync starts after {every} steps"
         yield f"--overlap-steps {options.overlap_steps}", found, f"take at most {int(every) - 1}"
     if options.guard_steps and options.guard is None:

@@ -42,11 +42,18 @@ class StrategyConfig(Section):
     )
     global_every: Whole | None = fact(None, "steps between two syncs of all groups", of="local", ge=1)
     fragments: Whole = fact(1, "parts of the model, synced one after the other", of="diloco", ge=1)
-    overlap_steps: Whole = fact(
-        0, "steps for which a sync may travel while training goes on", of="diloco", ge=0
+    overlap_steps: Whole | None = fact(
+        None,
+        "steps for which what is sent may travel: diloco 0; gossip 1, with 0 it mixes after the update",
+        of="diloco gossip",
+        ge=0,
     )
-    mixing: Number = fact(
-        1.0, "share of the synced parameters in what a replica goes on with", of="diloco", gt=0, le=1
+    mixing: Number | None = fact(
+        None,
+        "share of what was agreed on in what a replica goes on with; diloco 1, gossip by its codec",
+        of="diloco gossip",
+        gt=0,
+        le=1,
     )
     topology: Literal["all", "pairs", "ring", "exponential", "push-sum"] | None = fact(
         None,
@@ -88,3 +95,7 @@ class StrategyConfig(Section):
         0.0, "momentum taken before the choice, as in DGC; use it with --optim sgd", of="topk", ge=0, lt=1
     )
     codec_warmup: Whole = fact(0, "steps over which the codec sets in", of="topk randomk powersgd", ge=0)
+
+    demo_decay: Number = fact(0.999, "of the decoupled momentum", of="demo", ge=0, lt=1)
+    demo_chunk: Whole = fact(64, "the side of the blocks that are transformed", of="demo", ge=1)
+    demo_topk: Whole = fact(32, "coefficients of a block that are sent", of="demo", ge=1)

@@ -2,11 +2,15 @@
 
 from shoal.sync.allreduce import AllReduce
 from shoal.sync.base import Sync
+from shoal.sync.demo import DeMo
 from shoal.sync.diloco import DiLoCo
+from shoal.sync.gossip import Gossip
 from shoal.sync.local import Local
 
 SYNCS: dict[str, type[Sync]] = {
     "allreduce": AllReduce,
     "local": Local,
     "diloco": DiLoCo,
+    "gossip": Gossip,
+    "demo": DeMo,
 }

@@ -161,13 +161,13 @@ class Local(Sync):
         held = 2 * sizes.nbytes if cls.has_outer(config.strategy) else 0
         held += Exchange.bytes_held(config.strategy, sizes)
         sent = Exchange.bytes_sent(config.strategy, sizes) / every
-        return Cost(sent=sent, held=held, staleness=config.strategy.overlap_steps)
+        return Cost(sent=sent, held=held, staleness=config.strategy.overlap_steps or 0)
 
     @classmethod
     def has_outer(cls, options: StrategyConfig) -> bool:
         """Whether a sync is more than the mean of the parameters, so that a copy must be remembered."""
         plain = options.averaging == "mean" and options.codec == "none" and options.fragments == 1
-        return not plain or options.overlap_steps > 0
+        return not plain or bool(options.overlap_steps)
 
     def outer(self) -> Outer:
         """A new outer rule, as the options say."""
@@ -185,7 +185,8 @@ class Local(Sync):
 
     def _begin(self, replica: Replica) -> None:
         if self.has_outer(self.options):
-            self.shared = [Shared(bucket, self.outer(), self.options.mixing) for bucket in replica.buckets]
+            mixing = self.options.mixing or 1.0
+            self.shared = [Shared(bucket, self.outer(), mixing) for bucket in replica.buckets]
 
     def _average(self, done: int, replica: Replica) -> None:
         """Sync as the plain mean of the parameters, of all ranks or of this one's neighbours."""
@@ -205,7 +206,7 @@ class Local(Sync):
         for f in range(count):
             offset = f * (self.period.steps or 0) // count
             if self.period.due(done, replica.step_labels, offset):
-                self.travelling.append(self._start(f, done + self.options.overlap_steps))
+                self.travelling.append(self._start(f, done + (self.options.overlap_steps or 0)))
         for journey in [each for each in self.travelling if each.arrives == done]:
             self.travelling.remove(journey)
             journey.complete()

@@ -24,7 +24,7 @@ class Sign(Codec):
     alone; here the votes of a block are scaled by the sum of its scales, which keeps learning rates as they are
     and makes NaN visible. Votes that stand even are decided by the ranks' scales.
 
-    Bytes: 1/8 for an element, and 4/block for its scale: 1/28 of float32 with blocks of 512. Costs about ten
+    Bytes: 1/8 for an element, and 4/block for its scale: 1/30 of float32 with blocks of 512. Costs about ten
     passes. Use it with error feedback on slow links; the vote is for many ranks, some of which may send
     anything.
     """

@@ -107,6 +107,13 @@ def test_what_is_linear_or_cast_is_close_to_the_sum(summed: Any, ranks: int) -> 
 
 
 @worlds
+def test_every_sum_draws_other_places(summed: Any, ranks: int) -> None:
+    places = [set(each.nonzero().flatten().tolist()) for each in summed(ranks)["randomk"][0].sums]
+    assert all(len(each) == 35 for each in places)
+    assert len(set.union(*places)) > 35 * len(places) / 2
+
+
+@worlds
 def test_dgc_follows_its_rule_in_a_sum(summed: Any, ranks: int) -> None:
     counts = [round(0.1 ** min(1.0, (step + 1) / 4) * NUMEL) for step in STEPS]
     rule = Gathered(largest(0), momentum=0.9)

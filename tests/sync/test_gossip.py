@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {
     "max_grad_norm": 0.0, "precision": "64-true", "bucket_mb": 0.002,
 }  # fmt: skip
 TASK = RowsTask("tied")
-STILL = {"learning_rate": 0.0}  # replicas only mix
+STILL = {"learning_rate": 0.0, "overlap_steps": 0}  # replicas only mix, and need no gradients for it
 UNBALANCED = [[1 / 3, 0, 1 / 2], [1 / 3, 1 / 2, 0], [1 / 3, 1 / 2, 1 / 2]]  # 0 -> 1, 2; 1 -> 2; 2 -> 0
 
 Build = Callable[[nn.Module], torch.optim.Optimizer]
@@ -243,6 +243,11 @@ def test_alone_it_is_plain_training_to_the_last_bit(pool: Pool) -> None:
         assert first_difference(plain, other) is None
 
 
+def each(mesh: Mesh, function: Callable[..., Any], cases: list[dict[str, Any]]) -> list[Any]:
+    """What `function` returns under each of several settings: one world of processes for all of them."""
+    return [function(mesh, **case) for case in cases]
+
+
 # What mixing conserves
 
 
@@ -266,22 +271,22 @@ def mixed(mesh: Mesh, steps: int, averages: bool = False, **settings: Any) -> tu
     spread(run)
     history, weights = [vector(run)], [1.0]
     for step in range(steps):
-        take(run, step)
+        run.sync.step(run.replica, step)
         history.append(vector(run))
         weights.append(run.sync.weight.item())
     return np.array(history), weights
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_mixing_conserves_the_mean_and_brings_the_replicas_together(
-    pool: Pool, ranks: int, topology: str
-) -> None:
-    found = np.array([history for history, _ in pool.world(ranks, mixed, 40, topology=topology)])
-    mean = found.mean(0)
-    np.testing.assert_allclose(mean, np.broadcast_to(mean[0], mean.shape), atol=1e-13)
-    np.testing.assert_allclose(found[:, -1], np.broadcast_to(mean[0], found[:, -1].shape), atol=1e-9)
-    assert abs(found[:, 0] - mean[0]).max() > 1
+def test_mixing_conserves_the_mean_and_brings_the_replicas_together(pool: Pool, ranks: int) -> None:
+    by_rank = pool.world(ranks, each, mixed, [{"topology": topology, "steps": 40} for topology in TOPOLOGIES])
+    for topology, found in zip(TOPOLOGIES, zip(*by_rank, strict=True), strict=True):
+        histories = np.array([history for history, _ in found])
+        mean = histories.mean(0)
+        np.testing.assert_allclose(mean, np.broadcast_to(mean[0], mean.shape), atol=1e-13, err_msg=topology)
+        last = histories[:, -1]
+        np.testing.assert_allclose(last, np.broadcast_to(mean[0], last.shape), atol=1e-9, err_msg=topology)
+        assert abs(histories[:, 0] - mean[0]).max() > 1
 
 
 def test_on_an_unbalanced_graph_push_sum_reaches_the_mean_and_a_plain_average_does_not(pool: Pool) -> None:
@@ -361,12 +366,13 @@ def bytes_of(mesh: Mesh, steps: int, unpadded: bool = False, **settings: Any) ->
     ).sent, run.wire.bytes_sent
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_predicted_bytes_are_sent(pool: Pool, ranks: int, topology: str) -> None:
-    for predicted, counted in pool.world(ranks, bytes_of, 3, topology=topology):
-        assert counted == predicted
-        assert ranks == 1 or counted > 0
+def test_predicted_bytes_are_sent(pool: Pool, ranks: int) -> None:
+    cases = [{"topology": topology, "steps": 3} for topology in TOPOLOGIES]
+    for found in pool.world(ranks, each, bytes_of, cases):
+        for predicted, counted in found:
+            assert counted == predicted
+            assert ranks == 1 or counted > 0
 
 
 def interrupted(mesh: Mesh, **settings: Any) -> tuple[Arrays, Arrays]:
@@ -526,16 +532,15 @@ def test_encoded_it_is_the_published_rule_of_differences(pool: Pool, topology: s
             )
 
 
-@pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("topology", ["ring", "exponential"])
-def test_whatever_a_codec_leaves_out_the_mean_is_conserved(pool: Pool, topology: str, codec: str) -> None:
-    found = np.array([
-        history for history, _ in pool.world(3, mixed, 60, topology=topology, codec=codec, **CODECS[codec])
-    ])  # fmt: skip
-    mean = found.mean(0)
-    np.testing.assert_allclose(mean, np.broadcast_to(mean[0], mean.shape), atol=1e-11)
-    apart = np.linalg.norm(found - mean, axis=(0, 2))
-    assert apart[-1] < 0.7 * apart[0]
+def test_whatever_a_codec_leaves_out_the_mean_is_conserved(pool: Pool, topology: str) -> None:
+    cases = [{"topology": topology, "steps": 60, "codec": codec, **CODECS[codec]} for codec in CODECS]
+    for codec, found in zip(CODECS, zip(*pool.world(3, each, mixed, cases), strict=True), strict=True):
+        histories = np.array([history for history, _ in found])
+        mean = histories.mean(0)
+        np.testing.assert_allclose(mean, np.broadcast_to(mean[0], mean.shape), atol=1e-11, err_msg=codec)
+        apart = np.linalg.norm(histories - mean, axis=(0, 2))
+        assert apart[-1] < 0.7 * apart[0], codec
 
 
 def known(mesh: Mesh, **settings: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -558,15 +563,16 @@ def test_both_ends_of_an_edge_hold_the_same_copy(pool: Pool, codec: str) -> None
             assert torch.equal(copy, found[int(receiver)][1][f"copy/other/{rank}/{bucket}"])
 
 
-@pytest.mark.parametrize("codec", CODECS)
-def test_predicted_bytes_are_sent_encoded(pool: Pool, codec: str) -> None:
-    settings = {"topology": "ring", "codec": codec, "bucket_mb": 25.0, **CODECS[codec]}
-    for predicted, counted in pool.world(3, bytes_of, 2, unpadded=True, **settings):
-        assert counted == predicted
+def test_predicted_bytes_are_sent_encoded(pool: Pool) -> None:
+    common = {"topology": "ring", "bucket_mb": 25.0, "unpadded": True, "steps": 2}
+    cases = [{"codec": codec, **common, **CODECS[codec]} for codec in CODECS]
+    for found in pool.world(3, each, bytes_of, cases):
+        for codec, (predicted, counted) in zip(CODECS, found, strict=True):
+            assert counted == predicted, codec
 
 
 @pytest.mark.parametrize("codec", ["int8", "powersgd"])
-def test_encoded_it_goes_on_to_the_last_bit(pool: Pool, tmp_path: Any, codec: str) -> None:
+def test_encoded_it_goes_on_to_the_last_bit(pool: Pool, codec: str) -> None:
     for whole, resumed in pool.world(3, interrupted, topology="exponential", codec=codec, **CODECS[codec]):
         assert first_difference([whole], [resumed]) is None
 

@@ -11,7 +11,7 @@ from bench.rows import Turns, Verdict
 def markdown(machine: dict[str, str], verdicts: list[Verdict], turns: Turns, repeats: int) -> str:
     """The machine, the promises, and the runs they are judged by."""
     facts = "\n".join(f"- {name}: {value}" for name, value in machine.items())
-    promises = _table(
+    promises = table(
         ("what", "measured", "required", ""),
         ((v.what, v.measured, v.required, "reached" if v.reached else "**short**") for v in verdicts),
     )
@@ -45,7 +45,7 @@ def _runs(turns: Turns) -> str:
         "first step s",
         "compile s",
     )
-    return _table(columns, (_run(str(job), runs) for job, runs in turns.items()))
+    return table(columns, (_run(str(job), runs) for job, runs in turns.items()))
 
 
 def _run(name: str, runs: list[Any]) -> tuple[str, ...]:
@@ -61,7 +61,8 @@ def _run(name: str, runs: list[Any]) -> tuple[str, ...]:
     )
 
 
-def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """A Markdown table."""
     lines = [header, tuple("---" for _ in header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -18,7 +18,8 @@ PATIENCE = timedelta(minutes=10)  # for one exchange on a slow link
 OUTER = {"lr": 0.7, "momentum": 0.9, "nesterov": True}  # DiLoCo, Douillard et al., 2023
 
 try:
-    import torchft
+    from torchft import Manager, ProcessGroupGloo
+    from torchft.coordination import LighthouseServer
     from torchft.local_sgd import DiLoCo
 except ImportError:
     sys.exit("torchft is not installed: pip install torchft==0.2.0")
@@ -54,14 +55,14 @@ def train(job: common.Job, wait: "Stopwatch") -> None:
 
 
 @contextmanager
-def managed(job: common.Job) -> Iterator["torchft.Manager"]:
+def managed(job: common.Job) -> Iterator[Manager]:
     """torchft's manager of this worker, and on rank 0 the lighthouse where all meet."""
     bind = f"[::]:{LIGHTHOUSE_PORT}"
-    lighthouse = torchft.LighthouseServer(bind=bind, min_replicas=job.world_size) if job.rank == 0 else None
+    lighthouse = LighthouseServer(bind=bind, min_replicas=job.world_size) if job.rank == 0 else None
     address = os.environ["HOST_ADDR"]
     store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
-    manager = torchft.Manager(
-        pg=torchft.ProcessGroupGloo(timeout=PATIENCE),
+    manager = Manager(
+        pg=ProcessGroupGloo(timeout=PATIENCE),
         load_state_dict=job.model.load_state_dict,
         state_dict=job.model.state_dict,
         min_replica_size=job.world_size,

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
@@ -17,6 +18,7 @@ from bench.links.cells import BASELINE, CELLS, ROUND, Settings
 from bench.links.report import Link, Results, Run
 from shoal.config.batch import GLOBAL
 from shoal.data.shards import TokenStream
+from shoal.errors import DONE, INTERRUPTED
 
 TERMINATED = 143
 EPOCHS = 0.5  # of the built-in corpus, as the main job takes
@@ -32,15 +34,26 @@ def main() -> None:
         data = corpus.prepare(Path(work))
         settings = Settings(Path(work), data.cache, options.steps or _recipe_steps(data))
         results = Results(options.hosts, settings.steps, options.loss)
-        for turn in range(options.turns):
-            for link in options.links:
-                for cell in options.cells:
-                    run = _try(cell, settings, options.hosts, link)
-                    results.add(link, cell, run)
-                    _say(f"turn {turn + 1} of {options.turns}, {link}: {cell}: {report.one_line(run)}")
-            if options.json:
-                options.json.write_text(json.dumps(report.as_json(about, results), indent=1))
-    print(report.markdown(about, results), end="")
+        interrupted = False
+        try:
+            for link, cell, run in _runs(options, settings):
+                results.add(link, cell, run)
+                if options.json:
+                    options.json.write_text(json.dumps(report.as_json(about, results), indent=1))
+        except KeyboardInterrupt:
+            interrupted = True
+    if results.runs:
+        print(report.markdown(about, results), end="")
+    sys.exit(INTERRUPTED if interrupted else DONE)
+
+
+def _runs(options: argparse.Namespace, settings: Settings) -> Iterator[tuple[Link, str, Run]]:
+    for turn in range(options.turns):
+        for link in options.links:
+            for cell in options.cells:
+                run = _try(cell, settings, options.hosts, link)
+                _say(f"turn {turn + 1} of {options.turns}, {link}: {cell}: {report.one_line(run)}")
+                yield link, cell, run
 
 
 def _options() -> argparse.Namespace:

@@ -132,7 +132,7 @@ def _peer(job: Job, corpus: Corpus, metrics: Path) -> list[Command]:
         return [([sys.executable, *launcher, *module, "--defaults", "--batch", str(MICRO_BATCH)], shared)]
     words = [sys.executable, *module, "--batch", str(MICRO_BATCH), "--precision", job.precision]
     words += ["--compile"] * job.compile
-    shared |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    shared |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared |= {"WORLD_SIZE": str(WORKERS), "LOCAL_WORLD_SIZE": str(WORKERS)}
     return [(words, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(WORKERS)]
 
@@ -179,6 +179,7 @@ def _wait_for(metrics: Path, steps: int, processes: list[subprocess.Popen[bytes]
         time.sleep(POLL)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback address at which nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])

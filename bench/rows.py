@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
-from bench import startup, tokenizing
+from bench import server, startup, tokenizing
 from bench.jobs import Corpus, Job, Turn
 
 PEERS = ("handwritten_ddp", "accelerate_loop", "hf_trainer", "fabric_loop")
@@ -144,6 +144,21 @@ def _tokenizing(measured: Measured) -> list[Verdict]:
     return [Verdict("tokenizing and writing the corpus, all cores", shown, ">= 0.9 x", ratio >= 0.9)]
 
 
+def _server(measured: Measured) -> list[Verdict]:
+    turns = [server.seconds() for _ in range(measured.repeats)]
+    times = {way: median(turn[way] for turn in turns) for way in turns[0]}
+    raw = times.pop("raw")
+    return [
+        Verdict(
+            f"push and pull of 4 MB at a parameter server, {way}",
+            f"{seconds / raw:.2f} x ({seconds * 1000:.1f} ms, gloo alone {raw * 1000:.1f} ms)",
+            "<= 1.5 x",
+            seconds <= 1.5 * raw,
+        )
+        for way, seconds in times.items()
+    ]
+
+
 def _at_least(what: str, ours: float, rival: str, theirs: float, required: float) -> Verdict:
     ratio = ours / theirs
     shown = f"{ratio:.2f} x ({ours:,.0f} against {theirs:,.0f} of {rival})"
@@ -161,5 +176,6 @@ ROWS = {
     "help": Row((), _help),
     "first-step": Row((OURS_BY_DEFAULT,), _first_step),
     "tokenizing": Row((), _tokenizing),
+    "server": Row((), _server),
     "data-wait": Row((Job("shoal"),), _data_wait),
 }

@@ -21,6 +21,8 @@ The limit beside each step: a step that sends B bytes over a link of R bit/s tak
 float32 all-reduce of 1,315,968 parameters between 2 hosts sends 2 (N-1)/N * 4 * 1,315,968 = 5.26 MB, so 2.1 s at
 20 Mbit/s and 0.42 s at 100.
 
+Compiling belongs to the first step of a compiled cell, and is found again in the next turns.
+
 How long it takes. A run of 192 steps takes 192 times the step plus a minute to start and to validate: about 3
 minutes on 2 cores where the link is no limit, 11 for a float32 all-reduce at 20 Mbit/s.
 """

@@ -46,6 +46,8 @@ CELLS = {
     "gossip": Cell("shoal", "--strategy gossip"),
     "gossip-int8": Cell("shoal", "--strategy gossip --codec int8"),
     "demo": Cell("shoal", "--strategy demo"),
+    "ddp-compile": Cell("ddp", "--compile"),
+    "local-compile": Cell("shoal", f"--strategy local --sync-every {ROUND} --compile"),
 }
 
 

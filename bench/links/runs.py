@@ -82,12 +82,15 @@ def run(cell: Cell, settings: Settings, hosts: int, mbit: float | None) -> Curve
     with TemporaryDirectory(dir=settings.work) as name, network(hosts, mbit) as places:
         folder = Path(name)
         words = command(cell, settings, folder / "run")
-        with _working(words, places, folder) as processes:
+        compiled = {"TORCHINDUCTOR_CACHE_DIR": str(settings.work / f"compiled-{cell.tool}")}
+        with _working(words, compiled, places, folder) as processes:
             return Curve(list(_records(folder, processes, settings.steps)))
 
 
 @contextmanager
-def _working(words: list[str], hosts: list[Host], folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+def _working(
+    words: list[str], environment: dict[str, str], hosts: list[Host], folder: Path
+) -> Iterator[list[subprocess.Popen[bytes]]]:
     """The command on every host as a rank of one world. A session of their own keeps Ctrl-C from them."""
     processes = []
     try:
@@ -96,7 +99,7 @@ def _working(words: list[str], hosts: list[Host], folder: Path) -> Iterator[list
                 processes.append(
                     subprocess.Popen(
                         ["ip", "netns", "exec", host.namespace, *words],
-                        env=os.environ | MEMORY | _place(rank, hosts),
+                        env=os.environ | MEMORY | environment | _place(rank, hosts),
                         stdout=log,
                         stderr=subprocess.STDOUT,
                         start_new_session=True,

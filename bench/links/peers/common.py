@@ -49,12 +49,13 @@ class Job:
         (self.optimizer,) = optim.build(
             "adamw", named, learning_rate=config.train.learning_rate, weight_decay=config.train.weight_decay
         )
+        self._loss = torch.compile(self.task.loss, dynamic=False) if self.train.compile else self.task.loss
         self.record = Record(Path(config.checkpoint.output_dir), speaks=self.rank == 0)
 
     def loss(self, inputs: dict[str, Tensor]) -> Tensor:
         """The loss summed over the labels of a micro-batch."""
         with self.policy.autocast(torch.device("cpu")):
-            return self.task.loss(self.model, inputs)
+            return self._loss(self.model, inputs)
 
     def own_labels(self, batch: Batch) -> int:
         """How many labels this worker's share of a step has."""

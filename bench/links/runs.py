@@ -19,7 +19,7 @@ from shoal.engines.local import MEMORY
 from shoal.engines.orphans import die_with_parent
 
 WARM_UP = 3  # steps that the means leave out; the time to a loss counts them
-PATIENCE = 300.0  # seconds without a record
+PATIENCE = 600.0  # seconds without a record: compiling on a busy machine takes minutes
 POLL = 0.02
 PORT = "29500"
 MOVED = "link/bytes"  # added to a record: the most that any host sent or received since the record before

@@ -137,9 +137,10 @@ def _records(folder: Path, processes: list[subprocess.Popen[bytes]], steps: int)
         text = metrics.read_bytes()[read:] if metrics.exists() else b""
         lines = text[: text.rfind(b"\n") + 1].splitlines()
         if not lines:
-            failed = any(process.poll() for process in processes)
-            if failed or all(p.poll() is not None for p in processes) or time.monotonic() - last > PATIENCE:
+            if any(p.poll() for p in processes) or all(p.poll() is not None for p in processes):
                 raise RuntimeError(_last_words(folder, processes))
+            if time.monotonic() - last > PATIENCE:
+                raise RuntimeError(f"nothing for {PATIENCE:.0f} s; {_last_words(folder, processes)}")
             time.sleep(POLL)
             continue
         read, last = read + text.rfind(b"\n") + 1, time.monotonic()

@@ -67,7 +67,7 @@ class Fact:
     @property
     def is_yes_or_no(self) -> bool:
         """Whether the bare flag means yes."""
-        return self.info.annotation is bool
+        return self.info.annotation in (bool, bool | None)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,23 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shoal.collectives import Wire
 from shoal.data.batches import ABSENT, Samples
 from shoal.precision import Policy
 from shoal.replica import Loss
+
+
+class Alone:
+    """In place of a wire, for a rank that evaluates without the others."""
+
+    rank = 0
+    world_size = 1
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over one rank."""
+        return tensor
 
 
 @torch.no_grad()
@@ -19,7 +30,7 @@ def evaluate(
     samples: Samples,
     *,
     micro_batch_size: int,
-    wire: Wire,
+    wire: "Wire | Alone",
     policy: Policy,
     device: torch.device,
     stop: Callable[[], bool] = lambda: False,

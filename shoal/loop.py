@@ -37,7 +37,9 @@ def train(run: Run, stop: Stop) -> dict[str, float]:
                 run.save(best=improved)
             _give_up_if_not_finite(run)
             if tally.stopping:
+                run.sync.finish(run.replica)
                 raise _preempted(run)
+        run.sync.finish(run.replica)
         run.save()
         metrics = observer.evaluate(stop)
         if metrics is None:

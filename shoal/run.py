@@ -16,7 +16,7 @@ from shoal.collectives import Wire
 from shoal.config import RunConfig, resolve_batch
 from shoal.data.batches import Batch, Batches
 from shoal.errors import UserError, choose
-from shoal.evaluate import evaluate
+from shoal.evaluate import Alone, evaluate
 from shoal.layouts import LAYOUTS
 from shoal.mesh import Mesh
 from shoal.observe.console import Screen
@@ -92,7 +92,8 @@ class Run:
     def evaluate(self, stop: Callable[[], bool]) -> dict[str, float] | None:
         """The task's metrics over the whole "eval" split, {} if it is empty; None if `stop()` came true."""
         samples = self.task.samples("eval")
-        if not len(samples):
+        alone = self.sync.evaluates_alone
+        if not len(samples) or (alone and not self.mesh.is_first):
             return {}
         with self.sync.shared_model(self.replica):
             measured = evaluate(
@@ -100,7 +101,7 @@ class Run:
                 self.task.loss,  # never the compiled one: a second graph would cost more than it saves
                 samples,
                 micro_batch_size=self.batches.shape[1],
-                wire=self.wire,
+                wire=Alone() if alone else self.wire,
                 policy=self.replica.policy,
                 device=self.mesh.device,
                 stop=stop,

@@ -38,6 +38,15 @@ class Sync(ABC):
         """Within it the replica holds the one model of all: the one that is evaluated and saved."""
         return nullcontext()
 
+    def finish(self, replica: Replica) -> None:
+        """After the last step that this rank takes, which need not be the others' last: part from them."""
+        return
+
+    @property
+    def evaluates_alone(self) -> bool:
+        """Whether rank 0 evaluates while the others go on: where nobody may wait for somebody who may be gone."""
+        return False
+
     def watch(self, loss: float) -> None:
         """Told the loss a label of each step, once all ranks know it."""
         return

@@ -76,6 +76,15 @@ class Guard(Sync):
         """As who trains now."""
         return self.acting.shared_model(replica)
 
+    def finish(self, replica: Replica) -> None:
+        """As who trains now."""
+        self.acting.finish(replica)
+
+    @property
+    def evaluates_alone(self) -> bool:
+        """As who trains now."""
+        return self.acting.evaluates_alone
+
     def metrics(self) -> dict[str, float]:
         """Those of who trains now, and which phase that is: 0 synchronous, 1 guarded, 2 fallen back."""
         return self.acting.metrics() | {"sync/guard_phase": self.phase}

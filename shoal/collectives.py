@@ -4,6 +4,11 @@ Bytes are what the algorithm has a rank send (the payload of a ring or of direct
 headers of the transport.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -84,3 +89,94 @@ class Wire:
 def _started(work: Work | None) -> Work:
     assert work is not None, "only ranks of the group hold a wire"
     return work
+
+
+FOREVER = timedelta(days=365)
+CONNECT = timedelta(seconds=20)  # how long one end of a pair waits for the other to come
+
+
+class Pair:
+    """Two processes that talk to each other alone, beside the collectives of all: for one thread at each end.
+
+    What one sends on a channel the other receives, in order. Raises ConnectionError when the other is gone, or silent
+    for as long as a collective may take; the pair is of no use then.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, number: int) -> None:
+        self._group = group
+        self._other = 1 - number
+
+    def start_send(self, tensor: Tensor, channel: int = 0) -> Work:
+        """Begin to send `tensor`, which must stay as it is until `finish(work)`."""
+        with _as_connection_error():
+            return self._group.send([tensor], self._other, channel)
+
+    def finish(self, work: Work) -> None:
+        """Wait until it has been sent."""
+        with _as_connection_error():
+            work.wait()
+
+    def send(self, tensor: Tensor, channel: int = 0) -> None:
+        """Send `tensor`."""
+        self.finish(self.start_send(tensor, channel))
+
+    def receive(self, tensor: Tensor, channel: int = 0) -> None:
+        """Fill `tensor`, which is as large as the one that was sent."""
+        with _as_connection_error():
+            self._group.recv([tensor], self._other, channel).wait()
+
+
+@dataclass(frozen=True)
+class Guest:
+    """Another process that has come to a door."""
+
+    number: int
+    store: dist.Store
+    key: str
+
+    def meet(self) -> Pair:
+        """The pair with it. Raises ConnectionError when it does not come in."""
+        with _as_connection_error():
+            return Pair(mesh.pair(self.store, self.key, 0, CONNECT), 0)
+
+
+class Door:
+    """Where other processes may come at any time to be talked to alone."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._store = mesh.own_store()
+        self._count = 0
+
+    def wait(self) -> Guest:
+        """The next guest, whenever it comes. Raises ConnectionError when nobody can come any more."""
+        self._count += 1
+        key = f"{self.name}/{self._count}"
+        with _as_connection_error():
+            self._store.wait([key], FOREVER)
+            return Guest(int(self._store.get(key)), mesh.own_store(), f"{key}/pair")
+
+
+class Visitor:
+    """One process that comes to the doors of others, as guest `number`."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._store = mesh.own_store()
+
+    def knock(self, door: str) -> Pair:
+        """The pair with whoever opens. Raises ConnectionError when nobody does."""
+        with _as_connection_error():
+            key = f"{door}/{self._store.add(f'{door}/count', 1)}"
+            self._store.set(key, str(self.number))
+            return Pair(mesh.pair(self._store, f"{key}/pair", 1, CONNECT), 1)
+
+
+@contextmanager
+def _as_connection_error() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        said = said.partition("] ")[2] if said.startswith("[") else said  # where in gloo's source
+        raise ConnectionError(said.split(". ")[0]) from error

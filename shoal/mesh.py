@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -73,3 +74,19 @@ def _store(placement: Placement) -> dist.Store:
         timeout=TIMEOUT,
         master_listen_fd=listen_fd if serves else None,
     )
+
+
+def own_store() -> dist.Store:
+    """A connection of one's own to the store: a thread that waits on a shared one would hold up the others."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    return store.clone()
+
+
+def pair(store: dist.Store, name: str, number: int, patience: timedelta) -> dist.ProcessGroup:
+    """A group of two processes, of which this is number 0 or 1. It is made when both have given `name`.
+
+    Raises RuntimeError when the other has not come after `patience`.
+    """
+    group: Any = dist.ProcessGroupGloo(dist.PrefixStore(name, store), number, 2, patience)
+    group._set_default_timeout(TIMEOUT)
+    return group

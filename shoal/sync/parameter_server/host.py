@@ -1,0 +1,196 @@
+"""A server at work: behind a lock, in the process of one worker, with a thread for each of the others."""
+
+import threading
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+from shoal.collectives import Door, Guest
+from shoal.optim import NamedParams
+from shoal.sync.parameter_server.core import Halted, ParameterServer, Push
+from shoal.sync.parameter_server.lines import Line, welcome
+from shoal.sync.parameter_server.messages import Kind, Reply, Request
+from shoal.sync.parameter_server.parcels import Parcels
+
+LOOK = timedelta(seconds=0.5)  # how often the door asks whether it should close
+NOTHING = torch.empty(0, dtype=torch.float64)
+
+
+class Host:
+    """Answers workers one at a time, and has each wait until the server's policy lets it go on.
+
+    `say` gets a line whenever a worker comes back or is gone.
+    """
+
+    def __init__(self, server: ParameterServer, parcels: Parcels, say: Callable[[str], None]) -> None:
+        self.server = server
+        self.parcels = parcels
+        self.say = say
+        self.lines: dict[int, Line] = {}  # of the workers in other processes
+        self._begun = False
+        self._closing = False
+        self._changed = threading.Condition()
+        self._told: dict[int, Tensor] = {}
+        self._sent_before = 0  # over lines that are gone
+
+    @property
+    def bytes_sent(self) -> int:
+        """To all workers so far."""
+        with self._changed:
+            return self._sent_before + sum(line.bytes_sent for line in self.lines.values())
+
+    def open(self, door: str, *, share_memory: bool) -> None:
+        """Let workers in at the door of that name, from now on."""
+        guests = Door(door)
+        args = (guests, share_memory)
+        threading.Thread(target=self._mind, args=args, name=door, daemon=True).start()
+
+    def begin(self, params: NamedParams, workers: Iterable[int], first_step: int) -> None:
+        """Start from these values at this step; until then workers wait."""
+        with self._changed:
+            self.server.begin(params, workers, first_step)
+            self._begun = True
+            self._changed.notify_all()
+
+    def push(self, request: Request, gradient: Tensor | None, told: Tensor = NOTHING) -> None:
+        """Take a push. `gradient` must stay as it is until `pushed` returns."""
+        push = Push(
+            request.worker, request.clock, request.version, request.labels, request.step_labels, gradient
+        )
+        with self._changed:
+            self._wait(lambda: self._begun)
+            self.server.push(push)
+            if told.numel():
+                self._told[request.worker] = told
+            self._changed.notify_all()
+
+    def pushed(self, request: Request) -> tuple[Reply, Tensor]:
+        """Wait until it is known what became of a push. Raises Halted when nothing can go on."""
+        with self._changed:
+            self._wait(lambda: self.server.answers(request.clock))
+            return self._reply(request.worker)
+
+    def pull(self, request: Request, into: Tensor) -> tuple[Reply, Tensor]:
+        """Copy the parameters into `into` [n] as soon as the worker may have them, or as they are for a PEEK."""
+        with self._changed:
+            self._wait(lambda: self._begun)
+            if request.kind == Kind.PULL:
+                self.server.ask(request.worker, request.clock, request.norm)
+                self._changed.notify_all()
+                self._wait(lambda: self.server.opens(request.clock))
+                self.server.read(request.worker, into)
+            else:
+                into.copy_(self.server.flat)
+            return self._reply(request.worker)
+
+    def leave(self, worker: int, cause: str = "") -> None:
+        """A worker has parted; with a `cause` it is gone without a word, which is said."""
+        with self._changed:
+            step = self.server.clocks.get(worker, 0)
+            self.server.leave(worker, parted=not cause)
+            self._told.pop(worker, None)
+            self._changed.notify_all()
+            left = len(self.server.active)
+            failure = self.server.failure
+        if cause:
+            then = "none is left" if not left else "the others cannot go on" if failure else f"{left} go on"
+            self.say(f"worker {worker} is gone after step {step} ({cause}): {then}")
+
+    def look(self, read: Callable[[ParameterServer], None]) -> None:
+        """Have `read` look at the server while nothing changes it."""
+        with self._changed:
+            read(self.server)
+
+    def close(self) -> None:
+        """Wait until every worker has left, and let in no more."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self.lines)
+            self._closing = True
+
+    def _wait(self, predicate: Callable[[], bool]) -> None:
+        self._changed.wait_for(lambda: bool(self.server.failure) or predicate())
+        if self.server.failure:
+            raise Halted(self.server.failure)
+
+    def _reply(self, worker: int) -> tuple[Reply, Tensor]:
+        policy = self.server.policy
+        others = [told for other, told in self._told.items() if other != worker]
+        told = torch.stack(others).sum(0) if others else NOTHING
+        reply = Reply(
+            version=self.server.version,
+            clock=policy.clock(self.server),
+            workers=len(self.server.active),
+            staleness=policy.staleness,
+            told=told.numel(),
+            failure=0,
+            rate=self.server.rate,
+            squares=policy.squares(self.server),
+        )
+        return reply, told
+
+    def _mind(self, door: Door, share_memory: bool) -> None:
+        while not self._closing:
+            try:
+                guest = door.wait(LOOK)
+            except ConnectionError:  # the place to meet at is gone
+                return
+            if guest is not None:
+                args = (guest, share_memory)
+                threading.Thread(target=self._attend, args=args, name=door.name, daemon=True).start()
+
+    def _attend(self, guest: Guest, share_memory: bool) -> None:
+        """Talk to one worker until it leaves."""
+        worker = guest.number
+        torch.set_num_threads(1)  # of this thread: the worker beside it has the cores
+        line, cause = None, ""
+        try:
+            line = welcome(
+                guest.meet(), self.parcels.nbytes, self.server.flat.nbytes, share_memory=share_memory
+            )
+            self._let_in(worker, line)
+            while (request := Request.unpack(line.receive_header())).kind != Kind.LEAVE:
+                self._answer(request, line)
+        except ConnectionError as error:
+            cause = str(error)
+        if line is None:
+            return
+        with self._changed:
+            newest = self.lines.get(worker) is line
+            if newest:
+                self._sent_before += self.lines.pop(worker).bytes_sent
+        if newest:  # else it has come back by another line
+            self.leave(worker, cause)
+
+    def _let_in(self, worker: int, line: Line) -> None:
+        with self._changed:
+            back = worker in self.server.gone
+            before = self.lines.get(worker)
+            self._sent_before += before.bytes_sent if before else 0
+            self.lines[worker] = line
+            self.server.join(worker)
+            self._changed.notify_all()
+        if back:
+            self.say(f"worker {worker} is back")
+
+    def _answer(self, request: Request, line: Line) -> None:
+        """Do what a worker asks for. Raises ConnectionError."""
+        told = line.receive_told(request.told)
+        pulls = request.kind in (Kind.PULL, Kind.PEEK)
+        try:
+            if pulls:
+                reply, others = self.pull(request, line.outgoing.view(self.server.flat.dtype))
+            else:
+                gradient = None
+                if request.kind == Kind.PUSH:
+                    line.receive_payload()
+                    gradient = self.parcels.unwrap(line.incoming)
+                self.push(request, gradient, told)
+                reply, others = self.pushed(request)
+        except Halted as error:
+            text = torch.tensor([*str(error).encode()], dtype=torch.uint8)
+            reply = Reply(0, 0, 0, 0, told=0, failure=len(text), rate=0.0, squares=0.0)
+            line.finish([*line.send(reply.pack()), line.pair.start_send(text)])
+            return
+        line.finish(line.send(reply.pack(), others, payload=pulls))

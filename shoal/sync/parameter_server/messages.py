@@ -1,0 +1,69 @@
+"""What a worker and a server say to each other: a header of fixed size, numbers if it tells some, then a tensor.
+
+A header is not counted as bytes sent, as those of the transport are not.
+"""
+
+import struct
+from dataclasses import astuple, dataclass
+from enum import IntEnum
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+HEADER_BYTES = 64
+
+
+class Kind(IntEnum):
+    """What a worker asks for."""
+
+    PUSH = 1  # to take its gradient, which follows
+    SKIP = 2  # to count its step, whose gradient is not finite
+    PULL = 3  # the parameters, once they contain the steps before `clock`
+    PEEK = 4  # the parameters as they are, at once
+    LEAVE = 5  # nothing more
+
+
+class _Header:
+    FORMAT: ClassVar[struct.Struct]
+
+    def pack(self) -> Tensor:
+        """As bytes."""
+        return torch.frombuffer(bytearray(self.FORMAT.pack(*astuple(self))), dtype=torch.uint8)  # type: ignore[call-overload]
+
+    @classmethod
+    def unpack(cls, header: Tensor) -> Self:
+        """What `pack` was called on."""
+        return cls(*cls.FORMAT.unpack(header.numpy().tobytes()))
+
+
+@dataclass(frozen=True)
+class Request(_Header):
+    """From a worker. `clock` is its step, for PULL the one before which every worker must have pushed."""
+
+    FORMAT: ClassVar[struct.Struct] = struct.Struct("<7qd")
+
+    kind: int
+    worker: int
+    clock: int
+    version: int = 0  # of the parameters that a gradient was taken at
+    labels: int = 0  # of the worker's share
+    step_labels: int = 0
+    told: int = 0  # how many numbers follow
+    norm: float = float("nan")  # of the gradient over all servers
+
+
+@dataclass(frozen=True)
+class Reply(_Header):
+    """From a server."""
+
+    FORMAT: ClassVar[struct.Struct] = struct.Struct("<6q2d")
+
+    version: int
+    clock: int  # before which no step is taken any more
+    workers: int  # that have steps to take
+    staleness: int  # of the last push, in updates
+    told: int  # how many numbers follow
+    failure: int  # bytes of text that follow
+    rate: float  # of the last update
+    squares: float  # of this server's part of the gradient; negative: it has been applied already

@@ -1,0 +1,170 @@
+"""When a push changes the parameters, and who has to wait: synchronous rounds, or on arrival."""
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+from shoal.sync.parameter_server.core import ParameterServer, Policy, Push
+from shoal.sync.parameter_server.merge import Merge
+
+Schedule = Callable[[int], float]  # step -> learning rate
+CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+WHOLE = 1e-6  # shares that add up to a step do so up to rounding
+
+
+class Rounds(Policy):
+    """Bulk synchronous: an update a step, of what the first `quorum` workers have pushed for it (None: all of them).
+
+    What comes later for that step is dropped: with K of N, N - K workers are backups (Chen et al. 2016, "Revisiting
+    Distributed Synchronous SGD", section 3). Holds the gradients of a round, 4 bytes x parameters x workers.
+    The norm to clip by is that over all servers, so a round is closed in two moves: once it is full, workers are told
+    this server's part of it; the first of them to ask for the next parameters brings the whole.
+    """
+
+    def __init__(self, merge: Merge, schedule: Schedule, *, quorum: int | None, max_norm: float) -> None:
+        self.merge = merge
+        self.schedule = schedule
+        self.quorum = quorum
+        self.max_norm = max_norm
+        self.round = 0
+        self.pushes: dict[int, Push] = {}
+        self.full = False
+        self.late = 0  # pushes dropped
+
+    def begin(self, server: ParameterServer, first_step: int) -> None:
+        """The first round is the first step."""
+        self.round = first_step
+
+    def take(self, server: ParameterServer, push: Push) -> None:
+        """Keep it for its round, and merge the round if that makes it full."""
+        if push.step < self.round or self.full:
+            self.late += 1
+            return
+        self.pushes[push.worker] = push
+        self._merge_if_full(server)
+
+    def answers(self, server: ParameterServer, step: int) -> bool:
+        """When the round is full."""
+        return step < self.round or self.full
+
+    def squares(self, server: ParameterServer) -> float:
+        """Of the merged gradient."""
+        return server.gradient.norm().item() ** 2 if self.full else -1.0
+
+    def settle(self, server: ParameterServer, clock: int, norm: float) -> None:
+        """Apply the merged gradient, clipped by `norm`; with an infinite one nothing changes."""
+        if not self.full or clock != self.round + 1 or math.isnan(norm):
+            return
+        if math.isfinite(norm):
+            factor = self.max_norm / (norm + CLIP_EPSILON) if self.max_norm else 1.0
+            if factor < 1:
+                server.gradient.mul_(factor)
+            server.update(self.schedule(self.round))
+            server.version += len(self.pushes)
+        self.round += 1
+        self.full = False
+        self.pushes.clear()
+
+    def opens(self, server: ParameterServer, clock: int) -> bool:
+        """When every round before `clock` is over."""
+        return self.round >= clock
+
+    def lost(self, server: ParameterServer, worker: int) -> None:
+        """The round may be full without it, or never."""
+        self._merge_if_full(server)
+
+    def clock(self, server: ParameterServer) -> int:
+        """The round."""
+        return self.round
+
+    def _merge_if_full(self, server: ParameterServer) -> None:
+        left = len(server.active | self.pushes.keys())
+        ended = len(server.clocks) - len(
+            server.active | server.gone
+        )  # those that have no steps left ask for none
+        needed = max(1, (self.quorum or len(server.clocks)) - ended)
+        if 0 < left < needed:
+            server.failure = (
+                f"strategy server: {left} of {len(server.clocks)} workers are left at step {self.round + 1}, and an "
+                f"update needs {needed}; a lower --quorum survives this; go on with --resume-from-checkpoint latest"
+            )
+        elif not self.full and self.pushes and len(self.pushes) >= needed:
+            self.merge([push for _, push in sorted(self.pushes.items())], server.gradient)
+            self.full = True
+
+
+class Arrivals(Policy):
+    """Asynchronous: each push is an update of its own, at once.
+
+    A push of tau updates ago counts less with `staleness_lr`: rate / max(1, tau) (Zhang et al. 2016, "Staleness-aware
+    Async-SGD", equation 6; from memory), and is corrected by `delay_compensation`:
+    g + lambda g g (theta - theta that g was taken at) (Zheng et al. 2017, DC-ASGD, equation 10; lambda 0.04 is the
+    published constant), which holds a copy of the parameters for each worker, two where it computes while it pulls.
+
+    The update is made at the rate of the labels seen so far, times share ** `share_power`: as a batch that is so much
+    smaller than the step needs it, 1 for SGD (Goyal et al. 2017), 1/2 for Adam (Malladi et al. 2022).
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        staleness_lr: bool = False,
+        delay_compensation: float = 0.0,
+        share_power: float = 1.0,
+    ) -> None:
+        self.schedule = schedule
+        self.staleness_lr = staleness_lr
+        self.delay_compensation = delay_compensation
+        self.share_power = share_power
+        self.seen = 0.0  # in steps
+        self.backups: dict[int, dict[int, Tensor]] = {}  # worker -> version -> the parameters it was given
+
+    def begin(self, server: ParameterServer, first_step: int) -> None:
+        """The schedule goes on from `first_step`, at which every worker holds the same parameters."""
+        self.seen = float(first_step)
+        for worker in server.clocks:
+            self.gave(server, worker)
+
+    def take(self, server: ParameterServer, push: Push) -> None:
+        """Apply it."""
+        self.staleness = server.version - push.version
+        rate = self.schedule(int(self.seen + WHOLE)) * push.share**self.share_power
+        self.seen += push.share
+        if push.gradient is None or not push.labels:
+            return
+        server.gradient.copy_(push.gradient).div_(push.share)
+        if self.delay_compensation:
+            self._compensate(server, push)
+        server.update(rate / max(1, self.staleness) if self.staleness_lr else rate)
+        server.version += 1
+
+    def answers(self, server: ParameterServer, step: int) -> bool:
+        """At once."""
+        return True
+
+    def opens(self, server: ParameterServer, clock: int) -> bool:
+        """When every worker has taken the steps before `clock`."""
+        return all(server.clocks[worker] >= clock for worker in server.active)
+
+    def gave(self, server: ParameterServer, worker: int) -> None:
+        """Keep what the worker was given, until it has pushed what it made of it."""
+        if not self.delay_compensation:
+            return
+        held = [versions[server.version] for versions in self.backups.values() if server.version in versions]
+        copy = held[0] if held else server.flat.clone()
+        self.backups.setdefault(worker, {})[server.version] = copy
+
+    def lost(self, server: ParameterServer, worker: int) -> None:
+        """What it was given is of no use any more."""
+        self.backups.pop(worker, None)
+
+    def _compensate(self, server: ParameterServer, push: Push) -> None:
+        backups = self.backups.get(push.worker, {})
+        if push.version not in backups:  # a worker that was thought to be gone
+            return
+        drift = server.flat - backups[push.version]
+        for version in [version for version in backups if version < push.version]:
+            del backups[version]
+        server.gradient.addcmul_(server.gradient.square(), drift, value=self.delay_compensation)

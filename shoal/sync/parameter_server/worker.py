@@ -1,0 +1,95 @@
+"""All servers as one worker sees them: its gradients go out in ranges, and the parameters come back so."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from shoal.optim import NamedParams
+from shoal.replica import Replica
+from shoal.sync.parameter_server.core import END
+from shoal.sync.parameter_server.host import NOTHING
+from shoal.sync.parameter_server.links import Link
+from shoal.sync.parameter_server.messages import Kind, Reply, Request
+from shoal.sync.parameter_server.ranges import parts
+
+NAN = float("nan")
+
+
+class Servers:
+    """Asks every server at once, and waits for all. The first one also hears and tells the workers' numbers."""
+
+    def __init__(self, links: list[Link], ranges: list[NamedParams], worker: int) -> None:
+        self.links = links
+        self.ranges = ranges
+        self.worker = worker
+        self.versions = [0] * len(links)  # of the parameters in the replica
+        self.others = NOTHING  # the sum of what the other workers told last
+        self._pulled = self.versions
+
+    @property
+    def bytes_sent(self) -> int:
+        """Of gradients, to servers in other processes."""
+        return sum(link.bytes_sent for link in self.links)
+
+    @torch.no_grad()
+    def take(self) -> float:
+        """Copy the replica's gradients to where they are sent from; returns their norm."""
+        for link, params in zip(self.links, self.ranges, strict=True):
+            for p, part in parts(link.gradient, params):
+                part.zero_() if p.grad is None else part.copy_(p.grad)
+        return torch.stack([link.gradient.norm() for link in self.links]).norm().item()
+
+    def push(
+        self, replica: Replica, step: int, told: Tensor = NOTHING, *, skip: bool = False
+    ) -> Callable[[], Reply]:
+        """What pushes the gradients that were taken, when it is called; they were made of today's parameters."""
+        requests = [
+            Request(
+                Kind.SKIP if skip else Kind.PUSH, self.worker, step, version,
+                replica.own_labels, replica.step_labels, told.numel() if first else 0,
+            )
+            for version, first in zip(self.versions, self._firsts(), strict=True)
+        ]  # fmt: skip
+        return lambda: self._ask(requests, told)
+
+    def pull(self, clock: int, norm: float = NAN) -> Reply:
+        """Fetch the parameters, once they contain every worker's steps before `clock`."""
+        return self._fetch(Kind.PULL, clock, norm)
+
+    def peek(self) -> Reply:
+        """Fetch the parameters as they are."""
+        return self._fetch(Kind.PEEK, 0, NAN)
+
+    @torch.no_grad()
+    def load(self) -> None:
+        """Copy the parameters that were fetched last into the replica."""
+        self.versions = self._pulled
+        for link, params in zip(self.links, self.ranges, strict=True):
+            for p, part in parts(link.parameters, params):
+                p.copy_(part)
+
+    def finish(self) -> None:
+        """Wait until no worker has steps left, fetch the parameters, and part from the servers."""
+        self.pull(END)
+        for link in self.links:
+            link.leave()
+
+    def _firsts(self) -> list[bool]:
+        return [link is self.links[0] for link in self.links]
+
+    def _fetch(self, kind: Kind, clock: int, norm: float) -> Reply:
+        return self._ask([Request(kind, self.worker, clock, norm=norm) for _ in self.links])
+
+    def _ask(self, requests: list[Request], told: Tensor = NOTHING) -> Reply:
+        """The first server's reply, with the squares of all."""
+        for link, request, first in zip(self.links, requests, self._firsts(), strict=True):
+            link.ask(request, told if first else NOTHING)
+        answers = [link.answer() for link in self.links]
+        replies = [reply for reply, _ in answers]
+        self.others = answers[0][1]
+        if requests[0].kind in (Kind.PULL, Kind.PEEK):
+            self._pulled = [reply.version for reply in replies]
+        known = all(reply.squares >= 0 or reply.squares != reply.squares for reply in replies)
+        return replace(replies[0], squares=sum(reply.squares for reply in replies) if known else -1.0)

@@ -25,10 +25,16 @@ def build(
         return [_adamw(_groups(matrices, vectors, weight_decay), learning_rate)]
     hidden = [(n, p) for n, p in matrices if p.dim() == 2 and not _is_embedding(n)]
     rest = [(n, p) for n, p in matrices if p.dim() != 2 or _is_embedding(n)]
-    muon = torch.optim.Muon(
-        hidden, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
-    return [muon, _adamw(_groups(rest, vectors, weight_decay), learning_rate)]
+    optimizers: list[torch.optim.Optimizer] = []
+    if hidden:
+        optimizers.append(
+            torch.optim.Muon(
+                hidden, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+        )
+    if rest or vectors:
+        optimizers.append(_adamw(_groups(rest, vectors, weight_decay), learning_rate))
+    return optimizers
 
 
 def _adamw(groups: list[dict], learning_rate: float) -> torch.optim.Optimizer:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shoal.sync.parameter_server.core import ParameterServer, Policy, Push
+from shoal.sync.parameter_server.core import ParameterServer, Policy
 from shoal.sync.parameter_server.delayed import DelayedNesterov
-from shoal.sync.parameter_server.merge import mean, median, trimmed_mean
+from shoal.sync.parameter_server.merge import mean
 from shoal.sync.parameter_server.policies import Arrivals, Rounds
 from shoal.sync.parameter_server.simulator import Event, Simulator
 

@@ -2,7 +2,8 @@
 
 import threading
 from collections.abc import Callable, Iterable
-from datetime import timedelta
+from contextlib import suppress
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,12 +11,12 @@ from torch import Tensor
 from shoal.collectives import Door, Guest
 from shoal.optim import NamedParams
 from shoal.sync.parameter_server.core import Halted, ParameterServer, Push
-from shoal.sync.parameter_server.lines import Line, welcome
+from shoal.sync.parameter_server.lines import Line, describe, welcome
 from shoal.sync.parameter_server.messages import Kind, Reply, Request
 from shoal.sync.parameter_server.parcels import Parcels
 
-LOOK = timedelta(seconds=0.5)  # how often the door asks whether it should close
 NOTHING = torch.empty(0, dtype=torch.float64)
+EMPTY = Reply(version=0, clock=0, workers=0, staleness=0, told=0, text=0, rate=0.0, squares=0.0)
 
 
 class Host:
@@ -30,8 +31,8 @@ class Host:
         self.say = say
         self.lines: dict[int, Line] = {}  # of the workers in other processes
         self._begun = False
-        self._closing = False
         self._changed = threading.Condition()
+        self._served: dict[int, int] = {}  # worker -> the clock of its last pull that was answered
         self._told: dict[int, Tensor] = {}
         self._sent_before = 0  # over lines that are gone
 
@@ -98,16 +99,20 @@ class Host:
             then = "none is left" if not left else "the others cannot go on" if failure else f"{left} go on"
             self.say(f"worker {worker} is gone after step {step} ({cause}): {then}")
 
-    def look(self, read: Callable[[ParameterServer], None]) -> None:
-        """Have `read` look at the server while nothing changes it."""
+    def state(self) -> dict[str, Tensor]:
+        """A copy of the optimizers' state at one moment."""
         with self._changed:
-            read(self.server)
+            return {name: tensor.clone() for name, tensor in self.server.optimizer_state.tensors()}
+
+    def serve_all(self, clock: int) -> None:
+        """Wait until every worker elsewhere has been sent the parameters of `clock`, or is gone."""
+        with self._changed:
+            self._wait(lambda: all(self._served.get(worker, -1) >= clock for worker in self.lines))
 
     def close(self) -> None:
-        """Wait until every worker has left, and let in no more."""
+        """Wait until every worker has left."""
         with self._changed:
             self._changed.wait_for(lambda: not self.lines)
-            self._closing = True
 
     def _wait(self, predicate: Callable[[], bool]) -> None:
         self._changed.wait_for(lambda: bool(self.server.failure) or predicate())
@@ -124,20 +129,17 @@ class Host:
             workers=len(self.server.active),
             staleness=policy.staleness,
             told=told.numel(),
-            failure=0,
+            text=0,
             rate=self.server.rate,
             squares=policy.squares(self.server),
         )
         return reply, told
 
     def _mind(self, door: Door, share_memory: bool) -> None:
-        while not self._closing:
-            try:
-                guest = door.wait(LOOK)
-            except ConnectionError:  # the place to meet at is gone
-                return
-            if guest is not None:
-                args = (guest, share_memory)
+        """Let in whoever comes, for as long as the process lives."""
+        with suppress(ConnectionError):  # the place to meet at is gone
+            while True:
+                args = (door.wait(), share_memory)
                 threading.Thread(target=self._attend, args=args, name=door.name, daemon=True).start()
 
     def _attend(self, guest: Guest, share_memory: bool) -> None:
@@ -177,20 +179,33 @@ class Host:
     def _answer(self, request: Request, line: Line) -> None:
         """Do what a worker asks for. Raises ConnectionError."""
         told = line.receive_told(request.told)
-        pulls = request.kind in (Kind.PULL, Kind.PEEK)
+        gradient = None
+        if request.kind == Kind.PUSH:
+            line.receive_payload()
+            gradient = self.parcels.unwrap(line.incoming)
         try:
-            if pulls:
+            if request.kind == Kind.STATE:
+                _send_state(line, self.state())
+            elif request.kind in (Kind.PULL, Kind.PEEK):
                 reply, others = self.pull(request, line.outgoing.view(self.server.flat.dtype))
+                line.finish(line.send(reply.pack(), others, payload=True))
+                self._note_served(request)
             else:
-                gradient = None
-                if request.kind == Kind.PUSH:
-                    line.receive_payload()
-                    gradient = self.parcels.unwrap(line.incoming)
                 self.push(request, gradient, told)
                 reply, others = self.pushed(request)
-        except Halted as error:
-            text = torch.tensor([*str(error).encode()], dtype=torch.uint8)
-            reply = Reply(0, 0, 0, 0, told=0, failure=len(text), rate=0.0, squares=0.0)
-            line.finish([*line.send(reply.pack()), line.pair.start_send(text)])
-            return
-        line.finish(line.send(reply.pack(), others, payload=pulls))
+                line.finish(line.send(reply.pack(), others))
+        except Halted as halted:
+            line.finish(line.send(replace(EMPTY, text=-len(str(halted).encode())).pack()))
+            line.send_text(str(halted))
+
+    def _note_served(self, request: Request) -> None:
+        with self._changed:
+            self._served[request.worker] = request.clock
+            self._changed.notify_all()
+
+
+def _send_state(line: Line, state: dict[str, Tensor]) -> None:
+    description = describe(state)
+    line.finish(line.send(replace(EMPTY, text=len(description.encode())).pack()))
+    line.send_text(description)
+    line.send_tensors(state.values())

@@ -6,9 +6,11 @@ each end; who is there and who is gone still shows on the pair.
 """
 
 import hashlib
+import json
 import mmap
 import os
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from shoal.sync.parameter_server.messages import HEADER_BYTES
 
 SHARED_FOLDER = Path("/dev/shm")
 HEADER, TOLD, PAYLOAD = range(3)  # channels
+DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64, torch.int64)}
 
 
 @dataclass
@@ -68,6 +71,35 @@ class Line:
         """The tensor that belongs to it, in `incoming`."""
         if not self.shared:
             self.pair.receive(self.incoming, PAYLOAD)
+
+    def send_text(self, text: str) -> None:
+        """Text, whose length in bytes the other end knows."""
+        self.pair.send(torch.tensor([*text.encode()], dtype=torch.uint8), TOLD)
+
+    def receive_text(self, nbytes: int) -> str:
+        """The text."""
+        text = torch.empty(nbytes, dtype=torch.uint8)
+        self.pair.receive(text, TOLD)
+        return bytes(text.tolist()).decode()
+
+    def send_tensors(self, tensors: Iterable[Tensor]) -> None:
+        """Tensors that `describe` has described."""
+        for tensor in tensors:
+            self.pair.send(tensor.contiguous().view(-1), PAYLOAD)
+            self.bytes_sent += tensor.nbytes
+
+    def receive_tensors(self, description: str) -> dict[str, Tensor]:
+        """The tensors, by name."""
+        found = {}
+        for name, shape, dtype in json.loads(description):
+            found[name] = torch.empty(shape, dtype=DTYPES[dtype])
+            self.pair.receive(found[name].view(-1), PAYLOAD)
+        return found
+
+
+def describe(tensors: dict[str, Tensor]) -> str:
+    """Their names, shapes and types, as JSON."""
+    return json.dumps([[name, list(tensor.shape), str(tensor.dtype)] for name, tensor in tensors.items()])
 
 
 def welcome(pair: Pair, up: int, down: int, *, share_memory: bool) -> Line:

@@ -42,6 +42,10 @@ class Link(ABC):
         """Wait for the reply, and what the other workers told. Raises Halted when nothing can go on."""
 
     @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """A copy of the state of the server's optimizers, by parameter and part."""
+
+    @abstractmethod
     def leave(self) -> None:
         """Part from the server."""
 
@@ -84,6 +88,10 @@ class Local(Link):
         if self._request.kind in (Kind.PUSH, Kind.SKIP):
             return self._host.pushed(self._request)
         return self._host.pull(self._request, self._parameters)
+
+    def state(self) -> dict[str, Tensor]:
+        """As every link."""
+        return self._host.state()
 
     def leave(self) -> None:
         """As every link."""
@@ -140,6 +148,12 @@ class Remote(Link):
             except ConnectionError:
                 raise Halted(f"{self._server} is gone: {error}") from error
 
+    def state(self) -> dict[str, Tensor]:
+        """As every link."""
+        self._line.finish(self._line.send(Request(Kind.STATE, 0, 0).pack()))
+        reply = Reply.unpack(self._line.receive_header())
+        return self._line.receive_tensors(self._line.receive_text(reply.text))
+
     def leave(self) -> None:
         """As every link."""
         with suppress(ConnectionError):  # it has left before us
@@ -152,10 +166,8 @@ class Remote(Link):
     def _receive(self) -> tuple[Reply, Tensor]:
         reply = Reply.unpack(self._line.receive_header())
         self._line.finish(self._works)
-        if reply.failure:
-            text = torch.empty(reply.failure, dtype=torch.uint8)
-            self._line.pair.receive(text)
-            raise Halted(bytes(text.tolist()).decode())
+        if reply.text < 0:
+            raise Halted(self._line.receive_text(-reply.text))
         told = self._line.receive_told(reply.told)
         if self._asked[0].kind in (Kind.PULL, Kind.PEEK):
             self._line.receive_payload()

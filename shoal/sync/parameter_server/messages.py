@@ -21,7 +21,8 @@ class Kind(IntEnum):
     SKIP = 2  # to count its step, whose gradient is not finite
     PULL = 3  # the parameters, once they contain the steps before `clock`
     PEEK = 4  # the parameters as they are, at once
-    LEAVE = 5  # nothing more
+    STATE = 5  # the optimizers' state
+    LEAVE = 6  # nothing more
 
 
 class _Header:
@@ -64,6 +65,6 @@ class Reply(_Header):
     workers: int  # that have steps to take
     staleness: int  # of the last push, in updates
     told: int  # how many numbers follow
-    failure: int  # bytes of text that follow
+    text: int  # bytes of text that follow; negative: they say why nothing can go on
     rate: float  # of the last update
     squares: float  # of this server's part of the gradient; negative: it has been applied already

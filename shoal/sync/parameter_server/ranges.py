@@ -6,16 +6,20 @@ from shoal.optim import NamedParams
 
 
 def cut(params: NamedParams, servers: int) -> list[NamedParams]:
-    """At most `servers` runs of `params`, so that the largest holds as few elements as possible.
+    """`params` in at most `servers` runs, as `runs` says."""
+    return [params[run.start : run.stop] for run in runs([p.numel() for _, p in params], servers)]
+
+
+def runs(sizes: list[int], servers: int) -> list[range]:
+    """At most `servers` runs of parameters of these sizes, so that the largest holds as few elements as possible.
 
     No parameter is cut: its state keeps its name, and optimizers that need whole matrices work.
     """
-    sizes = [p.numel() for _, p in params]
     low, high = max(sizes), sum(sizes)
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if len(_fill(sizes, middle)) <= servers else (middle + 1, high)
-    return [params[run.start : run.stop] for run in _fill(sizes, low)]
+    return _fill(sizes, low)
 
 
 def parts(flat: Tensor, params: NamedParams) -> list[tuple[nn.Parameter, Tensor]]:
@@ -26,10 +30,10 @@ def parts(flat: Tensor, params: NamedParams) -> list[tuple[nn.Parameter, Tensor]
 
 def _fill(sizes: list[int], most: int) -> list[range]:
     """Runs that hold at most `most`, each filled before the next begins."""
-    runs, first, held = [], 0, 0
+    filled, first, held = [], 0, 0
     for i, size in enumerate(sizes):
         if held + size > most:
-            runs.append(range(first, i))
+            filled.append(range(first, i))
             first, held = i, 0
         held += size
-    return [*runs, range(first, len(sizes))]
+    return [*filled, range(first, len(sizes))]

@@ -41,6 +41,11 @@ class Servers:
                 part.zero_() if p.grad is None else part.copy_(p.grad)
         return torch.stack([link.gradient.norm() for link in self.links]).norm().item()
 
+    def scale(self, factor: float) -> None:
+        """Multiply the gradients that were taken."""
+        for link in self.links:
+            link.gradient.mul_(factor)
+
     def push(
         self, replica: Replica, step: int, told: Tensor = NOTHING, *, skip: bool = False
     ) -> Callable[[], Reply]:
@@ -70,9 +75,16 @@ class Servers:
             for p, part in parts(link.parameters, params):
                 p.copy_(part)
 
-    def finish(self) -> None:
-        """Wait until no worker has steps left, fetch the parameters, and part from the servers."""
+    def state(self) -> dict[str, Tensor]:
+        """The state of all optimizers, by parameter and part: with AdamW twice the bytes of the parameters."""
+        return {name: tensor for link in self.links for name, tensor in link.state().items()}
+
+    def wait_for_all(self) -> None:
+        """Wait until no worker has steps left, and fetch the parameters."""
         self.pull(END)
+
+    def leave(self) -> None:
+        """Part from the servers."""
         for link in self.links:
             link.leave()
 

@@ -1,0 +1,185 @@
+"""A parameter server, asynchronous: every push is applied on arrival, and nobody waits for the slowest worker.
+
+Take it where workers differ in speed, come and go, or sit behind slow links. A gradient is some updates old when it
+is applied; `--max-staleness` bounds by how many steps a worker may be ahead of the last one (Ho et al. 2013, stale
+synchronous parallel: at 0 it is the synchronous gate), `--staleness-lr`, `--delay-compensation` and
+`--delayed-momentum` make up for it (sources in `parameter_server.policies` and `parameter_server.delayed`).
+"""
+
+import math
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from shoal.collectives import Wire
+from shoal.config import RunConfig
+from shoal.cost import Cost, Sizes
+from shoal.optim import NamedParams
+from shoal.replica import Replica
+from shoal.sync.central import Central, Traffic
+from shoal.sync.parameter_server.delayed import DelayedNesterov
+from shoal.sync.parameter_server.host import NOTHING
+from shoal.sync.parameter_server.messages import Reply
+from shoal.sync.parameter_server.policies import CLIP_EPSILON, Arrivals
+
+MOMENTUM = 0.9  # of delayed Nesterov
+
+
+class Errand:
+    """One thread beside the loop, that does one thing at a time."""
+
+    def __init__(self) -> None:
+        self._todo: queue.Queue[Callable[[], Reply]] = queue.Queue(1)
+        self._done: queue.Queue[Reply | BaseException] = queue.Queue(1)
+        self.under_way = False
+        threading.Thread(target=self._run, name="errand", daemon=True).start()
+
+    def start(self, work: Callable[[], Reply]) -> None:
+        """Begin it, when what was begun before has been waited for."""
+        assert not self.under_way
+        self.under_way = True
+        self._todo.put(work)
+
+    def wait(self) -> Reply:
+        """What came of it; raises what it raised."""
+        done = self._done.get()
+        self.under_way = False
+        if isinstance(done, BaseException):
+            raise done
+        return done
+
+    def _run(self) -> None:
+        while True:
+            work = self._todo.get()
+            try:
+                self._done.put(work())
+            except BaseException as error:  # handed to the loop, which raises it
+                self._done.put(error)
+
+
+class Async(Central):
+    """Pushes and pulls travel while the next step computes, so that a worker computes with parameters one push older.
+
+    Alone, or at a staleness of 0, there is nothing to hide or no room for it, and a step waits for its own push.
+    """
+
+    def __init__(self, config: RunConfig, wire: Wire) -> None:
+        super().__init__(config, wire)
+        self.max_staleness = self.options.max_staleness
+        self.errand = Errand()
+        self.told = NOTHING
+        self.staleness = 0
+        self.workers = wire.world_size
+
+    @property
+    def ahead(self) -> int:
+        """The pushes of its own that a worker does not wait for."""
+        return int(self.wire.world_size > 1 and self.max_staleness != 0)
+
+    def policy(self, replica: Replica) -> Arrivals:
+        """On arrival."""
+        options = self.options
+        adaptive = self.config.train.optim != "sgd"
+        return Arrivals(
+            replica.schedule,
+            staleness_lr=options.staleness_lr,
+            delay_compensation=options.delay_compensation,
+            share_power=0.5 if adaptive else 1.0,
+        )
+
+    def build(self, params: NamedParams) -> list[Optimizer]:
+        """Delayed Nesterov in place of the optimizer, if it is asked for."""
+        period, decay = self.options.delayed_momentum, self.config.train.weight_decay
+        if not period:
+            return super().build(params)
+        groups = [
+            {"params": [p for _, p in params if p.dim() >= 2], "weight_decay": decay},
+            {"params": [p for _, p in params if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        return [DelayedNesterov([g for g in groups if g["params"]], 0.0, period=period, momentum=MOMENTUM)]
+
+    def turn(self, replica: Replica, step: int) -> None:
+        """Send the gradients on their way; go on with what the push before brought back."""
+        arrived = self._settle(replica)
+        finite = self._take(replica)
+        push = self.servers.push(replica, step, self.told, skip=not finite)
+        if arrived:
+            self.servers.load()
+        needed = -1 if self.max_staleness is None else step + 1 + self.ahead - self.max_staleness
+
+        def exchange() -> Reply:
+            pushed = push()
+            self.servers.pull(needed)
+            return pushed
+
+        self.errand.start(exchange)
+        if not self.ahead:
+            self._settle(replica)
+            self.servers.load()
+
+    def agree(self, numbers: Tensor) -> Tensor:
+        """What this rank knows, and what the others told with their last pushes: nobody waits."""
+        self.told = numbers.clone()
+        others = self.servers.others
+        return numbers + others if others.numel() == numbers.numel() else numbers
+
+    @contextmanager
+    def shared_model(self, replica: Replica) -> Iterator[None]:
+        """The servers' parameters, once what is under way has arrived."""
+        self._settle(replica)
+        with super().shared_model(replica):
+            yield
+
+    def finish(self, replica: Replica) -> None:
+        """As every worker of servers, once what is under way has arrived."""
+        self._settle(replica)
+        super().finish(replica)
+
+    def tighten(self) -> str | None:
+        """Half the staleness."""
+        if self.max_staleness == 0:
+            return None
+        bound = self.wire.world_size if self.max_staleness is None else self.max_staleness
+        self.max_staleness = bound // 2
+        return f"workers may be {self.max_staleness} steps ahead of the last one"
+
+    def metrics(self) -> dict[str, float]:
+        """Of this rank's last push: by how many updates it came late. And how many workers there are."""
+        return {"sync/staleness": self.staleness, "sync/workers": self.workers}
+
+    @classmethod
+    def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
+        """Of the rank that sends most: one with a server. Delay compensation holds two more copies a worker."""
+        traffic = Traffic.of(config, sizes)
+        count = sizes.world_size
+        backups = 2 * count * max(traffic.down) if config.strategy.delay_compensation else 0
+        bound = config.strategy.max_staleness
+        return Cost(
+            sent=max(traffic.sent(rank, count) for rank in range(count)),
+            held=max(traffic.held(rank, count) for rank in range(count)) + backups,
+            staleness=count - 1 if bound is None else bound,
+        )
+
+    def _settle(self, replica: Replica) -> bool:
+        """Wait for what is under way; whether there was something."""
+        if not self.errand.under_way:
+            return False
+        pushed = self.errand.wait()
+        self.staleness, self.workers = pushed.staleness, pushed.workers
+        replica.learning_rate = pushed.rate
+        return True
+
+    def _take(self, replica: Replica) -> bool:
+        """The gradients, clipped by their own norm a label, for they are an update alone; whether they are finite."""
+        share = replica.own_labels / max(1, replica.step_labels)
+        norm = self.servers.take() / (share or 1.0)
+        replica.grad_norm = norm
+        finite = math.isfinite(norm)
+        replica.nonfinite_steps = 0 if finite else replica.nonfinite_steps + 1
+        if finite and 0 < replica.max_grad_norm < norm:
+            self.servers.scale(replica.max_grad_norm / (norm + CLIP_EPSILON))
+        return finite

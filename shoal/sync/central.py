@@ -1,0 +1,206 @@
+"""What the strategies with a parameter server have in common: servers beside the first ranks, a worker on every rank.
+
+The first `--servers` ranks each hold a range of the parameters, their optimizer, and a thread for every worker of
+another rank. A replica's own optimizers stay empty, but for rank 0's at a save: then they hold a copy of the servers'
+state, so that a checkpoint is that of one replica, and a run can go on under any strategy and number of servers.
+"""
+
+import itertools
+import sys
+import time
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from shoal import optim
+from shoal.codecs import Subject, make
+from shoal.codecs.exchange import Exchange
+from shoal.collectives import Wire, knock
+from shoal.config import RunConfig
+from shoal.cost import Sizes
+from shoal.optim import NamedParams
+from shoal.replica import Replica
+from shoal.sync.base import State, Sync
+from shoal.sync.parameter_server.core import ParameterServer, Policy
+from shoal.sync.parameter_server.host import Host
+from shoal.sync.parameter_server.lines import Line, approach
+from shoal.sync.parameter_server.links import Link, Local, Remote
+from shoal.sync.parameter_server.parcels import Parcels
+from shoal.sync.parameter_server.ranges import cut, runs
+from shoal.sync.parameter_server.worker import Servers
+
+_DOORS = itertools.count()  # every rank attaches equally often, and so finds the same doors
+
+
+class Central(Sync):
+    """A worker of parameter servers, and on the first ranks the host of one."""
+
+    def __init__(self, config: RunConfig, wire: Wire) -> None:
+        super().__init__(config, wire)
+        self.config = config
+        self.options = config.strategy
+        self.exchange = Exchange(self.options, wire, config.train.seed)
+        self.host: Host | None = None
+        self.begun = self.finished = False
+        self._sent_before = 0
+
+    @abstractmethod
+    def policy(self, replica: Replica) -> Policy:
+        """A new policy of a server."""
+
+    @abstractmethod
+    def turn(self, replica: Replica, step: int) -> None:
+        """Push the gradients of `step`, and have the replica hold parameters for the next."""
+
+    def build(self, params: NamedParams) -> list[Optimizer]:
+        """New optimizers of a server. Only here are parameters updated, and only here do they decay."""
+        train = self.config.train
+        return optim.build(
+            train.optim, params, learning_rate=train.learning_rate, weight_decay=train.weight_decay
+        )
+
+    def attach(self, replica: Replica) -> None:
+        """Open the doors of the servers, and have a line to each."""
+        ranges = cut(replica.params, self.options.servers)
+        doors = f"servers/{next(_DOORS)}"
+        if self.wire.rank < len(ranges):
+            params = ranges[self.wire.rank]
+            server = ParameterServer(params, self.build, self.policy(replica))
+            self.host = Host(server, self._parcels(self.wire.rank, params), self._say)
+            if self.wire.world_size > 1:
+                self.host.open(f"{doors}/{self.wire.rank}", share_memory=self.options.share_memory)
+        links = [self._link(s, params, f"{doors}/{s}") for s, params in enumerate(ranges)]
+        self.servers = Servers(links, ranges, self.wire.rank)
+
+    def step(self, replica: Replica, step: int) -> None:
+        """Let the servers begin, if this is the first one, and exchange."""
+        if not self.begun:
+            self._begin(replica, step)
+        started = time.perf_counter()
+        self.turn(replica, step)
+        replica.seconds.communication += time.perf_counter() - started
+        sent = self.servers.bytes_sent + (self.host.bytes_sent if self.host else 0)
+        self.wire.bytes_sent += sent - self._sent_before
+        self._sent_before = sent
+
+    def finish(self, replica: Replica) -> None:
+        """After the last step: wait for the other workers, take the final parameters, and part from all."""
+        if not self.begun:
+            return
+        self.servers.wait_for_all()
+        self.servers.load()
+        self._show_state(replica)
+        self.servers.leave()
+        if self.host is not None:
+            self.host.close()
+        self.finished = True
+
+    @contextmanager
+    def shared_model(self, replica: Replica) -> Iterator[None]:
+        """The servers' parameters, with which the replica goes on."""
+        if self.begun and not self.finished:
+            self.servers.peek()
+            self.servers.load()
+            self._show_state(replica)
+        yield
+
+    def state_dict(self) -> State:
+        """What the codec left out."""
+        return self.exchange.state_dict()
+
+    def load_state_dict(self, states: Sequence[State]) -> None:
+        """Take it back by the rule of the exchange."""
+        self.exchange.load_state_dict(states)
+
+    def _begin(self, replica: Replica, step: int) -> None:
+        """The replica now holds what training starts from: an initial model, or a checkpoint's."""
+        if self.host is not None:
+            held = dict(replica.optimizer_state.tensors())
+            self.host.server.optimizer_state.load(lambda name: _parts_of(name, held))
+            self.host.begin(self.servers.ranges[self.wire.rank], range(self.wire.world_size), step)
+        for optimizer in replica.optimizers:
+            optimizer.state.clear()
+        self.begun = True
+
+    def _show_state(self, replica: Replica) -> None:
+        if self.wire.rank == 0:
+            held = self.servers.state()
+            replica.optimizer_state.load(lambda name: _parts_of(name, held))
+
+    def _link(self, number: int, params: NamedParams, door: str) -> Link:
+        parcels = self._parcels(number, params)
+        if self.host is not None and number == self.wire.rank:
+            return Local(self.host, self.wire.rank, parcels)
+        down = sum(p.nbytes for _, p in params)
+        connect = partial(_connect, door, self.wire.rank, parcels.nbytes, down)
+        return Remote(connect, f"the parameter server in rank {number}", parcels)
+
+    def _parcels(self, number: int, params: NamedParams) -> Parcels:
+        numel, dtype = sum(p.numel() for _, p in params), params[0][1].dtype
+        if self.options.codec == "none":
+            return Parcels.plain(numel, dtype)
+        like, shapes, key = torch.empty(numel, dtype=dtype), [p.shape for _, p in params], f"server{number}"
+        return Parcels(
+            numel,
+            dtype,
+            self.exchange.payload_bytes(like, shapes),
+            lambda gradient: self.exchange.encode_for(key, gradient, shapes),
+            lambda payload: self.exchange.decode(key, payload, like, shapes),
+        )
+
+    def _say(self, text: str) -> None:
+        if self.wire.rank == 0:  # the other servers see the same
+            print(f"shoal: {text}", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The bytes of each server: of its range as it goes out, and of a gradient for it as it comes in."""
+
+    down: list[int]
+    up: list[int]
+
+    @classmethod
+    def of(cls, config: RunConfig, sizes: Sizes) -> "Traffic":
+        """As `attach` cuts the parameters."""
+        dtype = {4: torch.float32, 8: torch.float64}[sizes.itemsize]
+        cuts = runs([shape.numel() for shape in sizes.shapes], config.strategy.servers)
+        subjects = [Subject(tuple(sizes.shapes[run.start : run.stop]), dtype) for run in cuts]
+        warm = config.strategy.model_copy(update={"codec_warmup": 0})
+        return cls(
+            [sizes.itemsize * subject.numel for subject in subjects],
+            [make(warm, subject).nbytes(subject.numel) for subject in subjects],
+        )
+
+    def sent(self, rank: int, world_size: int) -> int:
+        """By `rank` in a step: gradients to servers elsewhere, and from its own server the range to all other ranks.
+
+        That is P bytes for a worker; and (N - 1) P / S + P - P / S where one of S even servers is.
+        """
+        own = rank < len(self.down)
+        gradients = sum(self.up) - (self.up[rank] if own else 0)
+        return gradients + (world_size - 1) * (self.down[rank] if own else 0)
+
+    def held(self, rank: int, world_size: int) -> int:
+        """By `rank`, beside the replica and its optimizer, whose state the server has instead.
+
+        Every worker a gradient on its way out and parameters on their way in: 2 P. A server its range and its
+        gradient, and for each worker elsewhere a gradient that has come and parameters that go: 2 N P / S.
+        """
+        server = 2 * self.down[rank] + (world_size - 1) * (self.down[rank] + self.up[rank])
+        return sum(self.down) + sum(self.up) + (server if rank < len(self.down) else 0)
+
+
+def _connect(door: str, worker: int, up: int, down: int) -> Line:
+    return approach(knock(door, worker), up, down)
+
+
+def _parts_of(name: str, held: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefix = f"{name}/"
+    return {key.removeprefix(prefix): tensor for key, tensor in held.items() if key.startswith(prefix)}

@@ -1,0 +1,103 @@
+"""A parameter server, synchronous: every step the servers merge all gradients, update, and hand out the parameters.
+
+With the mean and all workers it is all-reduce to rounding, at up to N/2 times its bytes where a server is; take it
+where a worker may be slow or gone (`--quorum`) or wrong (`--aggregation median`). Li et al. 2014, "Scaling
+Distributed Machine Learning with the Parameter Server"; the rules of `--quorum` and `--aggregation` have their
+sources in `parameter_server.policies` and `parameter_server.merge`.
+"""
+
+import math
+
+from torch import Tensor
+
+from shoal.collectives import Wire
+from shoal.config import RunConfig
+from shoal.cost import Cost, Sizes
+from shoal.replica import Replica, Shares
+from shoal.sync.central import Central, Traffic
+from shoal.sync.parameter_server.host import NOTHING
+from shoal.sync.parameter_server.merge import Merge, mean, median, trimmed_mean
+from shoal.sync.parameter_server.policies import Rounds
+
+
+class Server(Central):
+    """A round a step. Who comes late to a round that a quorum has closed leaves out the steps that are over."""
+
+    def __init__(self, config: RunConfig, wire: Wire) -> None:
+        super().__init__(config, wire)
+        self.round = 0  # before which no step is taken any more
+        self.late = 0
+        self.told = NOTHING
+        self.shares: Shares | None = None  # those to go back to when this rank has caught up
+
+    def policy(self, replica: Replica) -> Rounds:
+        """Rounds; clipped, as everywhere, by the norm of the merged gradient."""
+        options = self.options
+        merges: dict[str, Merge] = {
+            "mean": mean, "median": median, "trimmed-mean": trimmed_mean(options.trim),
+        }  # fmt: skip
+        return Rounds(
+            merges[options.aggregation],
+            replica.schedule,
+            quorum=options.quorum,
+            max_norm=replica.max_grad_norm,
+        )
+
+    def turn(self, replica: Replica, step: int) -> None:
+        """Push, hear of the norm, and pull what has become of it."""
+        if step >= self.round:
+            self.servers.take()
+            merged = self.servers.push(replica, step, self.told)()
+            norm = _norm(merged.squares)
+            self.round = self.servers.pull(step + 1, norm).clock
+            self.servers.load()
+            self._note(replica, step, norm)
+            if self.host is not None and self.options.quorum is None:  # all wait for the last one anyway
+                self.host.serve_all(step + 1)
+        self._catch_up(replica, step + 1)
+
+    def agree(self, numbers: Tensor) -> Tensor:
+        """The sum over all ranks; with a quorum, what the others told with their last pushes."""
+        if self.options.quorum is None:
+            return self.wire.sum(numbers)
+        self.told = numbers.clone()
+        return numbers + self.servers.others if self.servers.others.numel() else numbers
+
+    def metrics(self) -> dict[str, float]:
+        """How many of this rank's steps came too late."""
+        return {"sync/late_steps": self.late} if self.options.quorum is not None else {}
+
+    @classmethod
+    def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
+        """Of the rank that sends most: one with a server."""
+        traffic = Traffic.of(config, sizes)
+        ranks = range(sizes.world_size)
+        return Cost(
+            sent=max(traffic.sent(rank, sizes.world_size) for rank in ranks),
+            held=max(traffic.held(rank, sizes.world_size) for rank in ranks),
+        )
+
+    def _note(self, replica: Replica, step: int, norm: float) -> None:
+        if math.isnan(norm):
+            self.late += 1
+            return
+        replica.grad_norm = norm
+        replica.learning_rate = replica.schedule(step)
+        replica.nonfinite_steps = 0 if math.isfinite(norm) else replica.nonfinite_steps + 1
+
+    def _catch_up(self, replica: Replica, step: int) -> None:
+        """Compute nothing for steps that are over."""
+        behind = step < self.round
+        if behind and self.shares is None:
+            self.shares = replica.shares
+            counts = [0 if rank == replica.rank else c for rank, c in enumerate(replica.shares.counts)]
+            replica.shares = Shares(counts)
+        elif not behind and self.shares is not None:
+            replica.shares, self.shares = self.shares, None
+
+
+def _norm(squares: float) -> float:
+    """Of the merged gradient: infinite if it is not finite, NaN if it is not known because the round is over."""
+    if squares < 0:
+        return math.nan
+    return math.sqrt(squares) if math.isfinite(squares) else math.inf

@@ -153,10 +153,10 @@ class Async(Central):
 
     @classmethod
     def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
-        """Of the rank that sends most: one with a server. Delay compensation holds two more copies a worker."""
+        """Of the rank that sends most: one with a server. Delay compensation holds up to three copies a worker."""
         traffic = Traffic.of(config, sizes)
         count = sizes.world_size
-        backups = 2 * count * max(traffic.down) if config.strategy.delay_compensation else 0
+        backups = 3 * count * max(traffic.down) if config.strategy.delay_compensation else 0
         bound = config.strategy.max_staleness
         return Cost(
             sent=max(traffic.sent(rank, count) for rank in range(count)),

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from shoal import optim
 from shoal.codecs import Subject, make
 from shoal.codecs.exchange import Exchange
-from shoal.collectives import Wire, knock
+from shoal.collectives import Visitor, Wire
 from shoal.config import RunConfig
 from shoal.cost import Sizes
 from shoal.optim import NamedParams
@@ -75,7 +75,8 @@ class Central(Sync):
             self.host = Host(server, self._parcels(self.wire.rank, params), self._say)
             if self.wire.world_size > 1:
                 self.host.open(f"{doors}/{self.wire.rank}", share_memory=self.options.share_memory)
-        links = [self._link(s, params, f"{doors}/{s}") for s, params in enumerate(ranges)]
+        visitor = Visitor(self.wire.rank)
+        links = [self._link(s, params, visitor, f"{doors}/{s}") for s, params in enumerate(ranges)]
         self.servers = Servers(links, ranges, self.wire.rank)
 
     def step(self, replica: Replica, step: int) -> None:
@@ -133,12 +134,12 @@ class Central(Sync):
             held = self.servers.state()
             replica.optimizer_state.load(lambda name: _parts_of(name, held))
 
-    def _link(self, number: int, params: NamedParams, door: str) -> Link:
+    def _link(self, number: int, params: NamedParams, visitor: Visitor, door: str) -> Link:
         parcels = self._parcels(number, params)
         if self.host is not None and number == self.wire.rank:
             return Local(self.host, self.wire.rank, parcels)
         down = sum(p.nbytes for _, p in params)
-        connect = partial(_connect, door, self.wire.rank, parcels.nbytes, down)
+        connect = partial(_connect, visitor, door, parcels.nbytes, down)
         return Remote(connect, f"the parameter server in rank {number}", parcels)
 
     def _parcels(self, number: int, params: NamedParams) -> Parcels:
@@ -197,8 +198,8 @@ class Traffic:
         return sum(self.down) + sum(self.up) + (server if rank < len(self.down) else 0)
 
 
-def _connect(door: str, worker: int, up: int, down: int) -> Line:
-    return approach(knock(door, worker), up, down)
+def _connect(visitor: Visitor, door: str, up: int, down: int) -> Line:
+    return approach(visitor.knock(door), up, down)
 
 
 def _parts_of(name: str, held: dict[str, Tensor]) -> dict[str, Tensor]:

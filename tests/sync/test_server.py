@@ -7,15 +7,12 @@ import pytest
 from laws.pool import Pool
 from laws.rows import RowsTask
 from laws.worlds import first_difference, follow
+from sync.central_worlds import SETTINGS, steps_of
 
-SETTINGS: dict[str, Any] = {
-    "max_steps": 12, "global_batch_size": 12, "per_device_train_batch_size": 2, "learning_rate": 0.01,
-    "bucket_mb": 0.004, "balance": "off", "precision": "64-true",
-}  # fmt: skip
 TASK = RowsTask("tied", dropout=0.1)
 
 
-@pytest.mark.parametrize(("ranks", "servers", "optim"), [(3, 2, "sgd"), (2, 1, "adamw"), (3, 3, "muon")])
+@pytest.mark.parametrize(("ranks", "servers", "optim"), [(2, 1, "adamw"), (3, 2, "sgd"), (3, 3, "muon")])
 def test_it_is_all_reduce_to_rounding(
     pool: Pool, tmp_path: Path, ranks: int, servers: int, optim: str
 ) -> None:
@@ -28,3 +25,35 @@ def test_it_is_all_reduce_to_rounding(
         assert first_difference(one[0].tensors, record.tensors, 1e-9) is None
         assert first_difference(other[0].tensors, record.tensors) is None
     assert other[0].losses == pytest.approx(one[0].losses, rel=1e-9)
+
+
+def with_a_death(pool: Pool, strategy: str, **settings: Any) -> list[Any]:
+    return pool.wait(pool.start(steps_of, strategy, TASK, ranks=3, killed=2, **settings))
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+def test_a_quorum_survives_a_dead_worker(pool: Pool, servers: int) -> None:
+    *left, dead = with_a_death(pool, "server", quorum=2, servers=servers)
+    assert dead.code == -9
+    assert [outcome.code for outcome in left] == [0, 0], left
+    assert first_difference([left[0].value.final], [left[1].value.final]) is None
+    assert left[0].output.count("shoal: worker 2 is gone after step") == 1
+    assert "2 go on" in left[0].output
+
+
+def test_without_a_quorum_a_dead_worker_ends_all(pool: Pool) -> None:
+    *left, dead = with_a_death(pool, "server")
+    assert dead.code == -9
+    for outcome in left:
+        assert "2 of 3 workers are left at step 6, and an update needs 3" in outcome.error
+        assert "--quorum" in outcome.error
+    assert "the others cannot go on" in left[0].output
+
+
+@pytest.mark.parametrize("chosen", [{"strategy": "server", "quorum": 2}, {"strategy": "async"}])
+def test_a_dead_server_is_one_clear_error(pool: Pool, chosen: dict[str, Any]) -> None:
+    started = pool.start(steps_of, task=TASK, ranks=3, killed=1, servers=2, max_steps=2000, **chosen)
+    first, dead, last = pool.wait(started)
+    assert dead.code == -9
+    for outcome in (first, last):
+        assert "the parameter server in rank 1 is gone" in outcome.error

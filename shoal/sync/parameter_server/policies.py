@@ -100,7 +100,7 @@ class Arrivals(Policy):
     A push of tau updates ago counts less with `staleness_lr`: rate / max(1, tau) (Zhang et al. 2016, "Staleness-aware
     Async-SGD", equation 6; from memory), and is corrected by `delay_compensation`:
     g + lambda g g (theta - theta that g was taken at) (Zheng et al. 2017, DC-ASGD, equation 10; lambda 0.04 is the
-    published constant), which holds a copy of the parameters for each worker, two where it computes while it pulls.
+    published constant), which holds up to two copies of the parameters for each worker, three where it is ahead.
 
     The update is made at the rate of the labels seen so far, times share ** `share_power`: as a batch that is so much
     smaller than the step needs it, 1 for SGD (Goyal et al. 2017), 1/2 for Adam (Malladi et al. 2022).

@@ -29,17 +29,17 @@ class Event:
 
 @dataclass
 class _Worker:
-    given: deque[
-        tuple[Tensor, int]
-    ]  # parameters and their versions: of the step it computes, and of the next
-    waits_for: int | None = None  # the step that it may not compute yet
+    given: deque[tuple[Tensor, int]]  # parameters and versions: of the step it computes, and of the next
+    computed: int | None = None  # the step whose gradient waits to be pushed
+    pushed: int | None = None  # the step after whose push it waits for parameters
 
 
 class Simulator:
     """Lets `workers` take `steps` steps with one server. Only computing takes time: a push and a pull take none.
 
-    With `ahead` the parameters of step c + 1 are pulled when step c begins, as the strategy `async` does, else when
-    it ends. `max_staleness`: as the strategy's; None: no bound. `labels` are those of each worker's share.
+    With `ahead` a worker begins its next step while it waits for what its push brings back, as the strategy `async`
+    does, and so computes with parameters that are one push older. `max_staleness`: as the strategy's; None: no bound.
+    `labels` are those of each worker's share.
     """
 
     def __init__(
@@ -71,10 +71,9 @@ class Simulator:
             self._start(0.0, worker, 0)
         while self.finished:
             time, worker, step = heapq.heappop(self.finished)
-            self._push(time, worker, step)
-            self.workers[worker].waits_for = step + 1
-            for other in range(len(self.workers)):
-                self._go_on(time, other, steps)
+            self.workers[worker].computed = step
+            while any([self._advance(time, other, steps) for other in range(len(self.workers))]):
+                pass
         return self.events
 
     def _start(self, time: float, worker: int, step: int) -> None:
@@ -88,23 +87,37 @@ class Simulator:
         server.push(Push(worker, step, version, self.labels[worker], sum(self.labels), gradient))
         self.events.append(Event(time, worker, step, staleness, server.version))
 
-    def _go_on(self, time: float, worker: int, steps: int) -> None:
-        """Let the worker begin its next step, if it waits for one and may."""
+    def _advance(self, time: float, worker: int, steps: int) -> bool:
+        """Whether the worker could do something at this time."""
+        return self._pull(time, worker, steps) or self._push_and_go_on(time, worker, steps)
+
+    def _push_and_go_on(self, time: float, worker: int, steps: int) -> bool:
         state = self.workers[worker]
-        step = state.waits_for
-        if step is None:
-            return
-        needed = -1 if self.max_staleness is None else step + self.ahead - self.max_staleness
-        norm = max(0.0, self.server.policy.squares(self.server)) ** 0.5
-        self.server.ask(worker, needed, norm)
-        if not self.server.opens(needed):
-            return
-        fresh = torch.empty_like(self.server.flat)
-        self.server.read(worker, fresh)
-        state.given.append((fresh, self.server.version))
+        step = state.computed
+        if step is None or state.pushed is not None:
+            return False
+        self._push(time, worker, step)
         state.given.popleft()
-        state.waits_for = None
-        if step < steps:
+        state.computed, state.pushed = None, step
+        if self.ahead and step + 1 < steps:
+            self._start(time, worker, step + 1)
+        return True
+
+    def _pull(self, time: float, worker: int, steps: int) -> bool:
+        state, server = self.workers[worker], self.server
+        if state.pushed is None:
+            return False
+        step = state.pushed + 1
+        needed = -1 if self.max_staleness is None else step + self.ahead - self.max_staleness
+        server.ask(worker, needed, max(0.0, server.policy.squares(server)) ** 0.5)
+        if not server.opens(needed):
+            return False
+        fresh = torch.empty_like(server.flat)
+        server.read(worker, fresh)
+        state.given.append((fresh, server.version))
+        state.pushed = None
+        if step == steps:
+            server.leave(worker, parted=True)
+        elif not self.ahead:
             self._start(time, worker, step)
-        else:
-            self.server.leave(worker, parted=True)
+        return True

@@ -1,0 +1,63 @@
+"""What ranks do in the tests of the strategies with a parameter server."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from laws.rows import RowsTask
+from laws.worlds import Arrays, parameters, run_of
+
+from shoal.mesh import Mesh
+
+SETTINGS: dict[str, Any] = {
+    "global_batch_size": 12, "per_device_train_batch_size": 2, "learning_rate": 0.01, "bucket_mb": 0.004,
+    "balance": "off", "precision": "64-true", "max_steps": 12,
+}  # fmt: skip
+
+
+@dataclass
+class Outcome:
+    """How a rank ended: its parameters after finish, what the loop was told, the versions of the servers."""
+
+    final: Arrays
+    numbers: list[float]
+    versions: list[int]
+    staleness: list[float]
+    bytes_sent: list[int]
+
+
+def steps_of(
+    mesh: Mesh,
+    strategy: str,
+    task: RowsTask,
+    *,
+    killed: int = -1,
+    at: int = 5,
+    held_up: str = "",
+    **settings: Any,
+) -> Outcome:
+    """Take the steps of a run without evaluating or saving; rank `killed` dies in step `at`.
+
+    `held_up` names a file: rank 1 takes no step from `at` on before rank 0 has taken its last and made the file.
+    """
+    run = run_of(mesh, strategy, task, **SETTINGS | settings)
+    numbers, staleness, sent = [], [], []
+    for step in range(run.total_steps):
+        run.replica.gradients(run.batches.at(step))
+        if mesh.rank == killed and step == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        while held_up and mesh.rank == 1 and step == at and not Path(held_up).exists():
+            time.sleep(0.01)
+        before = run.wire.bytes_sent
+        run.sync.step(run.replica, step)
+        sent.append(run.wire.bytes_sent - before)
+        numbers.append(run.sync.agree(torch.tensor([1.0], dtype=torch.float64)).item())
+        staleness.append(run.sync.metrics().get("sync/staleness", 0.0))
+    if held_up and mesh.rank == 0:
+        Path(held_up).touch()
+    run.sync.finish(run.replica)
+    return Outcome(parameters(run), numbers, run.sync.servers.versions, staleness, sent)

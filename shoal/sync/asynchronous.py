@@ -20,6 +20,7 @@ from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
 from shoal.optim import NamedParams
 from shoal.replica import Replica
+from shoal.sync.base import State
 from shoal.sync.central import Central, Traffic
 from shoal.sync.parameter_server.delayed import DelayedNesterov
 from shoal.sync.parameter_server.host import NOTHING
@@ -84,12 +85,14 @@ class Async(Central):
         """On arrival."""
         options = self.options
         adaptive = self.config.train.optim != "sgd"
-        return Arrivals(
+        policy = Arrivals(
             replica.schedule,
             staleness_lr=options.staleness_lr,
             delay_compensation=options.delay_compensation,
             share_power=0.5 if adaptive else 1.0,
         )
+        policy.bound = -1 if options.max_staleness is None else options.max_staleness
+        return policy
 
     def build(self, params: NamedParams) -> list[Optimizer]:
         """Delayed Nesterov in place of the optimizer, if it is asked for."""
@@ -134,18 +137,21 @@ class Async(Central):
         with super().shared_model(replica):
             yield
 
+    def state_dict(self) -> State:
+        """Nothing: a checkpoint does not wait for other workers, of which each would lose what its codec left out."""
+        return {}
+
     def finish(self, replica: Replica) -> None:
         """As every worker of servers, once what is under way has arrived."""
         self._settle(replica)
         super().finish(replica)
 
-    def tighten(self) -> str | None:
-        """Half the staleness."""
-        if self.max_staleness == 0:
-            return None
+    def tighten(self) -> str:
+        """Half the staleness, down to the synchronous gate. Rank 0's server tells the others."""
         bound = self.wire.world_size if self.max_staleness is None else self.max_staleness
-        self.max_staleness = bound // 2
-        return f"workers may be {self.max_staleness} steps ahead of the last one"
+        if self.wire.rank == 0 and self.host is not None:
+            self.host.tighten(bound // 2)
+        return f"workers may be {bound // 2} steps ahead of the last one"
 
     def metrics(self) -> dict[str, float]:
         """Of this rank's last push: by how many updates it came late. And how many workers there are."""
@@ -170,6 +176,7 @@ class Async(Central):
             return False
         pushed = self.errand.wait()
         self.staleness, self.workers = pushed.staleness, pushed.workers
+        self.max_staleness = pushed.bound if pushed.bound >= 0 else None
         replica.learning_rate = pushed.rate
         return True
 

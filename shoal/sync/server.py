@@ -14,6 +14,7 @@ from shoal.collectives import Wire
 from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
 from shoal.replica import Replica, Shares
+from shoal.sync.base import State
 from shoal.sync.central import Central, Traffic
 from shoal.sync.parameter_server.host import NOTHING
 from shoal.sync.parameter_server.merge import Merge, mean, median, trimmed_mean
@@ -62,6 +63,10 @@ class Server(Central):
             return self.wire.sum(numbers)
         self.told = numbers.clone()
         return numbers + self.servers.others if self.servers.others.numel() else numbers
+
+    def state_dict(self) -> State:
+        """What the codec left out; nothing with a quorum, where a checkpoint does not wait for other workers."""
+        return super().state_dict() if self.options.quorum is None else {}
 
     def metrics(self) -> dict[str, float]:
         """How many of this rank's steps came too late."""

@@ -47,6 +47,7 @@ class Policy(ABC):
     """When pushes change the parameters, and when a worker may have them."""
 
     staleness = 0  # of the last push, in updates
+    bound = -1  # how many steps a worker may be ahead of the last one, which it sees to; negative: any number
 
     def begin(self, server: "ParameterServer", first_step: int) -> None:
         """Every worker holds the server's parameters, and takes `first_step` next."""

@@ -16,7 +16,7 @@ from shoal.sync.parameter_server.messages import Kind, Reply, Request
 from shoal.sync.parameter_server.parcels import Parcels
 
 NOTHING = torch.empty(0, dtype=torch.float64)
-EMPTY = Reply(version=0, clock=0, workers=0, staleness=0, told=0, text=0, rate=0.0, squares=0.0)
+EMPTY = Reply(version=0, clock=0, workers=0, staleness=0, bound=-1, told=0, text=0, rate=0.0, squares=0.0)
 
 
 class Host:
@@ -99,6 +99,11 @@ class Host:
             then = "none is left" if not left else "the others cannot go on" if failure else f"{left} go on"
             self.say(f"worker {worker} is gone after step {step} ({cause}): {then}")
 
+    def tighten(self, bound: int) -> None:
+        """From now on tell workers that they may be at most so many steps ahead of the last one."""
+        with self._changed:
+            self.server.policy.bound = bound
+
     def state(self) -> dict[str, Tensor]:
         """A copy of the optimizers' state at one moment."""
         with self._changed:
@@ -128,6 +133,7 @@ class Host:
             clock=policy.clock(self.server),
             workers=len(self.server.active),
             staleness=policy.staleness,
+            bound=policy.bound,
             told=told.numel(),
             text=0,
             rate=self.server.rate,

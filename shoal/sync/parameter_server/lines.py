@@ -143,7 +143,7 @@ def _machine() -> str:
     """What two processes have in common that run on one machine and in one network; else something of one's own."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-        return hashlib.sha256((boot + os.readlink("/proc/self/ns/net")).encode()).hexdigest()[:HEADER_BYTES]
+        return hashlib.sha256((boot + os.readlink("/proc/self/ns/net")).encode()).hexdigest()
     except OSError:
         return ""
 

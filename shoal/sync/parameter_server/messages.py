@@ -11,7 +11,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-HEADER_BYTES = 64
+HEADER_BYTES = 80
 
 
 class Kind(IntEnum):
@@ -42,7 +42,7 @@ class _Header:
 class Request(_Header):
     """From a worker. `clock` is its step, for PULL the one before which every worker must have pushed."""
 
-    FORMAT: ClassVar[struct.Struct] = struct.Struct("<7qd")
+    FORMAT: ClassVar[struct.Struct] = struct.Struct("<7qd16x")
 
     kind: int
     worker: int
@@ -58,12 +58,13 @@ class Request(_Header):
 class Reply(_Header):
     """From a server."""
 
-    FORMAT: ClassVar[struct.Struct] = struct.Struct("<6q2d")
+    FORMAT: ClassVar[struct.Struct] = struct.Struct("<7q2d8x")
 
     version: int
     clock: int  # before which no step is taken any more
     workers: int  # that have steps to take
     staleness: int  # of the last push, in updates
+    bound: int  # how many steps a worker may be ahead of the last one; negative: as many as it likes
     told: int  # how many numbers follow
     text: int  # bytes of text that follow; negative: they say why nothing can go on
     rate: float  # of the last update

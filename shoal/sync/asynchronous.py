@@ -153,6 +153,11 @@ class Async(Central):
             self.host.tighten(bound // 2)
         return f"workers may be {bound // 2} steps ahead of the last one"
 
+    @property
+    def evaluates_alone(self) -> bool:
+        """Where nobody waits for a worker that may be gone."""
+        return self.wire.world_size > 1
+
     def metrics(self) -> dict[str, float]:
         """Of this rank's last push: by how many updates it came late. And how many workers there are."""
         return {"sync/staleness": self.staleness, "sync/workers": self.workers}

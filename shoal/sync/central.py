@@ -24,6 +24,7 @@ from shoal.codecs.exchange import Exchange
 from shoal.collectives import Visitor, Wire
 from shoal.config import RunConfig
 from shoal.cost import Sizes
+from shoal.errors import UserError
 from shoal.optim import NamedParams
 from shoal.replica import Replica
 from shoal.sync.base import State, Sync
@@ -43,6 +44,7 @@ class Central(Sync):
 
     def __init__(self, config: RunConfig, wire: Wire) -> None:
         super().__init__(config, wire)
+        _check_counts(config, wire.world_size)
         self.config = config
         self.options = config.strategy
         self.exchange = Exchange(self.options, wire, config.train.seed)
@@ -196,6 +198,13 @@ class Traffic:
         """
         server = 2 * self.down[rank] + (world_size - 1) * (self.down[rank] + self.up[rank])
         return sum(self.down) + sum(self.up) + (server if rank < len(self.down) else 0)
+
+
+def _check_counts(config: RunConfig, world_size: int) -> None:
+    options = config.strategy
+    for flag, count in (("--servers", options.servers), ("--quorum", options.quorum)):
+        if count is not None and count > world_size:
+            raise UserError(f"{flag} {count}", f"there are {world_size} workers", f"take at most {world_size}")
 
 
 def _connect(visitor: Visitor, door: str, up: int, down: int) -> Line:

@@ -68,6 +68,11 @@ class Server(Central):
         """What the codec left out; nothing with a quorum, where a checkpoint does not wait for other workers."""
         return super().state_dict() if self.options.quorum is None else {}
 
+    @property
+    def evaluates_alone(self) -> bool:
+        """Where nobody waits for a worker that may be gone."""
+        return self.options.quorum is not None
+
     def metrics(self) -> dict[str, float]:
         """How many of this rank's steps came too late."""
         return {"sync/late_steps": self.late} if self.options.quorum is not None else {}

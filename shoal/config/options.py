@@ -58,3 +58,9 @@ def _contradictions(config: RunConfig) -> Iterator[Refusal]:
     if options.codec_momentum and config.train.optim != "sgd":
         found = f"{config.train.optim} would take its momentum a second time"
         yield "--codec-momentum", found, "take --optim sgd, or leave it out"
+    if options.delayed_momentum and config.train.optim != "sgd":
+        found = f"it takes the place of {config.train.optim}"
+        yield "--delayed-momentum", found, "add --optim sgd, or leave it out"
+    if options.trim != 0.25 and options.aggregation != "trimmed-mean":
+        found = f"the servers take the {options.aggregation}"
+        yield f"--trim {options.trim}", found, "add --aggregation trimmed-mean, or leave it out"

@@ -55,10 +55,8 @@ class StrategyConfig(Section):
         gt=0,
         le=1,
     )
-    topology: Literal["all", "pairs", "ring", "exponential", "push-sum"] | None = fact(
-        None,
-        "who talks to whom: diloco all or pairs; gossip ring, exponential or push-sum",
-        of="diloco gossip",
+    topology: Literal["ring", "exponential", "push-sum"] | None = fact(
+        None, "who averages with whom; empty = exponential", of="gossip"
     )
 
     servers: Whole = fact(1, "ranks that hold a part of the parameters as servers", of="server async", ge=1)
@@ -106,31 +104,6 @@ class StrategyConfig(Section):
         "synchronous steps at the start, for the guard to compare with",
         of="local diloco gossip async",
         ge=0,
-    )
-
-    servers: Whole = fact(1, "ranks that hold a part of the parameters as servers", of="server async", ge=1)
-    aggregation: Literal["mean", "trimmed-mean", "median"] = fact(
-        "mean", "how a server merges the gradients of the workers", of="server"
-    )
-    trim: Number = fact(
-        0.25, "share of the workers that trimmed-mean leaves out at each end", of="server", gt=0, lt=0.5
-    )
-    quorum: Whole | None = fact(
-        None, "workers that an update waits for, the others are backups; empty = all", of="server", ge=1
-    )
-    max_staleness: Whole | None = fact(
-        None, "steps that a worker may be ahead of the last one; empty = any number", of="async", ge=0
-    )
-    staleness_lr: bool = fact(False, "divide the rate of a push by its staleness", of="async")
-    delay_compensation: Number = fact(0.0, "lambda of DC-ASGD, as 0.04; 0 = off", of="async", ge=0)
-    delayed_momentum: Whole = fact(
-        0,
-        "pushes between two updates of a delayed Nesterov momentum, as many as workers; 0 = off",
-        of="async",
-        ge=0,
-    )
-    share_memory: bool = fact(
-        True, "hand tensors over in memory where worker and server run on one machine", of="server async"
     )
 
     codec: Codec = fact("none", "how what is sent is encoded", of=SENDERS)

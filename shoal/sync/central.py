@@ -204,7 +204,9 @@ def _check_counts(config: RunConfig, world_size: int) -> None:
     options = config.strategy
     for flag, count in (("--servers", options.servers), ("--quorum", options.quorum)):
         if count is not None and count > world_size:
-            raise UserError(f"{flag} {count}", f"there are {world_size} workers", f"take at most {world_size}")
+            raise UserError(
+                f"{flag} {count}", f"there are {world_size} workers", f"take at most {world_size}"
+            )
 
 
 def _connect(visitor: Visitor, door: str, up: int, down: int) -> Line:

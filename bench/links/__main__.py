@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import FrameType
 
 from bench import corpus, links, machine
 from bench.jobs import WINDOW, Corpus
@@ -20,7 +19,6 @@ from shoal.config.batch import GLOBAL
 from shoal.data.shards import TokenStream
 from shoal.errors import DONE, INTERRUPTED
 
-TERMINATED = 143
 EPOCHS = 0.5  # of the built-in corpus, as the main job takes
 
 
@@ -28,7 +26,7 @@ def main() -> None:
     """Run every cell on every link in turn, so that what else the machine does meets all of them."""
     options = _options()
     _refuse_without_root()
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     about = machine.describe()
     with TemporaryDirectory(prefix="shoal-links-") as work:
         data = corpus.prepare(Path(work))
@@ -91,10 +89,6 @@ def _refuse_without_root() -> None:
         sys.exit(f"bench.links: {' and '.join(missing)} not found: apt-get install iproute2")
     if os.geteuid() != 0:
         sys.exit("bench.links: network namespaces need root: run it with sudo")
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    sys.exit(TERMINATED)
 
 
 def _recipe_steps(data: Corpus) -> int:

@@ -47,6 +47,7 @@ class Progress:
     nonfinite_total: int = 0
     best: float | None = None  # the lowest eval/loss so far
     data: str = ""  # the key of the prepared data
+    strategy: str = "allreduce"
 
 
 Tensors = dict[str, dict[str, Tensor]]  # file below the checkpoint -> tensors by name
@@ -70,7 +71,6 @@ class Checkpoints:
         self.rank = rank
         self.world_size = world_size
         self.newest_step = -1  # of those saved by this process
-        self.saves = 0  # by this process: the same number on every rank
         self.stalled = 0.0  # seconds that the caller has waited in `save` and `settle`
         self._thread: threading.Thread | None = None
         self._copied = threading.Event()
@@ -98,7 +98,6 @@ class Checkpoints:
         began = time.perf_counter()
         self.finish()
         self.newest_step = progress.step
-        self.saves += 1
         if self.rank and not part:
             return
         self._copied.clear()
@@ -133,10 +132,10 @@ class Checkpoints:
             self._copied.set()
             place, own = self.folder / f"checkpoint-{progress.step}", _rank_file(self.rank)
             if self.rank:
-                _hand_over(_parts(place, self.saves) / own, copies[own])
+                _hand_over(_parts(place, best) / own, copies[own])
                 return
             others = [_rank_file(rank) for rank in range(1, self.world_size)] if own in copies else []
-            write(place, copies, progress, config_json, partial(_receive, _parts(place, self.saves), others))
+            write(place, copies, progress, config_json, partial(_receive, _parts(place, best), others))
             _point(self.folder / "latest", f"checkpoint-{progress.step}")
             if best:
                 _point(self.folder / "best", f"checkpoint-{progress.step}")
@@ -266,9 +265,9 @@ def _hidden(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}.{suffix}")
 
 
-def _parts(path: Path, save: int) -> Path:
-    """Where ranks hand over their parts: of each save its own, since ranks may be one ahead of rank 0."""
-    return path.with_name(f".{path.name}.{save}{PARTS}")
+def _parts(path: Path, best: bool) -> Path:
+    """Where ranks hand over their parts: of each save its own, since a step may be saved again as the best."""
+    return path.with_name(f".{path.name}{'.best' if best else ''}{PARTS}")
 
 
 def _sweep(folder: Path) -> None:

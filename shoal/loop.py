@@ -30,7 +30,7 @@ def train(run: Run, stop: Stop) -> dict[str, float]:
             tally = _agree(run, losses, stop())
             observer.step(batch, tally.loss)
             run.commit(batch, tally.loss)
-            if run.config.strategy.balance == "auto":
+            if run.config.strategy.balance == "auto" and run.sync.all_agree:
                 run.replica.shares = balancer.observe(run.replica.shares, tally.seconds)
             improved = run.evaluation_due and _improves(run, observer.evaluate(stop))
             if run.checkpoints.due(step + 1) or improved or tally.stopping:

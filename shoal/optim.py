@@ -10,7 +10,7 @@ NamedParams = list[tuple[str, nn.Parameter]]
 
 
 def build(
-    name: str, params: NamedParams, *, learning_rate: float, weight_decay: float
+    name: str, params: NamedParams, *, learning_rate: float, weight_decay: float, momentum: float = 0.9
 ) -> list[torch.optim.Optimizer]:
     """The optimizers that together own `params`. Only matrices decay.
 
@@ -20,7 +20,9 @@ def build(
     matrices = [(n, p) for n, p in params if p.dim() >= 2]
     vectors = [(n, p) for n, p in params if p.dim() < 2]
     if name == "sgd":
-        return [torch.optim.SGD(_groups(matrices, vectors, weight_decay), lr=learning_rate, momentum=0.9)]
+        return [
+            torch.optim.SGD(_groups(matrices, vectors, weight_decay), lr=learning_rate, momentum=momentum)
+        ]
     if name == "adamw":
         return [_adamw(_groups(matrices, vectors, weight_decay), learning_rate)]
     hidden = [(n, p) for n, p in matrices if p.dim() == 2 and not _is_embedding(n)]

@@ -112,6 +112,7 @@ class Replica:
         if self.labels != 1:
             for bucket in self.buckets:
                 bucket.flat.div_(self.labels)
+            self.labels = 1
         grads = [p.grad for _, p in self.params if p.grad is not None]
         norm = get_total_norm(grads)
         self.grad_norm = norm.item()

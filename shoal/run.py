@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -57,7 +57,8 @@ class Run:
 
     def part(self) -> dict[str, Tensor]:
         """The live tensors that only this rank holds."""
-        headings = {"sync": self.sync.state_dict()}
+        kept = self.sync.state_dict()  # a codec's changes as soon as the next backward pass begins
+        headings = {"sync": {name: tensor.clone() for name, tensor in kept.items()}}
         if self.sync.replicas_differ:
             headings["model"] = checkpoint.model_tensors(self.replica.model)
             headings["optimizer"] = dict(self.replica.optimizer_state.tensors())
@@ -83,6 +84,7 @@ class Run:
         """Start to save a checkpoint of the steps done, unless there is one. Every rank calls it."""
         if not best and self.checkpoints.newest_step == self.progress.step:
             return
+        self.checkpoints.settle()
         with self.sync.shared_model(self.replica):
             tensors = self.tensors() if self.mesh.is_first else {}
         model_config = getattr(self.replica.model, "config", None)
@@ -95,6 +97,7 @@ class Run:
         alone = self.sync.evaluates_alone
         if not len(samples) or (alone and not self.mesh.is_first):
             return {}
+        self.checkpoints.settle()  # the shared model may be written over what is being copied
         with self.sync.shared_model(self.replica):
             measured = evaluate(
                 self.replica.model,
@@ -138,6 +141,7 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
             params,
             learning_rate=config.train.learning_rate,
             weight_decay=config.train.weight_decay,
+            momentum=0.0 if config.strategy.codec_momentum else 0.9,  # of sgd, where the codec takes it
         ),
         policy=policy,
         device=mesh.device,
@@ -158,7 +162,6 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
     if config.strategy.guard is not None:
         sync = Guard(config, wire, sync, screen.say)
     codecs.check(config.strategy, [p.shape for _, p in params])
-    sync.attach(replica)
     folder = Path(config.checkpoint.output_dir)
     checkpoints = Checkpoints(
         folder,
@@ -167,12 +170,15 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
         rank=mesh.rank,
         world_size=mesh.world_size,
     )
-    progress = Progress(data=data.name)
+    progress = Progress(data=data.name, strategy=config.strategy.name)
     run = Run(
         config, folder, mesh, wire, screen, task, batches, replica, sync, checkpoints, progress, total_steps
     )
-    if config.checkpoint.resume_from_checkpoint:
-        _resume(run)
+    found = _checkpoint(run) if config.checkpoint.resume_from_checkpoint else None
+    if found is None:
+        sync.attach(replica)
+    else:
+        _resume(run, found)
     return run
 
 
@@ -228,15 +234,18 @@ def _first_shares(balance: str, micro_batches: int, world_size: int) -> shares.S
     return shares.fixed(balance, micro_batches, world_size)
 
 
-def _resume(run: Run) -> None:
-    """Go on from the checkpoint that rank 0 chooses; "latest" with none at hand starts anew."""
+def _checkpoint(run: Run) -> Path | None:
+    """The checkpoint to go on from, which rank 0 chooses; None if "latest" was asked and there is none."""
     asked = run.config.checkpoint.resume_from_checkpoint
     found = checkpoint.find(asked, run.folder, run.screen.say) if run.mesh.is_first else None
     chosen = run.wire.share_text(str(found or ""))
     if not chosen:
         run.screen.say(f"{run.folder} holds no checkpoint yet: starting anew")
-        return
-    folder = Path(chosen)
+    return Path(chosen) if chosen else None
+
+
+def _resume(run: Run, folder: Path) -> None:
+    """Go on from a checkpoint: each rank from its own replica where these differed, if there are as many as then."""
     progress = checkpoint.load_progress(folder)
     if progress.data != run.progress.data:
         raise UserError(
@@ -245,12 +254,17 @@ def _resume(run: Run) -> None:
     models, optimizers, syncs = (
         checkpoint.Parts(folder, heading) for heading in ("model", "optimizer", "sync")
     )
-    own = run.mesh.rank if len(models) == run.mesh.world_size else None
+    same_strategy = progress.strategy == run.config.strategy.name
+    same_ranks = len(models) == run.mesh.world_size and same_strategy and run.sync.replicas_differ
+    own = run.mesh.rank if same_ranks else None
     checkpoint.load_model(folder, run.replica.model, None if own is None else models[own])
+    run.sync.attach(run.replica)  # which may take copies of the model
     checkpoint.load_optimizer(folder, run.replica.optimizer_state, None if own is None else optimizers[own])
-    if len(syncs):
+    if len(syncs) and same_strategy:
         run.sync.load_state_dict(syncs)
-    run.progress = progress
+    elif not same_strategy:
+        run.screen.say(f"strategy {run.progress.strategy} starts from the model of {progress.strategy}")
+    run.progress = replace(progress, strategy=run.progress.strategy)
     run.replica.nonfinite_steps = progress.nonfinite_steps
     counts = progress.shares
     if counts and len(counts) == run.mesh.world_size and sum(counts) == sum(run.replica.shares.counts):

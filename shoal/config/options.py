@@ -32,6 +32,9 @@ def _contradictions(config: RunConfig) -> Iterator[Refusal]:
     if config.train.exact and (options.name != "allreduce" or options.codec != "none"):
         found = f"strategy {options.name} with codec {options.codec} does not add up gradients as they are"
         yield "--exact", found, "take --strategy allreduce without a codec, or leave --exact out"
+    if config.train.exact and (options.clip_each or options.normalize == "each"):
+        found = "each worker's own gradient is changed before the sum"
+        yield "--exact", found, "leave --exact, or --clip-each and --normalize each, out"
     if (options.group_size is None) != (options.global_every is None):
         yield "--group-size", "only one of it and --global-every is given", "give both, or neither"
     if options.group_size is not None and (options.averaging != "mean" or options.codec != "none"):

@@ -112,12 +112,18 @@ class StrategyConfig(Section):
     )
     density: Number | None = fact(None, "share of the elements that is sent", of="topk randomk", gt=0, le=1)
     rank: Whole | None = fact(None, "columns of the factors", of="powersgd", ge=1)
-    block: Whole | None = fact(None, "elements that share a scale", of="int8 int4", ge=1)
+    block: Whole | None = fact(None, "elements that share a scale", of="int8 int4 sign", ge=1)
     stochastic: bool = fact(False, "round at random, without bias", of="int8 int4")
     codec_momentum: Number = fact(
-        0.0, "momentum taken before the choice, as in DGC; use it with --optim sgd", of="topk", ge=0, lt=1
+        0.0,
+        "momentum taken before the choice, as in DGC; use it with --optim sgd",
+        of="topk randomk sign",
+        ge=0,
+        lt=1,
     )
-    codec_warmup: Whole = fact(0, "steps over which the codec sets in", of="topk randomk powersgd", ge=0)
+    codec_warmup: Whole = fact(
+        0, "steps over which the codec sets in", of="topk randomk powersgd sign int8 int4", ge=0
+    )
 
     demo_decay: Number = fact(0.999, "of the decoupled momentum", of="demo", ge=0, lt=1)
     demo_chunk: Whole = fact(64, "the side of the blocks that are transformed", of="demo", ge=1)

@@ -66,7 +66,8 @@ def _in_compute_dtype(module: nn.Module, inputs: Any, turned: tuple[Tensor, ...]
 
     In float32 they would widen every query and key to be narrowed again: 10 % of a step. The angles stay float32.
     """
-    narrow = turned[0].device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    plain = isinstance(turned, tuple) and all(each.is_floating_point() for each in turned)
+    narrow = plain and turned[0].device.type == "cpu" and torch.is_autocast_enabled("cpu")
     return tuple(each.to(torch.get_autocast_dtype("cpu")) for each in turned) if narrow else turned
 
 

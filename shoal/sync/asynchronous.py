@@ -68,6 +68,8 @@ class Async(Central):
     Alone, or at a staleness of 0, there is nothing to hide or no room for it, and a step waits for its own push.
     """
 
+    all_agree = False
+
     def __init__(self, config: RunConfig, wire: Wire) -> None:
         super().__init__(config, wire)
         self.max_staleness = self.options.max_staleness

@@ -17,6 +17,7 @@ State = dict[str, Tensor]
 class Sync(ABC):
     """How one replica agrees with the others. It owns the update, since some strategies update elsewhere."""
 
+    all_agree = True  # whether `agree` tells every rank the same
     replicas_differ = False  # whether they may, after a step, in parameters or optimizer state
 
     def __init__(self, config: RunConfig, wire: Wire) -> None:

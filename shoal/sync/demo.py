@@ -84,7 +84,8 @@ class DeMo(Sync):
             if finite:
                 momentum.share(values, indices, self.wire.rank)
             else:
-                momentum.bucket.flat.fill_(math.nan)  # the update sees it, and leaves everything as it was
+                for _, part in momentum.bucket.parts(momentum.bucket.flat):
+                    part.fill_(math.nan)  # the update sees it, and leaves everything as it was
         waited = replica.seconds.communication - waited
         replica.seconds.optimizer += time.perf_counter() - started - waited
         replica.update(step)
@@ -95,13 +96,13 @@ class DeMo(Sync):
         return {f"momentum/{self.names[p]}": part for m in self.momenta for p, part in m.bucket.parts(m.flat)}
 
     def load_state_dict(self, states: Sequence[State]) -> None:
-        """By another number of ranks each takes an equal part of all that waits."""
+        """By another number of ranks each takes the mean: what is shared is a mean over those that send it."""
         own = len(states) == self.wire.world_size
         for name, part in self.state_dict().items():
             if own:
                 part.copy_(states[self.wire.rank][name])
             else:
-                part.copy_(torch.stack([state[name] for state in states]).sum(0) / self.wire.world_size)
+                part.copy_(torch.stack([state[name] for state in states]).mean(0))
 
     @staticmethod
     def cost(config: RunConfig, sizes: Sizes) -> Cost:

@@ -97,6 +97,7 @@ class Gossip(Sync):
     """See the module. A neighbour that dies is left out, its share kept; its micro-batches are not computed again."""
 
     replicas_differ = True
+    all_agree = False  # once a neighbour is gone
 
     def __init__(self, config: RunConfig, wire: Wire) -> None:
         super().__init__(config, wire)

@@ -33,6 +33,7 @@ class Guard(Sync):
         self.options = config.strategy
         self.guarded = guarded
         self.replicas_differ = guarded.replicas_differ
+        self.all_agree = guarded.all_agree
         self.synchronous = AllReduce(config, wire)
         self.say = say
         self.phase = SYNCHRONOUS if self.options.guard_steps else GUARDED
@@ -47,6 +48,7 @@ class Guard(Sync):
     def attach(self, replica: Replica) -> None:
         """Attach who trains first."""
         self.replica = replica
+        replica.buckets.on_begin, replica.buckets.on_complete = lambda: None, lambda bucket: None
         self.acting.attach(replica)
 
     def step(self, replica: Replica, step: int) -> None:
@@ -54,17 +56,18 @@ class Guard(Sync):
         self.acting.step(replica, step)
         if self.phase == SYNCHRONOUS and step + 1 >= self.options.guard_steps:
             self.phase = GUARDED
-            self.acting.attach(replica)
+            self.attach(replica)
             self.say(f"guard: step {step + 1}: {self.options.name} begins, at a loss of {self.running:.4g}")
 
     def watch(self, loss: float) -> None:
         """Act where the loss has risen: tighten, or fall back."""
         self.guarded.watch(loss)
-        first = math.isinf(self.running)
-        self.running = loss if first else MEMORY * self.running + (1 - MEMORY) * loss
         self.quiet += 1
-        self.lowest = min(self.lowest, self.running)
-        risen = not self.running <= self.lowest * (1 + (self.options.guard or 0))
+        if math.isfinite(loss):
+            first = math.isinf(self.running)
+            self.running = loss if first else MEMORY * self.running + (1 - MEMORY) * loss
+            self.lowest = min(self.lowest, self.running)
+        risen = not math.isfinite(loss) or self.running > self.lowest * (1 + (self.options.guard or 0))
         if self.phase == GUARDED and risen and self.quiet >= PATIENCE:
             self._act(loss)
 
@@ -98,7 +101,7 @@ class Guard(Sync):
         """Take up the phase, and hand the rest to who trains in it."""
         phase, self.running, self.lowest, quiet = states[0]["guard"].tolist()
         self.phase, self.quiet = int(phase), int(quiet)
-        self.acting.attach(self.replica)
+        self.attach(self.replica)
         self.acting.load_state_dict(states)
 
     @classmethod
@@ -112,7 +115,7 @@ class Guard(Sync):
             f"guard: the loss is {loss:.4g}, its running mean {self.running:.4g} after {self.lowest:.4g}"
         )
         tightened = self.guarded.tighten()
-        if tightened and math.isfinite(loss):
+        if tightened:
             self.say(f"{because}: {tightened}")
             return
         self.say(f"{because}: all-reduce takes over, from the mean of the replicas")
@@ -126,4 +129,4 @@ class Guard(Sync):
             if tensor.is_floating_point():
                 self.wire.sum(tensor).div_(self.wire.world_size)
         self.phase = FALLEN_BACK
-        self.synchronous.attach(self.replica)
+        self.attach(self.replica)

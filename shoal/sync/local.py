@@ -20,6 +20,7 @@ from shoal.collectives import Wire
 from shoal.config import RunConfig
 from shoal.config.strategy import StrategyConfig
 from shoal.cost import Cost, Sizes
+from shoal.errors import UserError
 from shoal.replica import Replica
 from shoal.sync.allreduce import AllReduce
 from shoal.sync.base import State, Sync
@@ -28,6 +29,7 @@ from shoal.sync.parameters import averaged, mean, write
 from shoal.sync.shared import Shared
 
 ELASTICITY = 0.9
+SYNCHRONOUS = "synchronous."
 SLOW_MOMENTUM = 0.7
 
 
@@ -81,6 +83,11 @@ class Local(Sync):
         super().__init__(config, wire)
         self.options = config.strategy
         self.period = Period(self.options.sync_every or self.EVERY)
+        overlap = self.options.overlap_steps or 0
+        if self.period.steps is not None and overlap >= self.period.steps:
+            found = f"the next sync starts after {self.period.steps} steps"
+            raise UserError(f"--overlap-steps {overlap}", found, f"take at most {self.period.steps - 1}")
+        self.halvings = 0  # of the period, when the guard asked for it
         self.synchronous = AllReduce(config, wire)
         self.exchange = Exchange(self.options, wire, config.train.seed)
         self.neighbours = wire.neighbours(self.options.group_size) if self.options.group_size else wire
@@ -112,13 +119,12 @@ class Local(Sync):
 
     def tighten(self) -> str | None:
         """Sync twice as often."""
-        if (
-            self.period.steps is None
-            or self.period.steps < 2 * max(1, self.options.fragments)
-            or self.travelling
-        ):
+        if self.period.steps is None:
             return None
-        self.period.steps //= 2
+        half = self.period.steps // 2
+        if half < max(1, self.options.fragments) or half <= (self.options.overlap_steps or 0):
+            return None
+        self.period.steps, self.halvings = half, self.halvings + 1
         return f"a sync every {self.period.steps} steps from now on"
 
     def shared_model(self, replica: Replica) -> AbstractContextManager[None]:
@@ -127,21 +133,26 @@ class Local(Sync):
 
     def state_dict(self) -> State:
         """What is shared, its momentum, what travels, what the codec left out, and the tokens since the last sync."""
-        state = {"period": torch.tensor([self.period.seen, self.period.steps or 0])}
+        state = {"period": torch.tensor([self.period.seen, self.halvings])}
         for i, shared in enumerate(self.shared):
             state |= {f"shared.{i}.{name}": tensor for name, tensor in shared.state_dict().items()}
         for journey in self.travelling:
             journey.complete()
             state[f"travelling.{journey.fragment}"] = torch.tensor([journey.arrives])
             for i, delta in zip(self._fragment(journey.fragment), journey.deltas, strict=True):
-                state[f"travelling.{journey.fragment}.{i}"] = delta
-        return state | self.exchange.state_dict()
+                state[f"travelling.{journey.fragment}.{i}"] = delta[: self.shared[i].numel]
+        before = {f"{SYNCHRONOUS}{name}": t for name, t in self.synchronous.state_dict().items()}
+        return state | self.exchange.state_dict() | before
 
     def load_state_dict(self, states: Sequence[State]) -> None:
         """What is shared was the same on all ranks; what the codec left out follows the exchange's rule."""
         state = states[0]
-        self.period.seen, steps = state["period"].tolist()
-        self.period.steps = steps or None
+        scale = self.wire.world_size / len(
+            states
+        )  # of sums over the ranks, which are divided by today's count
+        self.period.seen, halvings = state["period"].tolist()
+        for _ in range(halvings):
+            self.tighten()
         for i, shared in enumerate(self.shared):
             prefix = f"shared.{i}."
             shared.load_state_dict(
@@ -149,10 +160,17 @@ class Local(Sync):
             )
         for f in range(self.options.fragments):
             if f"travelling.{f}" in state:
-                scale = self.wire.world_size / len(states)  # sums, which are divided by today's count
-                deltas = [state[f"travelling.{f}.{i}"] * scale for i in self._fragment(f)]
+                deltas = [
+                    self.shared[i].padded(state[f"travelling.{f}.{i}"] * scale) for i in self._fragment(f)
+                ]
                 self.travelling.append(Journey(f, int(state[f"travelling.{f}"]), deltas, []))
-        self.exchange.load_state_dict(states)
+        self.exchange.load_state_dict([{n: t * _scale_of(n, scale) for n, t in s.items()} for s in states])
+        self.synchronous.load_state_dict(
+            [
+                {n.removeprefix(SYNCHRONOUS): t for n, t in s.items() if n.startswith(SYNCHRONOUS)}
+                for s in states
+            ]
+        )
 
     @classmethod
     def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
@@ -225,6 +243,10 @@ class Local(Sync):
     def _fragment(self, fragment: int) -> range:
         """The buckets of a fragment: every so-manieth one, so that each holds layers of all depths."""
         return range(fragment, len(self.shared), self.options.fragments)
+
+
+def _scale_of(name: str, scale: float) -> float:
+    return scale if name.endswith("residual") and scale != 1 else 1
 
 
 def update_alone(replica: Replica, step: int) -> None:

@@ -26,6 +26,7 @@ class Server(Central):
 
     def __init__(self, config: RunConfig, wire: Wire) -> None:
         super().__init__(config, wire)
+        self.all_agree = self.options.quorum is None
         self.round = 0  # before which no step is taken any more
         self.late = 0
         self.told = NOTHING

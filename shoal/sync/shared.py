@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from shoal.buckets import Bucket
+from shoal.errors import UserError
 from shoal.sync.base import State
 from shoal.sync.outer import Outer
 from shoal.sync.parameters import read, write
@@ -33,15 +34,28 @@ class Shared:
             own = read(self.bucket) if self.mixing < 1 else self.flat
             write(self.bucket, own.lerp(self.flat, self.mixing))
 
+    @property
+    def numel(self) -> int:
+        """Elements without the padding, which depends on the worker count."""
+        return sum(shape.numel() for shape in self.bucket.shapes)
+
+    def padded(self, tensor: Tensor) -> Tensor:
+        """A saved buffer [numel] as one of this bucket. Raises UserError if it is that of another bucket."""
+        if len(tensor) != self.numel:
+            found = f"a bucket held {len(tensor):,} elements then, and {self.numel:,} now"
+            raise UserError("--resume-from-checkpoint", found, "give the same --bucket-mb and --fragments")
+        padded = self.flat.new_zeros(self.flat.shape)
+        padded[: self.numel] = tensor
+        return padded
+
     def state_dict(self) -> State:
         """The shared parameters, and the outer momentum if there is one yet."""
         momentum = self.outer.momentum
-        return {"flat": self.flat} | ({} if momentum is None else {"momentum": momentum})
+        held = {"flat": self.flat} | ({} if momentum is None else {"momentum": momentum})
+        return {name: tensor[: self.numel] for name, tensor in held.items()}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what `state_dict` gave. A bucket's padding depends on the worker count, and is zero."""
-        length = min(len(self.flat), len(state["flat"]))
-        self.flat[:length] = state["flat"][:length]
+        """Take back what `state_dict` gave. Raises UserError where the buckets are cut otherwise."""
+        self.flat = self.padded(state["flat"])
         if "momentum" in state:
-            self.outer.momentum = self.flat.new_zeros(self.flat.shape)
-            self.outer.momentum[:length] = state["momentum"][:length]
+            self.outer.momentum = self.padded(state["momentum"])

@@ -85,4 +85,7 @@ def _leave(message: str, exit_code: int, trace: str = "") -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a thread that still waits within C++ would abort the interpreter's own way out

@@ -196,8 +196,10 @@ class Traffic:
         Every worker a gradient on its way out and parameters on their way in: 2 P. A server its range and its
         gradient, and for each worker elsewhere a gradient that has come and parameters that go: 2 N P / S.
         """
-        server = 2 * self.down[rank] + (world_size - 1) * (self.down[rank] + self.up[rank])
-        return sum(self.down) + sum(self.up) + (server if rank < len(self.down) else 0)
+        worker = sum(self.down) + sum(self.up)
+        if rank >= len(self.down):
+            return worker
+        return worker + 2 * self.down[rank] + (world_size - 1) * (self.down[rank] + self.up[rank])
 
 
 def _check_counts(config: RunConfig, world_size: int) -> None:

@@ -92,7 +92,7 @@ def _started(work: Work | None) -> Work:
 
 
 FOREVER = timedelta(days=365)
-CONNECT = timedelta(seconds=20)  # how long one end of a pair waits for the other to come
+MEET = timedelta(seconds=20)  # how long who opens a door waits for the guest that has knocked
 
 
 class Pair:
@@ -114,7 +114,7 @@ class Pair:
     def finish(self, work: Work) -> None:
         """Wait until it has been sent."""
         with _as_connection_error():
-            work.wait()
+            work.wait(mesh.TIMEOUT)
 
     def send(self, tensor: Tensor, channel: int = 0) -> None:
         """Send `tensor`."""
@@ -123,7 +123,7 @@ class Pair:
     def receive(self, tensor: Tensor, channel: int = 0) -> None:
         """Fill `tensor`, which is as large as the one that was sent."""
         with _as_connection_error():
-            self._group.recv([tensor], self._other, channel).wait()
+            self._group.recv([tensor], self._other, channel).wait(mesh.TIMEOUT)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Guest:
     def meet(self) -> Pair:
         """The pair with it. Raises ConnectionError when it does not come in."""
         with _as_connection_error():
-            return Pair(mesh.pair(self.store, self.key, 0, CONNECT), 0)
+            return Pair(mesh.pair(self.store, self.key, 0, MEET), 0)
 
 
 class Door:
@@ -164,12 +164,12 @@ class Visitor:
         self.number = number
         self._store = mesh.own_store()
 
-    def knock(self, door: str) -> Pair:
-        """The pair with whoever opens. Raises ConnectionError when nobody does."""
+    def knock(self, door: str, patience: timedelta = mesh.TIMEOUT) -> Pair:
+        """The pair with whoever opens. Raises ConnectionError when nobody does for so long."""
         with _as_connection_error():
             key = f"{door}/{self._store.add(f'{door}/count', 1)}"
             self._store.set(key, str(self.number))
-            return Pair(mesh.pair(self._store, f"{key}/pair", 1, CONNECT), 1)
+            return Pair(mesh.pair(self._store, f"{key}/pair", 1, patience), 1)
 
 
 @contextmanager
@@ -177,6 +177,6 @@ def _as_connection_error() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        said = str(error).splitlines()[0]
+        said = (str(error).splitlines() or [type(error).__name__])[0]
         said = said.partition("] ")[2] if said.startswith("[") else said  # where in gloo's source
         raise ConnectionError(said.split(". ")[0]) from error

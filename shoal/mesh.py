@@ -88,5 +88,4 @@ def pair(store: dist.Store, name: str, number: int, patience: timedelta) -> dist
     Raises RuntimeError when the other has not come after `patience`.
     """
     group: Any = dist.ProcessGroupGloo(dist.PrefixStore(name, store), number, 2, patience)
-    group._set_default_timeout(TIMEOUT)
     return group

@@ -25,7 +25,7 @@ from shoal.sync.central import Central, Traffic
 from shoal.sync.parameter_server.delayed import DelayedNesterov
 from shoal.sync.parameter_server.host import NOTHING
 from shoal.sync.parameter_server.messages import Reply
-from shoal.sync.parameter_server.policies import CLIP_EPSILON, Arrivals
+from shoal.sync.parameter_server.policies import Arrivals
 
 MOMENTUM = 0.9  # of delayed Nesterov
 
@@ -194,6 +194,6 @@ class Async(Central):
         replica.grad_norm = norm
         finite = math.isfinite(norm)
         replica.nonfinite_steps = 0 if finite else replica.nonfinite_steps + 1
-        if finite and 0 < replica.max_grad_norm < norm:
-            self.servers.scale(replica.max_grad_norm / (norm + CLIP_EPSILON))
+        if finite:
+            self.servers.clip(norm, replica.max_grad_norm)
         return finite

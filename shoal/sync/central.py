@@ -12,6 +12,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 
 import torch
@@ -24,7 +25,6 @@ from shoal.codecs.exchange import Exchange
 from shoal.collectives import Visitor, Wire
 from shoal.config import RunConfig
 from shoal.cost import Sizes
-from shoal.errors import UserError
 from shoal.optim import NamedParams
 from shoal.replica import Replica
 from shoal.sync.base import State, Sync
@@ -44,7 +44,7 @@ class Central(Sync):
 
     def __init__(self, config: RunConfig, wire: Wire) -> None:
         super().__init__(config, wire)
-        _check_counts(config, wire.world_size)
+        self.count = min(config.strategy.servers, wire.world_size)  # of servers
         self.config = config
         self.options = config.strategy
         self.exchange = Exchange(self.options, wire, config.train.seed)
@@ -69,7 +69,7 @@ class Central(Sync):
 
     def attach(self, replica: Replica) -> None:
         """Open the doors of the servers, and have a line to each."""
-        ranges = cut(replica.params, self.options.servers)
+        ranges = cut(replica.params, self.count)
         doors = f"servers/{next(_DOORS)}"
         if self.wire.rank < len(ranges):
             params = ranges[self.wire.rank]
@@ -88,6 +88,9 @@ class Central(Sync):
         started = time.perf_counter()
         self.turn(replica, step)
         replica.seconds.communication += time.perf_counter() - started
+        self._count_bytes()
+
+    def _count_bytes(self) -> None:
         sent = self.servers.bytes_sent + (self.host.bytes_sent if self.host else 0)
         self.wire.bytes_sent += sent - self._sent_before
         self._sent_before = sent
@@ -102,6 +105,7 @@ class Central(Sync):
         self.servers.leave()
         if self.host is not None:
             self.host.close()
+        self._count_bytes()
         self.finished = True
 
     @contextmanager
@@ -173,7 +177,7 @@ class Traffic:
     def of(cls, config: RunConfig, sizes: Sizes) -> "Traffic":
         """As `attach` cuts the parameters."""
         dtype = {4: torch.float32, 8: torch.float64}[sizes.itemsize]
-        cuts = runs([shape.numel() for shape in sizes.shapes], config.strategy.servers)
+        cuts = runs([shape.numel() for shape in sizes.shapes], min(config.strategy.servers, sizes.world_size))
         subjects = [Subject(tuple(sizes.shapes[run.start : run.stop]), dtype) for run in cuts]
         warm = config.strategy.model_copy(update={"codec_warmup": 0})
         return cls(
@@ -202,17 +206,8 @@ class Traffic:
         return worker + 2 * self.down[rank] + (world_size - 1) * (self.down[rank] + self.up[rank])
 
 
-def _check_counts(config: RunConfig, world_size: int) -> None:
-    options = config.strategy
-    for flag, count in (("--servers", options.servers), ("--quorum", options.quorum)):
-        if count is not None and count > world_size:
-            raise UserError(
-                f"{flag} {count}", f"there are {world_size} workers", f"take at most {world_size}"
-            )
-
-
-def _connect(visitor: Visitor, door: str, up: int, down: int) -> Line:
-    return approach(visitor.knock(door), up, down)
+def _connect(visitor: Visitor, door: str, up: int, down: int, **knocking: timedelta) -> Line:
+    return approach(visitor.knock(door, **knocking), up, down)
 
 
 def _parts_of(name: str, held: dict[str, Tensor]) -> dict[str, Tensor]:

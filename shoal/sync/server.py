@@ -13,6 +13,7 @@ from torch import Tensor
 from shoal.collectives import Wire
 from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
+from shoal.errors import UserError
 from shoal.replica import Replica, Shares
 from shoal.sync.base import State
 from shoal.sync.central import Central, Traffic
@@ -27,6 +28,10 @@ class Server(Central):
     def __init__(self, config: RunConfig, wire: Wire) -> None:
         super().__init__(config, wire)
         self.all_agree = self.options.quorum is None
+        quorum = config.strategy.quorum
+        if quorum is not None and quorum > wire.world_size:
+            found = f"there are {wire.world_size} workers"
+            raise UserError(f"--quorum {quorum}", found, f"take at most {wire.world_size}")
         self.round = 0  # before which no step is taken any more
         self.late = 0
         self.told = NOTHING

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import torch
 from laws.rows import RowsTask
 from laws.worlds import Arrays, parameters, run_of
 
+from shoal.cost import Sizes
 from shoal.mesh import Mesh
+from shoal.sync.central import Traffic
+from shoal.sync.parameter_server.links import Remote
 
 SETTINGS: dict[str, Any] = {
     "global_batch_size": 12, "per_device_train_batch_size": 2, "learning_rate": 0.01, "bucket_mb": 0.004,
@@ -28,6 +32,8 @@ class Outcome:
     versions: list[int]
     staleness: list[float]
     bytes_sent: list[int]
+    predicted: float  # of these in a step
+    last: float  # and when all have finished
 
 
 def steps_of(
@@ -44,6 +50,7 @@ def steps_of(
 
     `held_up` names a file: rank 1 takes no step from `at` on before rank 0 has taken its last and made the file.
     """
+    Remote.AGAIN = timedelta(seconds=1)
     run = run_of(mesh, strategy, task, **SETTINGS | settings)
     numbers, staleness, sent = [], [], []
     for step in range(run.total_steps):
@@ -59,5 +66,13 @@ def steps_of(
         staleness.append(run.sync.metrics().get("sync/staleness", 0.0))
     if held_up and mesh.rank == 0:
         Path(held_up).touch()
+    before = run.wire.bytes_sent
     run.sync.finish(run.replica)
-    return Outcome(parameters(run), numbers, run.sync.servers.versions, staleness, sent)
+    sent.append(run.wire.bytes_sent - before)
+    sizes = Sizes(tuple(p.shape for _, p in run.replica.params), mesh.world_size, itemsize=8)
+    traffic = Traffic.of(run.config, sizes)
+    predicted = traffic.sent(mesh.rank, mesh.world_size)
+    last = (mesh.world_size - 1) * traffic.down[mesh.rank] if run.sync.host else 0
+    if run.sync.host and mesh.rank:  # rank 0 has asked for the optimizers' state
+        last += sum(tensor.nbytes for tensor in run.sync.host.state().values())
+    return Outcome(parameters(run), numbers, run.sync.servers.versions, staleness, sent, predicted, last)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from shoal.optim import NamedParams, NamedState
@@ -181,6 +182,10 @@ class ParameterServer:
         """Copy the parameters into `into` [n], for the worker to compute with."""
         into.copy_(self.flat)
         self.policy.gave(self, worker)
+
+    def norm(self) -> float:
+        """Of `gradient`, as everywhere: the norm of the parameters' norms."""
+        return get_total_norm([p.grad for _, p in self.params if p.grad is not None]).item()
 
     def update(self, rate: float) -> None:
         """Apply `gradient` by the optimizers at this rate."""

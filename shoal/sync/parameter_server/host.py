@@ -162,6 +162,9 @@ class Host:
                 self._answer(request, line)
         except ConnectionError as error:
             cause = str(error)
+        except Exception as error:  # nobody else would hear of it, and all would wait
+            self._fail(f"the parameter server failed: {type(error).__name__}: {error}")
+            raise
         if line is None:
             return
         with self._changed:
@@ -170,6 +173,11 @@ class Host:
                 self._sent_before += self.lines.pop(worker).bytes_sent
         if newest:  # else it has come back by another line
             self.leave(worker, cause)
+
+    def _fail(self, why: str) -> None:
+        with self._changed:
+            self.server.failure = why
+            self._changed.notify_all()
 
     def _let_in(self, worker: int, line: Line) -> None:
         with self._changed:

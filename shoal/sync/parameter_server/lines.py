@@ -22,6 +22,7 @@ from shoal.sync.parameter_server.messages import HEADER_BYTES
 
 SHARED_FOLDER = Path("/dev/shm")
 HEADER, TOLD, PAYLOAD = range(3)  # channels
+ALIGNMENT = 64  # bytes: where a tensor of any type may begin
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64, torch.int64)}
 
 
@@ -106,12 +107,12 @@ def welcome(pair: Pair, up: int, down: int, *, share_memory: bool) -> Line:
     """The server's end, for payloads of `up` bytes from the worker and `down` bytes to it. Raises ConnectionError."""
     theirs = torch.empty(HEADER_BYTES, dtype=torch.uint8)
     pair.receive(theirs)
-    path = _reserve(up + down) if share_memory and _text(theirs) == _machine() else None
+    path = _reserve(_aligned(up) + down) if share_memory and _text(theirs) == _machine() else None
     try:
         pair.send(_header(str(path or "")))
         pair.receive(theirs)
         if path is not None and _text(theirs):
-            received, sent = _map(path).split([up, down])
+            received, sent = _halves(path, up)
             return Line(pair, sent, received, shared=True)
     finally:
         if path is not None:
@@ -126,12 +127,9 @@ def approach(pair: Pair, up: int, down: int) -> Line:
     pair.receive(theirs)
     path = Path(_text(theirs))
     seen = path.is_file()
-    mapped = _map(path) if seen else None
+    mapped = _halves(path, up) if seen else None
     pair.send(_header("seen" if seen else ""))
-    if mapped is None:
-        return _by_network(pair, up, down)
-    sent, received = mapped.split([up, down])
-    return Line(pair, sent, received, shared=True)
+    return _by_network(pair, up, down) if mapped is None else Line(pair, *mapped, shared=True)
 
 
 def _by_network(pair: Pair, sent: int, received: int) -> Line:
@@ -165,9 +163,15 @@ def _reserve(size: int) -> Path | None:
     return Path(name)
 
 
-def _map(path: Path) -> Tensor:
+def _halves(path: Path, up: int) -> tuple[Tensor, Tensor]:
+    """What goes up and what comes down, as bytes."""
     with path.open("r+b") as file:
-        return torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
+        whole = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
+    return whole[:up], whole[_aligned(up) :]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _header(text: str) -> Tensor:

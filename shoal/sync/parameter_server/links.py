@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
 
 import torch
 from torch import Tensor
@@ -101,7 +102,9 @@ class Local(Link):
 class Remote(Link):
     """To a server in another process. A line that breaks is made again once, and what was asked is asked again."""
 
-    def __init__(self, connect: Callable[[], Line], server: str, parcels: Parcels) -> None:
+    AGAIN = timedelta(seconds=10)  # how long a server may take to let a worker in again
+
+    def __init__(self, connect: Callable[..., Line], server: str, parcels: Parcels) -> None:
         self._connect = connect
         self._server = server
         self._parcels = parcels
@@ -176,6 +179,6 @@ class Remote(Link):
     def _reconnect(self) -> None:
         payload = self._line.outgoing
         self._sent_before += self._line.bytes_sent
-        self._line = self._connect()
+        self._line = self._connect(patience=self.AGAIN)
         self._line.outgoing.copy_(payload)
         self._gradient = self._parcels.buffer(self._line.outgoing)

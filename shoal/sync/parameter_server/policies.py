@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from shoal.sync.parameter_server.core import ParameterServer, Policy, Push
@@ -11,6 +12,13 @@ from shoal.sync.parameter_server.merge import Merge
 Schedule = Callable[[int], float]  # step -> learning rate
 CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 WHOLE = 1e-6  # shares that add up to a step do so up to rounding
+
+
+def clip(gradient: Tensor, norm: float, max_norm: float) -> None:
+    """As torch.nn.utils.clip_grad_norm_ does it, to the last bit; `max_norm` 0: not at all."""
+    if max_norm:
+        known = torch.tensor(norm, dtype=gradient.dtype)
+        gradient.mul_((max_norm / (known + CLIP_EPSILON)).clamp(max=1.0))
 
 
 class Rounds(Policy):
@@ -50,16 +58,14 @@ class Rounds(Policy):
 
     def squares(self, server: ParameterServer) -> float:
         """Of the merged gradient."""
-        return server.gradient.norm().item() ** 2 if self.full else -1.0
+        return server.norm() ** 2 if self.full else -1.0
 
     def settle(self, server: ParameterServer, clock: int, norm: float) -> None:
         """Apply the merged gradient, clipped by `norm`; with an infinite one nothing changes."""
         if not self.full or clock != self.round + 1 or math.isnan(norm):
             return
         if math.isfinite(norm):
-            factor = self.max_norm / (norm + CLIP_EPSILON) if self.max_norm else 1.0
-            if factor < 1:
-                server.gradient.mul_(factor)
+            clip(server.gradient, norm, self.max_norm)
             server.update(self.schedule(self.round))
             server.version += len(self.pushes)
         self.round += 1

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from shoal.optim import NamedParams
 from shoal.replica import Replica
@@ -12,6 +13,7 @@ from shoal.sync.parameter_server.core import END
 from shoal.sync.parameter_server.host import NOTHING
 from shoal.sync.parameter_server.links import Link
 from shoal.sync.parameter_server.messages import Kind, Reply, Request
+from shoal.sync.parameter_server.policies import clip
 from shoal.sync.parameter_server.ranges import parts
 
 NAN = float("nan")
@@ -36,15 +38,17 @@ class Servers:
     @torch.no_grad()
     def take(self) -> float:
         """Copy the replica's gradients to where they are sent from; returns their norm."""
+        taken = []
         for link, params in zip(self.links, self.ranges, strict=True):
             for p, part in parts(link.gradient, params):
                 part.zero_() if p.grad is None else part.copy_(p.grad)
-        return torch.stack([link.gradient.norm() for link in self.links]).norm().item()
+                taken.append(part)
+        return get_total_norm(taken).item()
 
-    def scale(self, factor: float) -> None:
-        """Multiply the gradients that were taken."""
+    def clip(self, norm: float, max_norm: float) -> None:
+        """Clip the gradients that were taken, which have this norm."""
         for link in self.links:
-            link.gradient.mul_(factor)
+            clip(link.gradient, norm, max_norm)
 
     def push(
         self, replica: Replica, step: int, told: Tensor = NOTHING, *, skip: bool = False

@@ -59,7 +59,7 @@ def test_interrupted_and_resumed_on_other_ranks(
     np.testing.assert_allclose(losses_of(tmp_path / "broken"), whole.losses, rtol=tolerance)
 
 
-@each_that_keeps(3)
+@each_that_keeps(10)
 def test_the_ledger_does_not_depend_on_what_happened(
     pool: Pool, data: list[str], tmp_path: Path, strategy: str
 ) -> None:

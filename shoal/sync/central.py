@@ -163,7 +163,7 @@ class Central(Sync):
 
     def _say(self, text: str) -> None:
         if self.wire.rank == 0:  # the other servers see the same
-            print(f"shoal: {text}", file=sys.stderr, flush=True)
+            print(f"server: {text}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,8 @@ def insert(fault: Fault) -> None:
     from shoal.observe.observer import Observer
     from shoal.replica import Replica
     from shoal.run import Run
-    from shoal.sync import allreduce
+    from shoal.sync import SYNCS
+    from shoal.sync.parameter_server.worker import Servers
     from shoal.tasks.causal_lm import CausalLM
 
     assert fault.kind in KINDS
@@ -182,8 +183,10 @@ def insert(fault: Fault) -> None:
 
     before(mesh, "_store", lambda *args: meet("join"))
     before(Replica, "gradients", forward)
-    before(allreduce.AllReduce, "step", lambda *args: meet("exchange"))
+    for sync in SYNCS.values():
+        before(sync, "step", lambda *args: meet("exchange"))
     before(Replica, "update", lambda *args: meet("update"))
+    before(Servers, "load", lambda *args: meet("update"))
     before(Observer, "step", lambda *args: meet("observe"))
     before(Run, "evaluate", lambda *args: meet("evaluate"))
     before(CausalLM, "export", lambda *args: meet("export"))

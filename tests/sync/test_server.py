@@ -37,7 +37,7 @@ def test_a_quorum_survives_a_dead_worker(pool: Pool, servers: int) -> None:
     assert dead.code == -9
     assert [outcome.code for outcome in left] == [0, 0], left
     assert first_difference([left[0].value.final], [left[1].value.final]) is None
-    assert left[0].output.count("shoal: worker 2 is gone after step") == 1
+    assert left[0].output.count("server: worker 2 is gone after step") == 1
     assert "2 go on" in left[0].output
 
 

@@ -66,8 +66,8 @@ class Policy(ABC):
     def opens(self, server: "ParameterServer", clock: int) -> bool:
         """Whether the parameters contain what is needed of every worker's steps before `clock`."""
 
-    def squares(self, server: "ParameterServer") -> float:
-        """The sum of the squares of the gradient that waits for the whole norm; negative: none does."""
+    def squares(self, step: int) -> float:
+        """The sum of the squares of the gradient of `step`; negative: it is not known, or not any more."""
         return -1.0
 
     def settle(self, server: "ParameterServer", clock: int, norm: float) -> None:

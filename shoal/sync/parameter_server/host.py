@@ -71,7 +71,7 @@ class Host:
         """Wait until it is known what became of a push. Raises Halted when nothing can go on."""
         with self._changed:
             self._wait(lambda: self.server.answers(request.clock))
-            return self._reply(request.worker)
+            return self._reply(request.worker, request.clock)
 
     def pull(self, request: Request, into: Tensor) -> tuple[Reply, Tensor]:
         """Copy the parameters into `into` [n] as soon as the worker may have them, or as they are for a PEEK."""
@@ -84,7 +84,7 @@ class Host:
                 self.server.read(request.worker, into)
             else:
                 into.copy_(self.server.flat)
-            return self._reply(request.worker)
+            return self._reply(request.worker, request.clock)
 
     def leave(self, worker: int, cause: str = "") -> None:
         """A worker has parted; with a `cause` it is gone without a word, which is said."""
@@ -124,7 +124,7 @@ class Host:
         if self.server.failure:
             raise Halted(self.server.failure)
 
-    def _reply(self, worker: int) -> tuple[Reply, Tensor]:
+    def _reply(self, worker: int, step: int) -> tuple[Reply, Tensor]:
         policy = self.server.policy
         others = [told for other, told in self._told.items() if other != worker]
         told = torch.stack(others).sum(0) if others else NOTHING
@@ -137,7 +137,7 @@ class Host:
             told=told.numel(),
             text=0,
             rate=self.server.rate,
-            squares=policy.squares(self.server),
+            squares=policy.squares(step),
         )
         return reply, told
 

@@ -68,4 +68,4 @@ class Reply(_Header):
     told: int  # how many numbers follow
     text: int  # bytes of text that follow; negative: they say why nothing can go on
     rate: float  # of the last update
-    squares: float  # of this server's part of the gradient; negative: it has been applied already
+    squares: float  # of this server's part of the gradient; negative: not known any more

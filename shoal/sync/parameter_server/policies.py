@@ -38,6 +38,8 @@ class Rounds(Policy):
         self.round = 0
         self.pushes: dict[int, Push] = {}
         self.full = False
+        self.merged_step = -1  # the last one
+        self.merged_squares = 0.0
         self.late = 0  # pushes dropped
 
     def begin(self, server: ParameterServer, first_step: int) -> None:
@@ -56,9 +58,9 @@ class Rounds(Policy):
         """When the round is full."""
         return step < self.round or self.full
 
-    def squares(self, server: ParameterServer) -> float:
-        """Of the merged gradient."""
-        return server.norm() ** 2 if self.full else -1.0
+    def squares(self, step: int) -> float:
+        """Of the gradient merged last."""
+        return self.merged_squares if step == self.merged_step else -1.0
 
     def settle(self, server: ParameterServer, clock: int, norm: float) -> None:
         """Apply the merged gradient, clipped by `norm`; with an infinite one nothing changes."""
@@ -97,6 +99,8 @@ class Rounds(Policy):
             )
         elif not self.full and self.pushes and len(self.pushes) >= needed:
             self.merge([push for _, push in sorted(self.pushes.items())], server.gradient)
+            self.merged_step = self.round
+            self.merged_squares = server.norm() ** 2
             self.full = True
 
 

@@ -107,5 +107,5 @@ class Servers:
         self.others = answers[0][1]
         if requests[0].kind in (Kind.PULL, Kind.PEEK):
             self._pulled = [reply.version for reply in replies]
-        known = all(reply.squares >= 0 or reply.squares != reply.squares for reply in replies)
+        known = all(not reply.squares < 0 for reply in replies)
         return replace(replies[0], squares=sum(reply.squares for reply in replies) if known else -1.0)

@@ -25,7 +25,7 @@ STRATEGIES = {
     "allreduce-exact": Strategy(
         {"strategy": "allreduce", "exact": True}, {1, 2, 3, 4, 5, 7, 9, 10}, exact=True
     ),
-    "server": Strategy({"strategy": "server", "balance": "off"}, {1, 3, 4, 7}),
+    "server": Strategy({"strategy": "server", "balance": "off"}, {1, 3, 4, 7, 10}),
     "server-sharded": Strategy(
         {"strategy": "server", "servers": 2, "share_memory": False, "balance": "off"}, {3, 4, 7}
     ),

@@ -112,7 +112,7 @@ class Pair:
             return self._group.send([tensor], self._other, channel)
 
     def finish(self, work: Work) -> None:
-        """Wait until it has been sent."""
+        """Wait until it has been sent, or received."""
         with _as_connection_error():
             work.wait(mesh.TIMEOUT)
 
@@ -120,10 +120,14 @@ class Pair:
         """Send `tensor`."""
         self.finish(self.start_send(tensor, channel))
 
-    def receive(self, tensor: Tensor, channel: int = 0) -> None:
-        """Fill `tensor`, which is as large as the one that was sent."""
+    def start_receive(self, tensor: Tensor, channel: int = 0) -> Work:
+        """Begin to fill `tensor`, which is as large as the one that is sent; it is full after `finish(work)`."""
         with _as_connection_error():
-            self._group.recv([tensor], self._other, channel).wait(mesh.TIMEOUT)
+            return self._group.recv([tensor], self._other, channel)
+
+    def receive(self, tensor: Tensor, channel: int = 0) -> None:
+        """Fill `tensor`."""
+        self.finish(self.start_receive(tensor, channel))
 
 
 @dataclass(frozen=True)

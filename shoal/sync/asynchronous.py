@@ -111,16 +111,10 @@ class Async(Central):
         """Send the gradients on their way; go on with what the push before brought back."""
         arrived = self._settle(replica)
         finite = self._take(replica)
-        push = self.servers.push(replica, step, self.told, skip=not finite)
+        needed = -1 if self.max_staleness is None else step + 1 + self.ahead - self.max_staleness
+        exchange = self.servers.exchange(replica, step, needed, self.told, skip=not finite)
         if arrived:
             self.servers.load()
-        needed = -1 if self.max_staleness is None else step + 1 + self.ahead - self.max_staleness
-
-        def exchange() -> Reply:
-            pushed = push()
-            self.servers.pull(needed)
-            return pushed
-
         self.errand.start(exchange)
         if not self.ahead:
             self._settle(replica)

@@ -17,6 +17,7 @@ from shoal.errors import UserError
 from shoal.replica import Replica, Shares
 from shoal.sync.base import State
 from shoal.sync.central import Central, Traffic
+from shoal.sync.parameter_server.core import norm_of
 from shoal.sync.parameter_server.host import NOTHING
 from shoal.sync.parameter_server.merge import Merge, mean, median, trimmed_mean
 from shoal.sync.parameter_server.policies import Rounds
@@ -54,9 +55,13 @@ class Server(Central):
         """Push, hear of the norm, and pull what has become of it."""
         if step >= self.round:
             self.servers.take()
-            merged = self.servers.push(replica, step, self.told)()
-            norm = _norm(merged.squares)
-            self.round = self.servers.pull(step + 1, norm).clock
+            if len(self.servers.links) == 1:
+                reply = self.servers.exchange(replica, step, step + 1, self.told)()
+                norm = norm_of(reply.squares)
+            else:  # the norm to clip by is that over all servers
+                norm = norm_of(self.servers.push(replica, step, self.told).squares)
+                reply = self.servers.pull(step + 1, norm)
+            self.round = reply.clock
             self.servers.load()
             self._note(replica, step, norm)
             if self.host is not None and self.options.quorum is None:  # all wait for the last one anyway
@@ -110,10 +115,3 @@ class Server(Central):
             replica.shares = Shares(counts)
         elif not behind and self.shares is not None:
             replica.shares, self.shares = self.shares, None
-
-
-def _norm(squares: float) -> float:
-    """Of the merged gradient: infinite if it is not finite, NaN if it is not known because the round is over."""
-    if squares < 0:
-        return math.nan
-    return math.sqrt(squares) if math.isfinite(squares) else math.inf

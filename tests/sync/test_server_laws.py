@@ -22,7 +22,7 @@ from sync.test_server_rules import (
 )
 from torch import Tensor, nn
 
-from shoal.sync.parameter_server.core import END, Push
+from shoal.sync.parameter_server.core import END, Push, norm_of
 from shoal.sync.parameter_server.delayed import DelayedNesterov
 from shoal.sync.parameter_server.merge import Merge, mean, median, trimmed_mean
 from shoal.sync.parameter_server.policies import Arrivals, Rounds
@@ -309,3 +309,20 @@ def smallest_largest(sizes: tuple[int, ...], servers: int) -> int:
         max(sum(sizes[:first]), smallest_largest(sizes[first:], servers - 1) if first < len(sizes) else 0)
         for first in range(1, len(sizes) + 1)
     )
+
+
+def test_every_worker_learns_the_norm_of_a_step() -> None:
+    """Also who hears of the full round when the first to hear has had it applied."""
+    policy = Rounds(mean, schedule, quorum=None, max_norm=0.5)
+    server = serve(policy, "sgd")
+    server.begin(server.params, range(2), 0)
+    for worker in range(2):
+        server.push(Push(worker, 0, 0, 1, 2, torch.full((SIZE,), 1.0, dtype=torch.float64)))
+    known = policy.squares(0)
+    assert known == pytest.approx(4 * SIZE)
+    server.ask(0, 1, norm_of(known))
+    assert server.opens(1)
+    assert policy.squares(0) == known
+    assert policy.squares(1) < 0
+    assert [norm_of(squares) for squares in (4.0, np.inf, np.nan)] == [2.0, np.inf, np.inf]
+    assert np.isnan(norm_of(-1.0))

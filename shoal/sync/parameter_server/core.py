@@ -4,6 +4,7 @@ It never waits and starts no thread: whoever calls it does. The same class thus 
 in `host`, and behind a script of delays in `simulator`.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,6 +22,13 @@ class Halted(RuntimeError):
 
 
 END = 2**62  # the clock of a worker that has taken its last step
+
+
+def norm_of(squares: float) -> float:
+    """Of the sum of squares that a server tells; infinite if it is not finite, NaN if it is not known."""
+    if squares < 0:
+        return math.nan
+    return math.sqrt(squares) if math.isfinite(squares) else math.inf
 
 
 @dataclass(frozen=True)

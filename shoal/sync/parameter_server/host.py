@@ -10,9 +10,9 @@ from torch import Tensor
 
 from shoal.collectives import Door, Guest
 from shoal.optim import NamedParams
-from shoal.sync.parameter_server.core import Halted, ParameterServer, Push
+from shoal.sync.parameter_server.core import Halted, ParameterServer, Push, norm_of
 from shoal.sync.parameter_server.lines import Line, describe, welcome
-from shoal.sync.parameter_server.messages import Kind, Reply, Request
+from shoal.sync.parameter_server.messages import PULLS, PUSHES, Kind, Reply, Request
 from shoal.sync.parameter_server.parcels import Parcels
 
 NOTHING = torch.empty(0, dtype=torch.float64)
@@ -33,6 +33,7 @@ class Host:
         self._begun = False
         self._changed = threading.Condition()
         self._served: dict[int, int] = {}  # worker -> the clock of its last pull that was answered
+        self._staleness: dict[int, int] = {}  # worker -> that of its last push
         self._told: dict[int, Tensor] = {}
         self._sent_before = 0  # over lines that are gone
 
@@ -56,13 +57,14 @@ class Host:
             self._changed.notify_all()
 
     def push(self, request: Request, gradient: Tensor | None, told: Tensor = NOTHING) -> None:
-        """Take a push. `gradient` must stay as it is until `pushed` returns."""
+        """Take a push. `gradient` must stay as it is until `pushed` or `pull` returns."""
         push = Push(
             request.worker, request.clock, request.version, request.labels, request.step_labels, gradient
         )
         with self._changed:
             self._wait(lambda: self._begun)
-            self.server.push(push)
+            if self.server.push(push):
+                self._staleness[request.worker] = self.server.policy.staleness
             if told.numel():
                 self._told[request.worker] = told
             self._changed.notify_all()
@@ -71,20 +73,27 @@ class Host:
         """Wait until it is known what became of a push. Raises Halted when nothing can go on."""
         with self._changed:
             self._wait(lambda: self.server.answers(request.clock))
-            return self._reply(request.worker, request.clock)
+            return self._reply(request)
 
     def pull(self, request: Request, into: Tensor) -> tuple[Reply, Tensor]:
-        """Copy the parameters into `into` [n] as soon as the worker may have them, or as they are for a PEEK."""
+        """Copy the parameters into `into` [n] as soon as the worker may have them, or as they are for a PEEK.
+
+        In an EXCHANGE the norm is that of this server, which must be the only one.
+        """
         with self._changed:
             self._wait(lambda: self._begun)
-            if request.kind == Kind.PULL:
-                self.server.ask(request.worker, request.clock, request.norm)
-                self._changed.notify_all()
-                self._wait(lambda: self.server.opens(request.clock))
-                self.server.read(request.worker, into)
-            else:
+            if request.kind == Kind.PEEK:
                 into.copy_(self.server.flat)
-            return self._reply(request.worker, request.clock)
+                return self._reply(request)
+            norm = request.norm
+            if request.kind != Kind.PULL:
+                self._wait(lambda: self.server.answers(request.clock))
+                norm = norm_of(self.server.policy.squares(request.clock))
+            self.server.ask(request.worker, request.needed, norm)
+            self._changed.notify_all()
+            self._wait(lambda: self.server.opens(request.needed))
+            self.server.read(request.worker, into)
+            return self._reply(request)
 
     def leave(self, worker: int, cause: str = "") -> None:
         """A worker has parted; with a `cause` it is gone without a word, which is said."""
@@ -124,20 +133,20 @@ class Host:
         if self.server.failure:
             raise Halted(self.server.failure)
 
-    def _reply(self, worker: int, step: int) -> tuple[Reply, Tensor]:
+    def _reply(self, request: Request) -> tuple[Reply, Tensor]:
         policy = self.server.policy
-        others = [told for other, told in self._told.items() if other != worker]
+        others = [told for other, told in self._told.items() if other != request.worker]
         told = torch.stack(others).sum(0) if others else NOTHING
         reply = Reply(
             version=self.server.version,
             clock=policy.clock(self.server),
             workers=len(self.server.active),
-            staleness=policy.staleness,
+            staleness=self._staleness.get(request.worker, 0),
             bound=policy.bound,
             told=told.numel(),
             text=0,
             rate=self.server.rate,
-            squares=policy.squares(step),
+            squares=policy.squares(request.clock),
         )
         return reply, told
 
@@ -158,8 +167,10 @@ class Host:
                 guest.meet(), self.parcels.nbytes, self.server.flat.nbytes, share_memory=share_memory
             )
             self._let_in(worker, line)
+            line.expect_payload()
             while (request := Request.unpack(line.receive_header())).kind != Kind.LEAVE:
                 self._answer(request, line)
+                line.expect_payload()
         except ConnectionError as error:
             cause = str(error)
         except Exception as error:  # nobody else would hear of it, and all would wait
@@ -194,18 +205,20 @@ class Host:
         """Do what a worker asks for. Raises ConnectionError."""
         told = line.receive_told(request.told)
         gradient = None
-        if request.kind == Kind.PUSH:
+        if request.kind in PUSHES:
             line.receive_payload()
             gradient = self.parcels.unwrap(line.incoming)
         try:
             if request.kind == Kind.STATE:
                 _send_state(line, self.state())
-            elif request.kind in (Kind.PULL, Kind.PEEK):
+                return
+            if request.kind in (*PUSHES, Kind.SKIP):
+                self.push(request, gradient, told)
+            if request.kind in PULLS:
                 reply, others = self.pull(request, line.outgoing.view(self.server.flat.dtype))
                 line.finish(line.send(reply.pack(), others, payload=True))
                 self._note_served(request)
             else:
-                self.push(request, gradient, told)
                 reply, others = self.pushed(request)
                 line.finish(line.send(reply.pack(), others))
         except Halted as halted:
@@ -214,7 +227,7 @@ class Host:
 
     def _note_served(self, request: Request) -> None:
         with self._changed:
-            self._served[request.worker] = request.clock
+            self._served[request.worker] = request.needed
             self._changed.notify_all()
 
 

@@ -21,7 +21,7 @@ from shoal.collectives import Pair, Work
 from shoal.sync.parameter_server.messages import HEADER_BYTES
 
 SHARED_FOLDER = Path("/dev/shm")
-HEADER, TOLD, PAYLOAD = range(3)  # channels
+HEADER, TOLD, PAYLOAD, STATE = range(4)  # channels
 ALIGNMENT = 64  # bytes: where a tensor of any type may begin
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64, torch.int64)}
 
@@ -38,6 +38,7 @@ class Line:
     incoming: Tensor
     shared: bool
     bytes_sent: int = 0  # of payloads, those through shared memory too
+    expected: Work | None = None  # the payload that is being received
 
     def send(self, header: Tensor, told: Tensor | None = None, *, payload: bool = False) -> list[Work]:
         """Begin to send a header and what belongs to it."""
@@ -68,10 +69,17 @@ class Line:
             self.pair.receive(told, TOLD)
         return told
 
+    def expect_payload(self) -> None:
+        """Be ready for a payload before its header is here: what is sent then need not wait for that."""
+        if not self.shared and self.expected is None:
+            self.expected = self.pair.start_receive(self.incoming, PAYLOAD)
+
     def receive_payload(self) -> None:
         """The tensor that belongs to it, in `incoming`."""
-        if not self.shared:
-            self.pair.receive(self.incoming, PAYLOAD)
+        self.expect_payload()
+        if self.expected is not None:
+            self.pair.finish(self.expected)
+            self.expected = None
 
     def send_text(self, text: str) -> None:
         """Text, whose length in bytes the other end knows."""
@@ -86,7 +94,7 @@ class Line:
     def send_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Tensors that `describe` has described."""
         for tensor in tensors:
-            self.pair.send(tensor.contiguous().view(-1), PAYLOAD)
+            self.pair.send(tensor.contiguous().view(-1), STATE)
             self.bytes_sent += tensor.nbytes
 
     def receive_tensors(self, description: str) -> dict[str, Tensor]:
@@ -94,7 +102,7 @@ class Line:
         found = {}
         for name, shape, dtype in json.loads(description):
             found[name] = torch.empty(shape, dtype=DTYPES[dtype])
-            self.pair.receive(found[name].view(-1), PAYLOAD)
+            self.pair.receive(found[name].view(-1), STATE)
         return found
 
 

@@ -12,7 +12,7 @@ from shoal.collectives import Work
 from shoal.sync.parameter_server.core import Halted
 from shoal.sync.parameter_server.host import NOTHING, Host
 from shoal.sync.parameter_server.lines import Line
-from shoal.sync.parameter_server.messages import Kind, Reply, Request
+from shoal.sync.parameter_server.messages import PULLS, PUSHES, Kind, Reply, Request
 from shoal.sync.parameter_server.parcels import Parcels
 
 
@@ -77,18 +77,18 @@ class Local(Link):
     def ask(self, request: Request, told: Tensor = NOTHING) -> None:
         """As every link."""
         self._request = request
-        if request.kind in (Kind.PUSH, Kind.SKIP):
-            gradient = None
-            if request.kind == Kind.PUSH:
-                self._parcels.wrap(self._gradient, self._payload)
-                gradient = self._host.parcels.unwrap(self._payload)
+        gradient = None
+        if request.kind in PUSHES:
+            self._parcels.wrap(self._gradient, self._payload)
+            gradient = self._host.parcels.unwrap(self._payload)
+        if request.kind in (*PUSHES, Kind.SKIP):
             self._host.push(request, gradient, told)
 
     def answer(self) -> tuple[Reply, Tensor]:
         """As every link."""
-        if self._request.kind in (Kind.PUSH, Kind.SKIP):
-            return self._host.pushed(self._request)
-        return self._host.pull(self._request, self._parameters)
+        if self._request.kind in PULLS:
+            return self._host.pull(self._request, self._parameters)
+        return self._host.pushed(self._request)
 
     def state(self) -> dict[str, Tensor]:
         """As every link."""
@@ -132,7 +132,7 @@ class Remote(Link):
     def ask(self, request: Request, told: Tensor = NOTHING) -> None:
         """As every link."""
         self._asked = (request, told)
-        if request.kind == Kind.PUSH:
+        if request.kind in PUSHES:
             self._parcels.wrap(self._gradient, self._line.outgoing)
         try:
             self._send()
@@ -153,18 +153,20 @@ class Remote(Link):
 
     def state(self) -> dict[str, Tensor]:
         """As every link."""
-        self._line.finish(self._line.send(Request(Kind.STATE, 0, 0).pack()))
+        self._line.finish(self._line.send(Request(Kind.STATE, 0).pack()))
         reply = Reply.unpack(self._line.receive_header())
         return self._line.receive_tensors(self._line.receive_text(reply.text))
 
     def leave(self) -> None:
         """As every link."""
         with suppress(ConnectionError):  # it has left before us
-            self._line.finish(self._line.send(Request(Kind.LEAVE, 0, 0).pack()))
+            self._line.finish(self._line.send(Request(Kind.LEAVE, 0).pack()))
 
     def _send(self) -> None:
         request, told = self._asked
-        self._works = self._line.send(request.pack(), told, payload=request.kind == Kind.PUSH)
+        if request.kind in PULLS:
+            self._line.expect_payload()
+        self._works = self._line.send(request.pack(), told, payload=request.kind in PUSHES)
 
     def _receive(self) -> tuple[Reply, Tensor]:
         reply = Reply.unpack(self._line.receive_header())
@@ -172,7 +174,7 @@ class Remote(Link):
         if reply.text < 0:
             raise Halted(self._line.receive_text(-reply.text))
         told = self._line.receive_told(reply.told)
-        if self._asked[0].kind in (Kind.PULL, Kind.PEEK):
+        if self._asked[0].kind in PULLS:
             self._line.receive_payload()
         return reply, told
 

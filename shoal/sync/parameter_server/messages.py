@@ -17,12 +17,17 @@ HEADER_BYTES = 80
 class Kind(IntEnum):
     """What a worker asks for."""
 
-    PUSH = 1  # to take its gradient, which follows
-    SKIP = 2  # to count its step, whose gradient is not finite
-    PULL = 3  # the parameters, once they contain the steps before `clock`
-    PEEK = 4  # the parameters as they are, at once
-    STATE = 5  # the optimizers' state
-    LEAVE = 6  # nothing more
+    PUSH = 1  # to take its gradient, which follows, for its step `clock`
+    PULL = 2  # the parameters, once they contain every worker's steps before `needed`
+    EXCHANGE = 3  # both
+    SKIP = 4  # both, but to count its step only, whose gradient is not finite
+    PEEK = 5  # the parameters as they are, at once
+    STATE = 6  # the optimizers' state
+    LEAVE = 7  # nothing more
+
+
+PUSHES = (Kind.PUSH, Kind.EXCHANGE)
+PULLS = (Kind.PULL, Kind.EXCHANGE, Kind.SKIP, Kind.PEEK)
 
 
 class _Header:
@@ -40,13 +45,14 @@ class _Header:
 
 @dataclass(frozen=True)
 class Request(_Header):
-    """From a worker. `clock` is its step, for PULL the one before which every worker must have pushed."""
+    """From a worker."""
 
-    FORMAT: ClassVar[struct.Struct] = struct.Struct("<7qd16x")
+    FORMAT: ClassVar[struct.Struct] = struct.Struct("<8qd8x")
 
     kind: int
     worker: int
-    clock: int
+    clock: int = 0
+    needed: int = 0
     version: int = 0  # of the parameters that a gradient was taken at
     labels: int = 0  # of the worker's share
     step_labels: int = 0

@@ -144,7 +144,7 @@ class Arrivals(Policy):
         self.seen += push.share
         if push.gradient is None or not push.labels:
             return
-        server.gradient.copy_(push.gradient).div_(push.share)
+        torch.div(push.gradient, push.share, out=server.gradient)
         if self.delay_compensation:
             self._compensate(server, push)
         server.update(rate / max(1, self.staleness) if self.staleness_lr else rate)

@@ -12,7 +12,7 @@ from shoal.replica import Replica
 from shoal.sync.parameter_server.core import END
 from shoal.sync.parameter_server.host import NOTHING
 from shoal.sync.parameter_server.links import Link
-from shoal.sync.parameter_server.messages import Kind, Reply, Request
+from shoal.sync.parameter_server.messages import PULLS, Kind, Reply, Request
 from shoal.sync.parameter_server.policies import clip
 from shoal.sync.parameter_server.ranges import parts
 
@@ -50,22 +50,23 @@ class Servers:
         for link in self.links:
             clip(link.gradient, norm, max_norm)
 
-    def push(
-        self, replica: Replica, step: int, told: Tensor = NOTHING, *, skip: bool = False
+    def exchange(
+        self, replica: Replica, step: int, needed: int, told: Tensor = NOTHING, *, skip: bool = False
     ) -> Callable[[], Reply]:
-        """What pushes the gradients that were taken, when it is called; they were made of today's parameters."""
-        requests = [
-            Request(
-                Kind.SKIP if skip else Kind.PUSH, self.worker, step, version,
-                replica.own_labels, replica.step_labels, told.numel() if first else 0,
-            )
-            for version, first in zip(self.versions, self._firsts(), strict=True)
-        ]  # fmt: skip
+        """What pushes the gradients that were taken and pulls, when it is called; as `push` and `pull` at once.
+
+        With `skip` the step is counted, and nothing is pushed. A server that clips must be the only one.
+        """
+        requests = self._pushes(Kind.SKIP if skip else Kind.EXCHANGE, replica, step, needed, told)
         return lambda: self._ask(requests, told)
 
-    def pull(self, clock: int, norm: float = NAN) -> Reply:
-        """Fetch the parameters, once they contain every worker's steps before `clock`."""
-        return self._fetch(Kind.PULL, clock, norm)
+    def push(self, replica: Replica, step: int, told: Tensor = NOTHING) -> Reply:
+        """Push the gradients that were taken, which were made of the replica's parameters."""
+        return self._ask(self._pushes(Kind.PUSH, replica, step, 0, told), told)
+
+    def pull(self, needed: int, norm: float = NAN) -> Reply:
+        """Fetch the parameters, once they contain every worker's steps before `needed`."""
+        return self._fetch(Kind.PULL, needed, norm)
 
     def peek(self) -> Reply:
         """Fetch the parameters as they are."""
@@ -95,8 +96,17 @@ class Servers:
     def _firsts(self) -> list[bool]:
         return [link is self.links[0] for link in self.links]
 
-    def _fetch(self, kind: Kind, clock: int, norm: float) -> Reply:
-        return self._ask([Request(kind, self.worker, clock, norm=norm) for _ in self.links])
+    def _pushes(self, kind: Kind, replica: Replica, step: int, needed: int, told: Tensor) -> list[Request]:
+        return [
+            Request(
+                kind, self.worker, step, needed, version,
+                replica.own_labels, replica.step_labels, told.numel() if first else 0,
+            )
+            for version, first in zip(self.versions, self._firsts(), strict=True)
+        ]  # fmt: skip
+
+    def _fetch(self, kind: Kind, needed: int, norm: float) -> Reply:
+        return self._ask([Request(kind, self.worker, needed=needed, norm=norm) for _ in self.links])
 
     def _ask(self, requests: list[Request], told: Tensor = NOTHING) -> Reply:
         """The first server's reply, with the squares of all."""
@@ -105,7 +115,7 @@ class Servers:
         answers = [link.answer() for link in self.links]
         replies = [reply for reply, _ in answers]
         self.others = answers[0][1]
-        if requests[0].kind in (Kind.PULL, Kind.PEEK):
+        if requests[0].kind in PULLS:
             self._pulled = [reply.version for reply in replies]
         known = all(not reply.squares < 0 for reply in replies)
         return replace(replies[0], squares=sum(reply.squares for reply in replies) if known else -1.0)

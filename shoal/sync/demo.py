@@ -104,8 +104,8 @@ class DeMo(Sync):
             else:
                 part.copy_(torch.stack([state[name] for state in states]).mean(0))
 
-    @staticmethod
-    def cost(config: RunConfig, sizes: Sizes) -> Cost:
+    @classmethod
+    def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
         """A value and an index for each coefficient, to each other rank; the momentum. No optimizer's state."""
         chunk, topk = config.strategy.demo_chunk, config.strategy.demo_topk
         sent = sum(Waves(shape, chunk, topk).sent for shape in sizes.shapes)

@@ -178,8 +178,8 @@ class Gossip(Sync):
         if self.copies:
             self.copies.load_state_dict(states[self.wire.rank] if same else None)
 
-    @staticmethod
-    def cost(config: RunConfig, sizes: Sizes) -> Cost:
+    @classmethod
+    def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
         """The parameters to every neighbour; a copy to send and one of each neighbour. The first steps average."""
         topology, ranks = config.strategy.topology or DEFAULT_TOPOLOGY, sizes.world_size
         neighbours = len(TOPOLOGIES[topology](0, ranks, 0))
@@ -278,9 +278,9 @@ class Gossip(Sync):
 
     def _update(self, replica: Replica, step: int) -> None:
         """Have the optimizer step x_i = w_i z_i."""
-        replica.labels = 1 / self.wire.world_size
         weight = self.weight.item()
         _scale(replica, weight)
+        replica.labels = 1 / self.wire.world_size  # so that the mean of all follows the gradient of the step
         replica.update(step)
         _scale(replica, 1 / weight)
 

@@ -3,6 +3,7 @@
 import os
 import sysconfig
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from shoal.errors import UserError
@@ -43,6 +44,7 @@ def topics() -> Iterator[str]:
         yield texts[name]
 
 
+@cache  # looked up once a file it took a third of a second
 def _standard_library() -> Path:
     folder = Path(sysconfig.get_path("stdlib"))
     if not folder.is_dir():

@@ -26,7 +26,7 @@ TRAIN = "train"  # the tokenizer to be trained on the data
 TRAINING_SAMPLE_BYTES = 16 << 20  # a BPE of a few thousand entries gains nothing from more
 CHECK_SAMPLE_CHARACTERS = 64 << 10
 JOURNAL = "finished.jsonl"  # the shards that are whole, while others are still to be written
-POOL_FROM_BYTES = 4 << 20  # below, starting processes costs more than they save
+POOL_FROM_BYTES = 64 << 20  # below, starting processes costs more than they save over threads
 
 Report = Callable[[str], None]
 

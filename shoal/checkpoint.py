@@ -16,9 +16,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +63,22 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 class Checkpoints:
     """The checkpoints of one run folder. Rank 0 writes, the others hand it their part; every rank reads."""
 
-    def __init__(self, folder: Path, *, every: int, keep: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        every: int,
+        keep: int,
+        rank: int = 0,
+        world_size: int = 1,
+        present: Callable[[], Container[int]] | None = None,
+    ) -> None:
         self.folder = folder
         self.every = every
         self.keep = keep
         self.rank = rank
         self.world_size = world_size
+        self.present = present or (lambda: range(world_size))  # the ranks that can still hand over a part
         self.newest_step = -1  # of those saved by this process
         self.stalled = 0.0  # seconds that the caller has waited in `save` and `settle`
         self._thread: threading.Thread | None = None
@@ -134,8 +143,9 @@ class Checkpoints:
             if self.rank:
                 _hand_over(_parts(place, best) / own, copies[own])
                 return
-            others = [_rank_file(rank) for rank in range(1, self.world_size)] if own in copies else []
-            write(place, copies, progress, config_json, partial(_receive, _parts(place, best), others))
+            if own in copies and not self._receive(_parts(place, best)):
+                del copies[own]  # a rank is gone: those that go on from here all start from the one model
+            write(place, copies, progress, config_json, _parts(place, best))
             _point(self.folder / "latest", f"checkpoint-{progress.step}")
             if best:
                 _point(self.folder / "best", f"checkpoint-{progress.step}")
@@ -144,6 +154,21 @@ class Checkpoints:
             self._error = _explain(error, self.folder)
         finally:
             self._copied.set()
+
+    def _receive(self, parts: Path) -> bool:
+        """Wait for the parts of the other ranks; False if one is gone. All it takes is a disk that all see."""
+        deadline = time.monotonic() + PATIENCE
+        for rank in range(1, self.world_size):
+            while not (parts / _rank_file(rank)).exists():
+                if rank not in self.present():
+                    shutil.rmtree(parts, ignore_errors=True)
+                    return False
+                if time.monotonic() > deadline:
+                    raise ShoalError(
+                        f"save in {self.folder}: the part of rank {rank} did not come; is it a disk that all see?"
+                    )
+                time.sleep(0.01)
+        return True
 
     def _rotate(self) -> None:
         """Delete all but the newest ones, never the best; and those of later steps, if the run was walked back."""
@@ -164,16 +189,17 @@ def write(
     tensors: Tensors,
     progress: Progress,
     config_json: str | None,
-    receive: Callable[[Path], None] = lambda aside: None,
+    parts: Path | None = None,
 ) -> None:
     """Write a whole checkpoint aside and move it into place, each file on disk before the move.
 
-    `receive` moves into that folder what other ranks hand over.
+    `parts` is a folder of files that other ranks have handed over.
     """
     aside = _hidden(folder, "tmp")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        receive(aside)
+        if parts is not None and parts.exists():
+            parts.rename(aside)
         _fill(aside, tensors, progress, config_json)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -196,21 +222,6 @@ def _hand_over(path: Path, tensors: dict[str, Tensor]) -> None:
     unready = path.with_suffix(".tmp")
     save_file({n: t.contiguous() for n, t in tensors.items()}, unready, metadata={"format": "pt"})
     unready.rename(path)
-
-
-def _receive(parts: Path, names: Sequence[str], aside: Path) -> None:
-    """Move the parts of other ranks in as they appear: a file system that all see is all that is needed."""
-    deadline = time.monotonic() + PATIENCE
-    for name in names:
-        while not (parts / name).exists():
-            if time.monotonic() > deadline:
-                raise ShoalError(
-                    f"save {aside}: {name} did not come; is --output-dir on a disk that all see?"
-                )
-            time.sleep(0.01)
-        (aside / name).parent.mkdir(parents=True, exist_ok=True)
-        (parts / name).rename(aside / name)
-    shutil.rmtree(parts, ignore_errors=True)
 
 
 def _fill(aside: Path, tensors: Tensors, progress: Progress, config_json: str | None) -> None:

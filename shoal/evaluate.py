@@ -1,26 +1,24 @@
 """Exact evaluation: every row once, and the same number on any worker count."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shoal.collectives import Wire
 from shoal.data.batches import ABSENT, Samples
 from shoal.precision import Policy
 from shoal.replica import Loss
 
 
-class Alone:
-    """In place of a wire, for a rank that evaluates without the others."""
+@dataclass(frozen=True)
+class Team:
+    """Who evaluates together: this rank's place among `size`, and how they add up what each has found."""
 
-    rank = 0
-    world_size = 1
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over one rank."""
-        return tensor
+    rank: int = 0
+    size: int = 1
+    agree: Callable[[Tensor], Tensor] = lambda numbers: numbers
 
 
 @torch.no_grad()
@@ -30,31 +28,39 @@ def evaluate(
     samples: Samples,
     *,
     micro_batch_size: int,
-    wire: "Wire | Alone",
+    team: Team,
     policy: Policy,
     device: torch.device,
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[float, int] | None:
     """The summed loss over all of `samples` and the number of their labels.
 
-    Rank r takes every world_size-th micro-batch; the sums of the micro-batches are added up in their order, so
-    the result does not depend on who computed them. None if `stop()` came true on any rank.
+    Rank r takes every size-th micro-batch; the sums of the micro-batches are added up in their order, so the result
+    does not depend on who computed them. What nobody answers for, because a rank has died, each computes again for
+    itself. None if `stop()` came true on any rank.
     """
     ids = np.full(-(-len(samples) // micro_batch_size) * micro_batch_size, ABSENT, dtype=np.int64)
     ids[: len(samples)] = np.arange(len(samples))
     micro_batches = ids.reshape(-1, micro_batch_size)
-    sums = torch.zeros(len(micro_batches) + 1, dtype=torch.float64)  # the last one counts ranks that stopped
-    was_training = model.training
-    model.eval()
-    for v in range(wire.rank, len(micro_batches), wire.world_size):
-        if stop():
-            sums[-1] = 1
-            break
+
+    def measure(v: int) -> float:
         inputs = {k: t.to(device) for k, t in samples.collate(micro_batches[v]).items()}
         with policy.autocast(device):
-            sums[v] = loss(model, inputs).item()
+            return float(loss(model, inputs).item())
+
+    told = torch.zeros(
+        3, len(micro_batches), dtype=torch.float64
+    )  # sums, whether there is one, ranks that stopped
+    was_training = model.training
+    model.eval()
+    for v in range(team.rank, len(micro_batches), team.size):
+        if stop():
+            told[2, 0] = 1
+            break
+        told[0, v], told[1, v] = measure(v), 1
+    sums, known, stopped = team.agree(told.view(-1)).view(3, -1)
+    if not stopped.any():
+        for v in (known == 0).nonzero().flatten().tolist():
+            sums[v] = measure(v)
     model.train(was_training)
-    wire.sum(sums)
-    if sums[-1] > 0:
-        return None
-    return sums[:-1].sum().item(), int(samples.label_counts(ids).sum())
+    return None if stopped.any() else (sums.sum().item(), int(samples.label_counts(ids).sum()))

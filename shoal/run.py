@@ -16,7 +16,7 @@ from shoal.collectives import Wire
 from shoal.config import RunConfig, resolve_batch
 from shoal.data.batches import Batch, Batches
 from shoal.errors import UserError, choose
-from shoal.evaluate import Alone, evaluate
+from shoal.evaluate import Team, evaluate
 from shoal.layouts import LAYOUTS
 from shoal.mesh import Mesh
 from shoal.observe.console import Screen
@@ -44,9 +44,12 @@ class Run:
     checkpoints: Checkpoints
     progress: Progress
     total_steps: int
+    shared: checkpoint.Tensors | None = None  # `tensors()` after the steps done, once they were asked for
 
     def tensors(self) -> checkpoint.Tensors:
-        """What a checkpoint holds of the one model: live tensors, but copies where the replicas differ."""
+        """What rank 0 saves of the one model: live tensors, but copies where the replicas differ."""
+        if not self.mesh.is_first:
+            return {}
         files = {
             "model/model.safetensors": checkpoint.model_tensors(self.replica.model),
             "optimizer/state.safetensors": dict(self.replica.optimizer_state.tensors()),
@@ -78,6 +81,7 @@ class Run:
         self.progress.nonfinite_steps = self.replica.nonfinite_steps
         self.progress.nonfinite_total += failed
         self.progress.shares = self.replica.shares.counts
+        self.shared = None
         self.sync.watch(loss)
 
     def save(self, *, best: bool = False) -> None:
@@ -85,11 +89,12 @@ class Run:
         if not best and self.checkpoints.newest_step == self.progress.step:
             return
         self.checkpoints.settle()
-        with self.sync.shared_model(self.replica):
-            tensors = self.tensors() if self.mesh.is_first else {}
+        if self.shared is None:
+            with self.sync.shared_model(self.replica):
+                self.shared = self.tensors()
         model_config = getattr(self.replica.model, "config", None)
         config_json = model_config.to_json_string() if model_config is not None else None
-        self.checkpoints.save(tensors, self.progress, config_json, part=self.part(), best=best)
+        self.checkpoints.save(self.shared, self.progress, config_json, part=self.part(), best=best)
 
     def evaluate(self, stop: Callable[[], bool]) -> dict[str, float] | None:
         """The task's metrics over the whole "eval" split, {} if it is empty; None if `stop()` came true."""
@@ -98,13 +103,15 @@ class Run:
         if not len(samples) or (alone and not self.mesh.is_first):
             return {}
         self.checkpoints.settle()  # the shared model may be written over what is being copied
+        team = Team() if alone else Team(self.mesh.rank, self.mesh.world_size, self.sync.agree)
         with self.sync.shared_model(self.replica):
+            self.shared = self.tensors()  # for a save of the same step
             measured = evaluate(
                 self.replica.model,
                 self.task.loss,  # never the compiled one: a second graph would cost more than it saves
                 samples,
                 micro_batch_size=self.batches.shape[1],
-                wire=Alone() if alone else self.wire,
+                team=team,
                 policy=self.replica.policy,
                 device=self.mesh.device,
                 stop=stop,
@@ -141,7 +148,8 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
             params,
             learning_rate=config.train.learning_rate,
             weight_decay=config.train.weight_decay,
-            momentum=0.0 if config.strategy.codec_momentum else 0.9,  # of sgd, where the codec takes it
+            momentum=_momentum(config),
+            warmup=config.strategy.codec_warmup,
         ),
         policy=policy,
         device=mesh.device,
@@ -169,6 +177,7 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
         keep=config.checkpoint.save_total_limit,
         rank=mesh.rank,
         world_size=mesh.world_size,
+        present=lambda: sync.present,
     )
     progress = Progress(data=data.name, strategy=config.strategy.name)
     run = Run(
@@ -180,6 +189,13 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
     else:
         _resume(run, found)
     return run
+
+
+def _momentum(config: RunConfig) -> float:
+    """Of the optimizer: what the codec takes for itself `sgd` must not take again, and `onebit-adam` goes on with."""
+    if config.train.optim == "onebit-adam":
+        return config.strategy.codec_momentum
+    return 0.0 if config.strategy.codec_momentum else 0.9
 
 
 def _bucket_bytes(config: RunConfig, params: optim.NamedParams) -> int:

@@ -75,13 +75,13 @@ class Workers:
             self.processes = [self._start(env, rank, listener) for rank in range(count)]
 
     def run(self) -> int:
-        """Wait for all; returns the exit code. One that fails takes the others with it."""
+        """Wait for all; returns the exit code. One that fails takes the others with it, unless these can spare it."""
         previous = {
             number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM)
         }
         try:
             while None in (codes := [p.poll() for p in self.processes]):
-                if any(code not in (None, DONE, PREEMPTED) for code in codes):
+                if any(c not in (None, DONE, PREEMPTED) and not self._spared(r) for r, c in enumerate(codes)):
                     refused = BAD_INPUT in codes  # before any work: nobody has anything to save
                     self._end_all(grace=0 if refused else GRACE)
                     break
@@ -137,16 +137,25 @@ class Workers:
                 process.kill()
                 process.wait()
 
+    def _spared(self, rank: int) -> bool:
+        """Whether a worker was killed from outside that the others can do without."""
+        killed = (self.processes[rank].returncode or 0) < 0 and not self.signals
+        return killed and self.config.strategy.can_lose(rank)
+
     def _verdict(self) -> int:
         """The exit code of the whole, after the root cause was raised or printed."""
         codes = [p.returncode for p in self.processes]
-        if not any(codes):
+        if not any(code for rank, code in enumerate(codes) if not self._spared(rank)):
             return DONE
         records = [json.loads(path.read_text()) for path in self.errors.glob("rank-*.json")]
         if self.interrupted:
             _say(records, "interrupted")
             return INTERRUPTED
-        own = {rank: p.returncode for rank, p in enumerate(self.processes) if p.pid not in self.stuck}
+        own = {
+            rank: p.returncode
+            for rank, p in enumerate(self.processes)
+            if p.pid not in self.stuck and not self._spared(rank)
+        }
         if all(code in (DONE, PREEMPTED, -signal.SIGTERM) for code in own.values()):
             _say(records, "stopped before the first step: there was nothing to save yet")
             return PREEMPTED

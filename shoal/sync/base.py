@@ -1,7 +1,7 @@
 """What every strategy has in common. Most need `attach`, `step` and `cost` only."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
@@ -19,6 +19,7 @@ class Sync(ABC):
 
     all_agree = True  # whether `agree` tells every rank the same
     replicas_differ = False  # whether they may, after a step, in parameters or optimizer state
+    drift = 0.0  # how far this replica was from those it last met, as a part of the norm of its parameters
 
     def __init__(self, config: RunConfig, wire: Wire) -> None:
         self.wire = wire
@@ -48,12 +49,20 @@ class Sync(ABC):
         """Whether rank 0 evaluates while the others go on: where nobody may wait for somebody who may be gone."""
         return False
 
+    @property
+    def present(self) -> Container[int]:
+        """The ranks that still take part."""
+        return range(self.wire.world_size)
+
     def watch(self, loss: float) -> None:
         """Told the loss a label of each step, once all ranks know it."""
         return
 
     def tighten(self) -> str | None:
-        """Agree more closely from now on; says in words what was changed, or None where nothing is left to."""
+        """Agree more closely from now on; says in words what was changed. Empty: it is as close as it can be.
+
+        None: all-reduce is closer.
+        """
         return None
 
     def metrics(self) -> dict[str, float]:

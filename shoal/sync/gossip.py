@@ -113,7 +113,6 @@ class Gossip(Sync):
         self.weight = torch.ones(1, dtype=torch.float64)  # w_i of push-sum, for ever 1 otherwise
         self.rounds = 0
         self.under_way: Round | None = None
-        self.distance = 0.0
         self._outbox: list[Tensor] = []
         self._inboxes: list[list[Tensor]] = []
 
@@ -160,9 +159,14 @@ class Gossip(Sync):
             for bucket, flat in zip(replica.buckets, own, strict=True):
                 write(bucket, flat)
 
+    @property
+    def present(self) -> list[int]:
+        """Those that answer, and this one."""
+        return [*self.peers.alive, self.wire.rank]
+
     def metrics(self) -> dict[str, float]:
         """How far the neighbours heard in the last step were from this replica, as a part of its own norm."""
-        return {"sync/consensus_distance": self.distance}
+        return {"sync/consensus_distance": self.drift}
 
     def state_dict(self) -> State:
         """Where the graph's turn stands, the weight of push-sum, and what an encoded exchange remembers."""
@@ -236,7 +240,7 @@ class Gossip(Sync):
             peer: self.mixing * matrix[peer, rank].item() for peer in exchange.receivers if peer in alive
         }
         weights = {peer: letter[-1].item() if self.push_sum else 1.0 for peer, letter in letters.items()}
-        self.distance = self._distance(exchange.own, heard, weights)
+        self.drift = self._distance(exchange.own, heard, weights)
         kept, terms = self._terms(heard, taken, given)
         for i, mixed in enumerate(exchange.own):
             mixed.mul_(kept)

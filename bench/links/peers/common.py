@@ -19,7 +19,7 @@ from shoal.collectives import Wire
 from shoal.config import load_config
 from shoal.config.batch import resolve_batch
 from shoal.data.batches import Batch, Batches
-from shoal.evaluate import evaluate
+from shoal.evaluate import Team, evaluate
 from shoal.shares import equal
 from shoal.tasks import TASKS
 
@@ -87,7 +87,7 @@ class Job:
             self.task.loss,
             self.task.samples("eval"),
             micro_batch_size=self.batches.shape[1],
-            wire=Wire(dist.group.WORLD),
+            team=Team(dist.get_rank(), dist.get_world_size(), Wire(dist.group.WORLD).sum),
             policy=self.policy,
             device=torch.device("cpu"),
         )

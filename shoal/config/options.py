@@ -50,20 +50,57 @@ def _contradictions(config: RunConfig) -> Iterator[Refusal]:
     if every.isdigit() and (options.overlap_steps or 0) >= int(every):
         found = f"the next sync starts after {every} steps"
         yield f"--overlap-steps {options.overlap_steps}", found, f"take at most {int(every) - 1}"
-    if options.guard_steps and options.guard is None:
-        yield f"--guard-steps {options.guard_steps}", "there is no guard", "add --guard 0.05, or leave it out"
+    if (options.guard_steps or options.guard_drift) and options.guard is None:
+        yield "--guard-steps and --guard-drift", "there is no guard", "add --guard 0.05, or leave them out"
     if options.normalize == "each" and options.name != "allreduce":
         yield (
             "--normalize each",
             f"with {options.name} every worker updates by its own",
             "take --normalize sum",
         )
-    if options.codec_momentum and config.train.optim != "sgd":
-        found = f"{config.train.optim} would take its momentum a second time"
-        yield "--codec-momentum", found, "take --optim sgd, or leave it out"
+    yield from _momentum(config)
+    if options.name == "local" and options.averaging == "mean":
+        for flag, given in (("--outer-lr", options.outer_lr), ("--outer-momentum", options.outer_momentum)):
+            if given is not None:
+                yield (
+                    flag,
+                    "the plain mean of the replicas reads none",
+                    "add --averaging slowmo, or leave it out",
+                )
+    if options.averaging == "elastic" and options.outer_momentum is not None:
+        yield "--outer-momentum", "elastic averaging reads none", "take --averaging slowmo, or leave it out"
+    if options.codec_warmup and options.name in ("server", "async"):
+        found = f"strategy {options.name} sends from one rank to another, where lengths must be known"
+        yield f"--codec-warmup {options.codec_warmup}", found, "leave it out"
     if options.delayed_momentum and config.train.optim != "sgd":
         found = f"it takes the place of {config.train.optim}"
         yield "--delayed-momentum", found, "add --optim sgd, or leave it out"
     if options.trim != 0.25 and options.aggregation != "trimmed-mean":
         found = f"the servers take the {options.aggregation}"
         yield f"--trim {options.trim}", found, "add --aggregation trimmed-mean, or leave it out"
+
+
+def _momentum(config: RunConfig) -> Iterator[Refusal]:
+    """Of the codec and of the optimizer: one of them takes it."""
+    options, optim = config.strategy, config.train.optim
+    if optim == "onebit-adam":
+        needed = {
+            "--strategy allreduce": options.name == "allreduce",
+            "--codec sign": options.codec == "sign",
+            "--codec-momentum 0.9": options.codec_momentum > 0,
+            "--codec-warmup 100": options.codec_warmup > 0,
+            "--max-grad-norm 0": config.train.max_grad_norm == 0,
+        }
+        missing = " ".join(flag for flag, given in needed.items() if not given)
+        if missing:
+            yield (
+                "--optim onebit-adam",
+                "it is handed a momentum that is encoded after a warm-up",
+                f"add {missing}",
+            )
+    elif options.codec_momentum and options.codec == "sign" and options.name in ("server", "async"):
+        found = "servers are sent gradients, and the momentum of sign is that of all ranks"
+        yield "--codec-momentum", found, "leave it out"
+    elif options.codec_momentum and optim != "sgd":
+        found = f"{optim} would take its momentum a second time"
+        yield "--codec-momentum", found, "take --optim sgd or onebit-adam, or leave it out"

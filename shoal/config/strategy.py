@@ -27,15 +27,17 @@ class StrategyConfig(Section):
     )
 
     sync_every: Period | None = fact(
-        None, "steps between two syncs; or 100ktokens; or end = once", "outer_every", of="local diloco"
+        None, "steps between two syncs; or 100ktokens; or end = once", "outer_every", of="local diloco noloco"
     )
-    outer_lr: Number | None = fact(None, "rate of the outer update", of="local diloco", gt=0)
-    outer_momentum: Number | None = fact(None, "momentum of the outer update", of="local diloco", ge=0, lt=1)
+    outer_lr: Number | None = fact(None, "rate of the outer update", of="local diloco noloco", gt=0)
+    outer_momentum: Number | None = fact(
+        None, "momentum of the outer update", of="local diloco noloco", ge=0, lt=1
+    )
     averaging: Literal["mean", "slowmo", "bmuf", "elastic"] = fact(
         "mean", "the outer rule of local", of="local"
     )
     local_after: Whole = fact(
-        0, "steps of synchronous training before the local ones", of="local diloco", ge=0
+        0, "steps of synchronous training before the local ones", of="local diloco noloco", ge=0
     )
     group_size: Whole | None = fact(
         None, "ranks that sync every sync_every; all of them every global_every", of="local", ge=1
@@ -87,7 +89,7 @@ class StrategyConfig(Section):
     normalize: Literal["no", "sum", "each"] = fact(
         "no",
         "divide the gradient by its norm: sum = that of all workers, each = every worker its own",
-        of="allreduce local diloco gossip",
+        of="allreduce local diloco noloco gossip",
     )
     clip_each: Number = fact(
         0.0, "the norm every worker clips its own gradient to before the sum; 0 = off", of="allreduce", ge=0
@@ -96,13 +98,19 @@ class StrategyConfig(Section):
     guard: Number | None = fact(
         None,
         "share by which the loss may rise before the guard acts, such as 0.05; empty = no guard",
-        of="local diloco gossip async",
+        of="local diloco noloco gossip async",
+        gt=0,
+    )
+    guard_drift: Number | None = fact(
+        None,
+        "share of their norm by which replicas may differ before the guard acts; empty = any",
+        of="local diloco noloco gossip",
         gt=0,
     )
     guard_steps: Whole = fact(
         0,
         "synchronous steps at the start, for the guard to compare with",
-        of="local diloco gossip async",
+        of="local diloco noloco gossip async",
         ge=0,
     )
 
@@ -128,3 +136,9 @@ class StrategyConfig(Section):
     demo_decay: Number = fact(0.999, "of the decoupled momentum", of="demo", ge=0, lt=1)
     demo_chunk: Whole = fact(64, "the side of the blocks that are transformed", of="demo", ge=1)
     demo_topk: Whole = fact(32, "coefficients of a block that are sent", of="demo", ge=1)
+
+    def can_lose(self, rank: int) -> bool:
+        """Whether the others go on when the worker of `rank` is gone. Rank 0 writes, and is never spared."""
+        if self.name in ("async", "server"):
+            return rank >= self.servers and (self.name == "async" or self.quorum is not None)
+        return self.name == "gossip" and rank > 0

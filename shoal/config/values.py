@@ -123,7 +123,7 @@ Whole = Annotated[int, BeforeValidator(whole_number, json_schema_input_type=int 
 Warmup = Annotated[Number, AfterValidator(_warmup)]
 Names = Annotated[list[str], BeforeValidator(names, json_schema_input_type=list[str] | str)]
 Trackers = Annotated[list[str], BeforeValidator(names), AfterValidator(_trackers)]
-Optimizer = Annotated[Literal["adamw", "muon", "sgd"], BeforeValidator(_optimizer)]
+Optimizer = Annotated[Literal["adamw", "muon", "sgd", "onebit-adam"], BeforeValidator(_optimizer)]
 Precision = Annotated[Literal["auto", "bf16-mixed", "32-true", "64-true"], BeforeValidator(_precision)]
 Shares = Annotated[str, BeforeValidator(_shares)]
 Period = Annotated[str, BeforeValidator(_period, json_schema_input_type=int | str)]

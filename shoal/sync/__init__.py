@@ -7,6 +7,7 @@ from shoal.sync.demo import DeMo
 from shoal.sync.diloco import DiLoCo
 from shoal.sync.gossip import Gossip
 from shoal.sync.local import Local
+from shoal.sync.noloco import NoLoCo
 from shoal.sync.server import Server
 
 SYNCS: dict[str, type[Sync]] = {
@@ -15,6 +16,7 @@ SYNCS: dict[str, type[Sync]] = {
     "async": Async,
     "local": Local,
     "diloco": DiLoCo,
+    "noloco": NoLoCo,
     "gossip": Gossip,
     "demo": DeMo,
 }

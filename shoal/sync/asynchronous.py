@@ -144,6 +144,8 @@ class Async(Central):
 
     def tighten(self) -> str:
         """Half the staleness, down to the synchronous gate. Rank 0's server tells the others."""
+        if self.max_staleness == 0:
+            return ""
         bound = self.wire.world_size if self.max_staleness is None else self.max_staleness
         if self.wire.rank == 0 and self.host is not None:
             self.host.tighten(bound // 2)

@@ -1,7 +1,7 @@
 """The guard: watches training that is not the same as synchronous training, and acts before it is lost."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -24,7 +24,8 @@ class Guard(Sync):
     """A strategy under guard: synchronous for `guard_steps`, then watched by its loss.
 
     When the running mean of the loss stands more than `guard` (a share) above the lowest it has reached, or is not
-    finite, the strategy is asked to tighten its agreement; when it cannot any more, all-reduce takes over for good,
+    finite, or the replicas drift further apart than `guard_drift` (a share of their norm), the strategy is asked to
+    tighten its agreement; when it cannot any more, all-reduce takes over for good,
     from the mean of the replicas. All ranks see the same loss, and so decide alike.
     """
 
@@ -67,13 +68,15 @@ class Guard(Sync):
             first = math.isinf(self.running)
             self.running = loss if first else MEMORY * self.running + (1 - MEMORY) * loss
             self.lowest = min(self.lowest, self.running)
-        risen = not math.isfinite(loss) or self.running > self.lowest * (1 + (self.options.guard or 0))
-        if self.phase == GUARDED and risen and self.quiet >= PATIENCE:
-            self._act(loss)
+        if self.phase == GUARDED and self.quiet >= PATIENCE and (because := self._alarm(loss)):
+            self._act(because)
 
     def agree(self, numbers: Tensor) -> Tensor:
-        """As who trains now."""
-        return self.acting.agree(numbers)
+        """As who trains now; along with them the mean of the replicas' drift."""
+        own = torch.tensor([self.acting.drift, 1.0], dtype=numbers.dtype)
+        told = self.acting.agree(torch.cat([numbers, own]))
+        self.drift = (told[-2] / told[-1]).item()
+        return told[:-2]
 
     def shared_model(self, replica: Replica) -> AbstractContextManager[None]:
         """As who trains now."""
@@ -87,6 +90,11 @@ class Guard(Sync):
     def evaluates_alone(self) -> bool:
         """As who trains now."""
         return self.acting.evaluates_alone
+
+    @property
+    def present(self) -> Container[int]:
+        """As who trains now."""
+        return self.acting.present
 
     def metrics(self) -> dict[str, float]:
         """Those of who trains now, and which phase that is: 0 synchronous, 1 guarded, 2 fallen back."""
@@ -109,17 +117,22 @@ class Guard(Sync):
         """Never asked: the guarded strategy's counts."""
         raise NotImplementedError
 
-    def _act(self, loss: float) -> None:
+    def _alarm(self, loss: float) -> str:
+        """What is wrong, in words; empty if nothing is."""
+        if not math.isfinite(loss) or self.running > self.lowest * (1 + (self.options.guard or 0)):
+            return f"the loss is {loss:.4g}, its running mean {self.running:.4g} after {self.lowest:.4g}"
+        if self.options.guard_drift is not None and self.drift > self.options.guard_drift:
+            return f"the replicas are {self.drift:.3g} of their norm apart"
+        return ""
+
+    def _act(self, because: str) -> None:
         self.quiet = 0
-        because = (
-            f"guard: the loss is {loss:.4g}, its running mean {self.running:.4g} after {self.lowest:.4g}"
-        )
         tightened = self.guarded.tighten()
         if tightened:
-            self.say(f"{because}: {tightened}")
-            return
-        self.say(f"{because}: all-reduce takes over, from the mean of the replicas")
-        self._fall_back()
+            self.say(f"guard: {because}: {tightened}")
+        elif tightened is None:
+            self.say(f"guard: {because}: all-reduce takes over, from the mean of the replicas")
+            self._fall_back()
 
     def _fall_back(self) -> None:
         """Every replica becomes the mean of all, in parameters and optimizer state."""

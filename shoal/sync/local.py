@@ -25,7 +25,7 @@ from shoal.replica import Replica
 from shoal.sync.allreduce import AllReduce
 from shoal.sync.base import State, Sync
 from shoal.sync.outer import BlockMomentum, Elastic, Mean, Outer, SlowMo
-from shoal.sync.parameters import averaged, mean, write
+from shoal.sync.parameters import apart, averaged, mean, read, write
 from shoal.sync.shared import Shared
 
 ELASTICITY = 0.9
@@ -131,6 +131,10 @@ class Local(Sync):
         """The mean of all replicas."""
         return averaged(replica, self.wire)
 
+    def metrics(self) -> dict[str, float]:
+        """How far this replica was from the mean of all at the last sync, as a part of its norm."""
+        return {"sync/drift": self.drift}
+
     def state_dict(self) -> State:
         """What is shared, its momentum, what travels, what the codec left out, and the tokens since the last sync."""
         state = {"period": torch.tensor([self.period.seen, self.halvings])}
@@ -146,7 +150,7 @@ class Local(Sync):
 
     def load_state_dict(self, states: Sequence[State]) -> None:
         """What is shared was the same on all ranks; what the codec left out follows the exchange's rule."""
-        state = states[0]
+        state = self._taken_up(states)
         scale = self.wire.world_size / len(
             states
         )  # of sums over the ranks, which are divided by today's count
@@ -201,6 +205,10 @@ class Local(Sync):
     def _alone(self, step: int) -> bool:
         return step >= self.options.local_after
 
+    def _taken_up(self, states: Sequence[State]) -> State:
+        """Of what all ranks have saved, the shared part that this one goes on with."""
+        return states[0]
+
     def _begin(self, replica: Replica) -> None:
         if self.has_outer(self.options):
             mixing = self.options.mixing or 1.0
@@ -213,7 +221,10 @@ class Local(Sync):
             return
         wire = self.wire if everyone else self.neighbours
         before = wire.bytes_sent
-        for bucket, flat in zip(replica.buckets, mean(replica, wire), strict=True):
+        means = mean(replica, wire)
+        own = [read(bucket) for bucket in replica.buckets]
+        self.drift = apart([a - b for a, b in zip(own, means, strict=True)], means)
+        for bucket, flat in zip(replica.buckets, means, strict=True):
             write(bucket, flat)
         if wire is not self.wire:
             self.wire.bytes_sent += wire.bytes_sent - before
@@ -228,8 +239,14 @@ class Local(Sync):
         for journey in [each for each in self.travelling if each.arrives == done]:
             self.travelling.remove(journey)
             journey.complete()
-            for i, delta in zip(self._fragment(journey.fragment), journey.deltas, strict=True):
-                self.shared[i].settle(delta.div_(self.wire.world_size), replica.learning_rate)
+            parts = [self.shared[i] for i in self._fragment(journey.fragment)]
+            means = [delta.div_(self.wire.world_size) for delta in journey.deltas]
+            self.drift = apart(
+                [shared.delta() - delta for shared, delta in zip(parts, means, strict=True)],
+                [shared.flat for shared in parts],
+            )
+            for shared, delta in zip(parts, means, strict=True):
+                shared.settle(delta, replica.learning_rate)
 
     def _start(self, fragment: int, arrives: int) -> Journey:
         parts = [(i, self.shared[i]) for i in self._fragment(fragment)]

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from shoal.buckets import Bucket
 from shoal.collectives import Wire
@@ -33,6 +34,12 @@ def mean(replica: Replica, wire: Wire) -> list[Tensor]:
     for work in [wire.start_all_reduce(flat) for flat in flats]:
         work.wait()
     return [flat.div_(wire.world_size) for flat in flats]
+
+
+def apart(differences: list[Tensor], parameters: list[Tensor]) -> float:
+    """The norm of all differences as a part of that of all parameters."""
+    distance, length = get_total_norm(differences).item(), get_total_norm(parameters).item()
+    return distance / length if length else 0.0
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from shoal import optim
 from shoal.data.batches import Batches
+from shoal.sync.noloco import partner
 
 EACH, RATE, SEED = 2, 0.02, 3
 Vectors = list[Tensor]  # of each replica, all parameters in one
@@ -151,6 +152,32 @@ def nesterov(rate: float, mu: float) -> Callable[[Tensor, Tensor, dict[str, Any]
         return x - rate * ((x - y) + mu * memory["m"])
 
     return move
+
+
+def in_pairs(every: int, beta: float, alpha: float, gamma: float) -> Rule:
+    """NoLoCo. Who meets whom is shoal's choice, as the order of the data is."""
+    slow: Vectors = []
+    moves: Vectors = []
+
+    def rule(world: World, done: int) -> None:
+        count = len(world.models)
+        if done == 0:
+            slow[:], moves[:] = world.vectors(), [torch.zeros_like(x) for x in world.vectors()]
+        if done == 0 or done % every:
+            return
+        away = [x - y for x, y in zip(slow, world.vectors(), strict=True)]
+        met = [partner(rank, count, SEED, done // every - 1) for rank in range(count)]
+        assert sorted(met) == list(range(count))
+        assert all(met[met[rank]] == rank for rank in range(count))
+        new = []
+        for rank, other in enumerate(met):
+            pull = slow[rank] - (slow[rank] + slow[other]) / 2
+            moves[rank] = alpha * moves[rank] + beta * (away[rank] + away[other]) / 2 + gamma * pull
+            new.append(slow[rank] - moves[rank])
+        slow[:] = new
+        world.put(new)
+
+    return rule
 
 
 def elastic(every: int, beta: float) -> Rule:

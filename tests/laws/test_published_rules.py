@@ -53,6 +53,14 @@ CASES: dict[str, tuple[int, dict[str, Any], Callable[[], Rule], int]] = {
         2, {"strategy": "diloco", "sync_every": 6, "fragments": 3, "overlap_steps": 2, "mixing": 0.5},
         lambda: published.streaming(6, 3, 2, 0.5, 0.7, 0.9), 0,
     ),
+    "noloco": (
+        4, {"strategy": "noloco", "sync_every": 3, "global_batch_size": 16},
+        lambda: published.in_pairs(3, 0.7, 0.5, 1.0), 0,
+    ),
+    "noloco-with-one-left-over": (
+        3, {"strategy": "noloco", "sync_every": 4, "outer_lr": 0.6, "outer_momentum": 0.4},
+        lambda: published.in_pairs(4, 0.6, 0.4, 1.0), 0,
+    ),
 }  # fmt: skip
 
 
@@ -89,6 +97,10 @@ ORACLES = {  # each at a setting where it is another, known method
     "bmuf is slowmo with rate 1": (
         {"strategy": "local", "sync_every": 4, "averaging": "bmuf", "outer_momentum": 0.6},
         {"strategy": "local", "sync_every": 4, "averaging": "slowmo", "outer_momentum": 0.6},
+    ),
+    "a pair that only averages is local": (
+        {"strategy": "noloco", "sync_every": 4, "outer_lr": 1.0, "outer_momentum": 0.0},
+        {"strategy": "local", "sync_every": 4},
     ),
     "always synchronous is all-reduce": (
         {"strategy": "diloco", "local_after": STEPS}, {"strategy": "allreduce"}

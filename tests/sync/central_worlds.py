@@ -43,12 +43,13 @@ def steps_of(
     *,
     killed: int = -1,
     at: int = 5,
-    held_up: str = "",
+    held_up: Path | None = None,
     **settings: Any,
 ) -> Outcome:
     """Take the steps of a run without evaluating or saving; rank `killed` dies in step `at`.
 
-    `held_up` names a file: rank 1 takes no step from `at` on before rank 0 has taken its last and made the file.
+    With `held_up`, an empty folder, rank 1 holds its gradient of step `at` until rank 0 has taken its last step; and
+    rank 0 takes this step only when rank 1 has that gradient.
     """
     Remote.AGAIN = timedelta(seconds=1)
     run = run_of(mesh, strategy, task, **SETTINGS | settings)
@@ -57,15 +58,15 @@ def steps_of(
         run.replica.gradients(run.batches.at(step))
         if mesh.rank == killed and step == at:
             os.kill(os.getpid(), signal.SIGKILL)
-        while held_up and mesh.rank == 1 and step == at and not Path(held_up).exists():
-            time.sleep(0.01)
+        if held_up and step == at:
+            _hold_up(mesh.rank, held_up)
         before = run.wire.bytes_sent
         run.sync.step(run.replica, step)
         sent.append(run.wire.bytes_sent - before)
         numbers.append(run.sync.agree(torch.tensor([1.0], dtype=torch.float64)).item())
         staleness.append(run.sync.metrics().get("sync/staleness", 0.0))
     if held_up and mesh.rank == 0:
-        Path(held_up).touch()
+        (held_up / "rank 0 is done").touch()
     before = run.wire.bytes_sent
     run.sync.finish(run.replica)
     sent.append(run.wire.bytes_sent - before)
@@ -76,3 +77,11 @@ def steps_of(
     if run.sync.host and mesh.rank:  # rank 0 has asked for the optimizers' state
         last += sum(tensor.nbytes for tensor in run.sync.host.state().values())
     return Outcome(parameters(run), numbers, run.sync.servers.versions, staleness, sent, predicted, last)
+
+
+def _hold_up(rank: int, folder: Path) -> None:
+    if rank == 1:
+        (folder / "rank 1 has its gradient").touch()
+    awaited = folder / ("rank 0 is done" if rank else "rank 1 has its gradient")
+    while not awaited.exists():
+        time.sleep(0.01)

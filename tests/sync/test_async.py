@@ -30,7 +30,7 @@ def test_every_push_is_applied_and_all_end_with_the_same_model(pool: Pool, share
 
 def test_without_a_bound_nobody_waits(pool: Pool, tmp_path: Path) -> None:
     """Rank 1 is held up until rank 0 has taken all of its steps."""
-    first, last = pool.world(2, steps_of, "async", TASK, held_up=str(tmp_path / "go on"))
+    first, last = pool.world(2, steps_of, "async", TASK, held_up=tmp_path)
     assert max(last.staleness) >= 12 - 5
     assert max(first.staleness) <= 6
     assert first_difference([first.final], [last.final]) is None

@@ -1,0 +1,114 @@
+"""NoLoCo: DiLoCo whose outer step needs one other replica, not all: no collective, and nobody waits for the slowest.
+
+Kolehmainen et al. 2025, "NoLoCo: No-all-reduce Low Communication Training Method for Large Models" (arXiv 2506.10911,
+from memory). Every replica i holds slow parameters x_i of its own. In each sync the ranks are paired anew at random;
+with D = x - y, what a replica has come away from its slow parameters, and the means over the pair
+
+    d_i = alpha d_i + beta mean_j D_j + gamma (x_i - mean_j x_j);  x_i -= d_i;  y_i = x_i
+
+beta is `outer_lr` (0.7), alpha `outer_momentum` (0.5). The last term holds the replicas together: at gamma = 1, the
+value here, a pair without momentum meets in its middle. A rank that finds no partner steps alone. A sync sends 2 P:
+D and x. Held: x, d, and both of the partner's meanwhile. What is evaluated and saved is the mean of the replicas.
+
+Use it with many ranks over slow links, where an all-reduce waits for the slowest of all of them; with few, `diloco`
+sends half and agrees exactly. No codec: where replicas differ for good, its error would pass for a difference.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from shoal.collectives import Wire
+from shoal.config import RunConfig
+from shoal.config.strategy import StrategyConfig
+from shoal.cost import Cost, Sizes
+from shoal.data.order import derive_seed
+from shoal.replica import Replica
+from shoal.sync.base import State
+from shoal.sync.local import Local, Period
+from shoal.sync.outer import BlockMomentum, Outer
+from shoal.sync.parameters import apart
+
+OUTER_RATE = 0.7
+OUTER_MOMENTUM = 0.5
+GAMMA = 1.0
+
+
+def partner(rank: int, world_size: int, seed: int, number: int) -> int:
+    """Whom `rank` meets in sync `number`; itself where their count is odd and it is left over."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "pairs", number))
+    order = torch.randperm(world_size, generator=generator).tolist()
+    other = order.index(rank) ^ 1
+    return int(order[other]) if other < world_size else rank
+
+
+class NoLoCo(Local):
+    """Local training under an outer momentum, agreed on in pairs."""
+
+    EVERY: ClassVar[str] = "30"
+
+    def __init__(self, config: RunConfig, wire: Wire) -> None:
+        super().__init__(config, wire)
+        self.seed = config.train.seed
+        self.syncs = 0
+
+    @classmethod
+    def has_outer(cls, options: StrategyConfig) -> bool:
+        """Always."""
+        return True
+
+    def outer(self) -> Outer:
+        """A new outer momentum."""
+        momentum = self.options.outer_momentum
+        return BlockMomentum(
+            self.options.outer_lr or OUTER_RATE, OUTER_MOMENTUM if momentum is None else momentum
+        )
+
+    def state_dict(self) -> State:
+        """The slow parameters and the momentum of this rank, and whose turn it is."""
+        return super().state_dict() | {"syncs": torch.tensor(self.syncs)}
+
+    def load_state_dict(self, states: Sequence[State]) -> None:
+        """Each rank its own; by another number of ranks all go on from the mean of all."""
+        self.syncs = int(states[0]["syncs"])
+        super().load_state_dict(states)
+
+    @classmethod
+    def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
+        """Delta and slow parameters, to one rank a period."""
+        every = Period(config.strategy.sync_every or cls.EVERY).steps or math.inf
+        return Cost(sent=2 * sizes.nbytes / every if sizes.world_size > 1 else 0, held=2 * sizes.nbytes)
+
+    def _taken_up(self, states: Sequence[State]) -> State:
+        if len(states) == self.wire.world_size:
+            return states[self.wire.rank]
+        floats = [name for name, tensor in states[0].items() if tensor.is_floating_point()]
+        return dict(states[0]) | {name: torch.stack([s[name] for s in states]).mean(0) for name in floats}
+
+    def _sync_shared(self, done: int, replica: Replica) -> None:
+        """Meet the partner of this sync, if one is due, and take the outer step."""
+        if not self.period.due(done, replica.step_labels):
+            return
+        own = [torch.stack([shared.delta(), shared.flat]) for shared in self.shared]
+        means = self._means_of_pair(own)
+        self.drift = apart(
+            [x - mean[1] for (_, x), mean in zip(own, means, strict=True)], [x for _, x in own]
+        )
+        for shared, (delta, centre) in zip(self.shared, means, strict=True):
+            pull = (shared.flat - centre).mul_(GAMMA / shared.outer.rate)
+            shared.settle(delta + pull, replica.learning_rate)
+
+    def _means_of_pair(self, own: list[Tensor]) -> list[Tensor]:
+        other = partner(self.wire.rank, self.wire.world_size, self.seed, self.syncs)
+        self.syncs += 1
+        if other == self.wire.rank:
+            return own
+        theirs = [torch.empty_like(tensor) for tensor in own]
+        works = [self.wire.start_receive(tensor, other) for tensor in theirs]
+        works += [self.wire.start_send(tensor, other) for tensor in own]
+        for work in works:
+            work.wait()
+        return [(a + b).div_(2) for a, b in zip(own, theirs, strict=True)]

@@ -1,4 +1,4 @@
-"""1-bit Adam is its published rule, played by one process in NumPy and float64: law 6 of a codec with its optimizer."""
+"""1-bit Adam is its published rule, played by one process in NumPy and float64: law 6 of codec and optimizer."""
 
 from pathlib import Path
 from typing import Any

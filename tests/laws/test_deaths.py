@@ -1,4 +1,4 @@
-"""Law 10 where it promises most: a worker that is killed leaves the others running, to the end of the real command."""
+"""Law 10 where it promises most: a killed worker leaves the others running, to the end of the real command."""
 
 import json
 from pathlib import Path

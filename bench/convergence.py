@@ -1,7 +1,7 @@
 """`python -m bench.convergence [case ...]`: the loss of every strategy and codec at equal tokens, on the main recipe.
 
-All cases train the model of the main job on the same windows in the same order, as so many workers on this machine; only
-how the workers agree differs. The number is the validation loss at the end, against that of synchronous training.
+All cases train the model of the main job on the same windows in the same order, as so many workers on this machine;
+only how they agree differs. The number is the validation loss at the end, against that of synchronous training.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from bench.jobs import SHOAL
 from bench.report import table
 
 BASELINE = "allreduce"
-# What stands behind a name are the flags beside the recipe, and by how much the loss may be higher (None: not promised).
+# Of each case the flags beside the recipe, and by how much its loss may be higher (None: not promised).
 CASES: dict[str, tuple[str, float | None]] = {
     BASELINE: ("--strategy allreduce", None),
     **{

@@ -35,9 +35,8 @@ class Codec(ABC):
     `combine` says how a sum over the ranks is formed of what it encodes (see `shoal.codecs.exchange`):
 
     - "dense": not encoded at all;
-    - "chunks": every rank decodes and sums one chunk, and encodes the sum again. `encode` and `decode` then
-    also
-      take rows: float [..., n] to uint8 [..., nbytes(n)] and back;
+    - "chunks": every rank decodes and sums one chunk, and encodes the sum again. `encode` and `decode` then also take
+      rows: float [..., n] to uint8 [..., nbytes(n)] and back;
     - "gather": every rank decodes what all have sent, and adds it up;
     - "linear": what is encoded can be added up as it is, in one round or in several that build on each other.
 

@@ -94,9 +94,8 @@ class NoLoCo(Local):
             return
         own = [torch.stack([shared.delta(), shared.flat]) for shared in self.shared]
         means = self._means_of_pair(own)
-        self.drift = apart(
-            [x - mean[1] for (_, x), mean in zip(own, means, strict=True)], [x for _, x in own]
-        )
+        away = [mine - mean for mine, mean in zip(own, means, strict=True)]
+        self.drift = apart([x - delta for delta, x in away], [x for _, x in own])
         for shared, (delta, centre) in zip(self.shared, means, strict=True):
             pull = (shared.flat - centre).mul_(GAMMA / shared.outer.rate)
             shared.settle(delta + pull, replica.learning_rate)

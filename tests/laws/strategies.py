@@ -47,13 +47,13 @@ STRATEGIES = {
         {6, 7, 9},
         period=6,
     ),
-    "noloco": Strategy({"strategy": "noloco", "sync_every": 5, "balance": "off"}, {6, 7, 9}, period=5),
-    "gossip": Strategy({"strategy": "gossip", "balance": "off"}, {6, 7, 9}),
-    "gossip-push-sum": Strategy({"strategy": "gossip", "topology": "push-sum", "balance": "off"}, {6, 7, 9}),
+    "noloco": Strategy({"strategy": "noloco", "sync_every": 5, "balance": "off"}, {6, 7}),
+    "gossip": Strategy({"strategy": "gossip", "balance": "off"}, {6, 7}),
+    "gossip-push-sum": Strategy({"strategy": "gossip", "topology": "push-sum", "balance": "off"}, {6, 7}),
     "gossip-int8": Strategy(
-        {"strategy": "gossip", "topology": "ring", "codec": "int8", "balance": "off"}, {6, 7, 9}
+        {"strategy": "gossip", "topology": "ring", "codec": "int8", "balance": "off"}, {6, 7}
     ),
-    "demo": Strategy({"strategy": "demo", "balance": "off"}, {6, 7, 9}),
+    "demo": Strategy({"strategy": "demo", "balance": "off"}, {6, 7}),
 }
 
 

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -101,7 +100,7 @@ class Async(Central):
         """Delayed Nesterov in place of the optimizer, if it is asked for."""
         period, decay = self.options.delayed_momentum, self.config.train.weight_decay
         if not period:
-            return [_slower(optimizer, 1 / self.wire.world_size) for optimizer in super().build(params)]
+            return super().build(params)
         groups = [
             {"params": [p for _, p in params if p.dim() >= 2], "weight_decay": decay},
             {"params": [p for _, p in params if p.dim() < 2], "weight_decay": 0.0},
@@ -194,18 +193,3 @@ class Async(Central):
         if finite:
             self.servers.clip(norm, replica.max_grad_norm)
         return finite
-
-
-def _slower(optimizer: Optimizer, part: float) -> Optimizer:
-    """Have its running means reach over as many labels, when an update is made of this part of a step's.
-
-    beta = 1 - part (1 - beta), with the rate times the root of `part`: the square root rule of Malladi et al. 2022,
-    "On the SDEs and Scaling Rules for Adaptive Gradient Algorithms". It also makes staleness short beside a mean.
-    The momentum of SGD is a sum, no mean, and stays.
-    """
-    for group in optimizer.param_groups:
-        if "betas" in group:
-            group["betas"] = tuple(1 - part * (1 - beta) for beta in group["betas"])
-        elif isinstance(optimizer, torch.optim.Muon):
-            group["momentum"] = 1 - part * (1 - group["momentum"])
-    return optimizer

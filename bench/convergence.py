@@ -32,7 +32,7 @@ CASES: dict[str, tuple[str, float | None]] = {
     "diloco": ("--strategy diloco", 0.02),
     "diloco-int4": ("--strategy diloco --codec int4", None),
     "diloco-streaming": ("--strategy diloco --fragments 4 --overlap-steps 2", None),
-    "sparseloco": ("--strategy diloco --codec topk --density 0.03 --outer-lr 1 --outer-momentum 0", None),
+    "sparseloco": ("--strategy diloco --codec topk --density 0.03 --two-bits --outer-lr 1 --outer-momentum 0", None),
     "noloco": ("--strategy noloco", None),
     "gossip": ("--strategy gossip", None),
     "demo": ("--strategy demo", None),

@@ -19,7 +19,7 @@ from shoal.codecs.momentum import MomentumCorrection
 from shoal.codecs.powersgd import RANK, PowerSGD
 from shoal.codecs.quantize import BLOCK, Quantizer
 from shoal.codecs.sign import Sign
-from shoal.codecs.sparse import DENSITY, Density, RandomK, Sparse, TopK
+from shoal.codecs.sparse import DENSITY, Density, RandomK, Sparse, TopK, TwoBits
 from shoal.config import StrategyConfig
 from shoal.errors import UserError, choose
 
@@ -32,7 +32,7 @@ CODECS: dict[str, Callable[[StrategyConfig, Subject], Codec]] = {
     "int8": lambda options, subject: Quantizer(subject, 8, options.block or BLOCK, options.stochastic),
     "int4": lambda options, subject: Quantizer(subject, 4, options.block or BLOCK, options.stochastic),
     "sign": lambda options, subject: Sign(subject, options.block or BLOCK, options.error_feedback is False),
-    "topk": lambda options, subject: TopK(subject, _density(options)),
+    "topk": lambda options, subject: (TwoBits if options.two_bits else TopK)(subject, _density(options)),
     "randomk": lambda options, subject: RandomK(subject, _density(options), options.error_feedback is False),
     "powersgd": lambda options, subject: PowerSGD(subject, options.rank or RANK),
 }

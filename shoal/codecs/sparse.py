@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shoal.codecs.base import Codec, State, Subject
-from shoal.codecs.bits import from_bytes, to_bytes
+from shoal.codecs.bits import from_bytes, pack_bits, to_bytes, unpack_bits
 from shoal.data.order import derive_seed
 
 DENSITY = 0.01
@@ -85,13 +85,59 @@ class TopK(Sparse):
 
     def add(self, payload: Tensor, total: Tensor) -> None:
         """Without a dense tensor between; the places of one payload differ, so the order cannot matter."""
-        cut = payload.numel() * self.dtype.itemsize // (self.dtype.itemsize + INDEX.itemsize)
-        values, places = from_bytes(payload[:cut], self.dtype), from_bytes(payload[cut:], INDEX)
+        values, places = self._parted(payload)
         total.index_add_(0, places, values)
 
     def nbytes(self, numel: int) -> int:
         """A value and a place for each element sent."""
         return self.density.count(numel, self.calls) * (self.dtype.itemsize + INDEX.itemsize)
+
+    def _parted(self, payload: Tensor) -> tuple[Tensor, Tensor]:
+        """The values, and their places."""
+        cut = payload.numel() * self.dtype.itemsize // (self.dtype.itemsize + INDEX.itemsize)
+        return from_bytes(payload[:cut], self.dtype), from_bytes(payload[cut:], INDEX)
+
+
+class TwoBits(TopK):
+    """`topk` with two bits a value: its sign, and which of two magnitudes it is nearer to.
+
+        v' = sign(v) a where |v| <= the mean of all |v|, else sign(v) b        a, b: the mean of |v| on either side
+
+    With `diloco`, no outer momentum and error feedback it is SparseLoCo (Sarfi et al. 2025, from memory: they choose
+    within chunks of 4096, where a place takes 12 bits; here within a bucket, in int32). Bytes: 4 1/4 k, and 2 b for the
+    magnitudes. Use it for the outer gradients of local training, whose few large elements are all that matters.
+    """
+
+    def encode(self, tensor: Tensor) -> Tensor:
+        """Float [n] to uint8: the two magnitudes, a bit a sign, a bit a magnitude, the places."""
+        whole = super().encode(tensor)
+        values, places = self._parted(whole)
+        sizes = values.abs().double()  # whose sum stays finite
+        high = sizes > sizes.mean()
+        means = [(sizes * chosen).sum() / chosen.sum().clamp(min=1) for chosen in (~high, high)]
+        bits = [pack_bits(values < 0), pack_bits(high)]
+        return torch.cat([to_bytes(torch.stack(means).to(self.dtype)), *bits, to_bytes(places)])
+
+    def add(self, payload: Tensor, total: Tensor) -> None:
+        """As `topk` does."""
+        head = 2 * self.dtype.itemsize
+        count = self._count_in(payload.numel() - head)
+        packed = -(-count // 8)
+        negative, high = (unpack_bits(payload[head + i * packed :][:packed], count) for i in range(2))
+        means = from_bytes(payload[:head], self.dtype)
+        values = torch.where(high > 0, means[1], means[0]) * (1 - 2 * negative.to(self.dtype))
+        total.index_add_(0, from_bytes(payload[head + 2 * packed :], INDEX), values)
+
+    def nbytes(self, numel: int) -> int:
+        """Two magnitudes; for each element two bits and a place."""
+        count = self.density.count(numel, self.calls)
+        return 2 * self.dtype.itemsize + 2 * -(-count // 8) + count * INDEX.itemsize
+
+    @staticmethod
+    def _count_in(nbytes: int) -> int:
+        """How many elements take so many bytes: eight of them 34, r more 4 r + 2."""
+        eights, rest = divmod(nbytes, 8 * INDEX.itemsize + 2)
+        return int(8 * eights + max(0, rest - 2) // INDEX.itemsize)
 
 
 class RandomK(Sparse):

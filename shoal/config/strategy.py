@@ -119,6 +119,9 @@ class StrategyConfig(Section):
         None, "carry what a codec left out into the next step; empty = where it is biased", of=SENDERS
     )
     density: Number | None = fact(None, "share of the elements that is sent", of="topk randomk", gt=0, le=1)
+    two_bits: bool = fact(
+        False, "send of each value its sign and which of two magnitudes it has, as SparseLoCo", of="topk"
+    )
     rank: Whole | None = fact(None, "columns of the factors", of="powersgd", ge=1)
     block: Whole | None = fact(None, "elements that share a scale", of="int8 int4 sign", ge=1)
     stochastic: bool = fact(False, "round at random, without bias", of="int8 int4")

@@ -2,7 +2,8 @@
 
 Douillard et al. 2023, "DiLoCo: Distributed Low-Communication Training of Language Models", algorithm 1. With
 `fragments` and `overlap_steps` it is Streaming DiLoCo (Douillard et al. 2025), with `--codec int4` its low-bit outer
-gradients, with `--codec topk` and no outer momentum SparseLoCo. Use it over slow links: bytes fall by `sync_every`.
+gradients, with `--codec topk --two-bits` and no outer momentum SparseLoCo. Use it over slow links: bytes fall by
+`sync_every`.
 The defaults are the paper's (outer rate 0.7, momentum 0.9), but for H: 30 of Streaming DiLoCo's 30 to 100 steps.
 """
 

@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sign, vote": {"codec": "sign", "block": 16, "error_feedback": False},
     "sign, momentum": {"codec": "sign", "block": 16, "codec_momentum": 0.9, "codec_warmup": 2},
     "topk, DGC": {"codec": "topk", "density": 0.1, "codec_momentum": 0.9, "codec_warmup": 3},
+    "topk, 2 bits": {"codec": "topk", "density": 0.1, "two_bits": True},
     "topk, all": {"codec": "topk", "density": 1.0},
     "randomk, unbiased": {"codec": "randomk", "density": 0.1, "error_feedback": False},
     "powersgd, late": {"codec": "powersgd", "rank": 1, "codec_warmup": 2},

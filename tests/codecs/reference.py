@@ -49,6 +49,20 @@ def largest(count: int) -> Rule:
     return rule
 
 
+def two_bits(count: int) -> Rule:
+    """The `count` largest, each as its sign times the mean of those on its side of the mean magnitude."""
+
+    def rule(x: Array) -> Array:
+        out = largest(count)(x)
+        sizes = np.abs(out[out != 0])
+        for side in (np.abs(out) <= sizes.mean(), np.abs(out) > sizes.mean()):
+            chosen = side & (out != 0)
+            out[chosen] = np.sign(x[chosen]) * np.abs(x[chosen]).mean()
+        return out
+
+    return rule
+
+
 @dataclass
 class TwoStages:
     """Sums in chunks: each rank encodes with its residual, the owner of a chunk encodes the sum with another."""

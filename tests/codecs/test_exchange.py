@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import CASES, OPTIONS, SIZES, options_of, subject, values
 from laws.pool import Pool
-from reference import Gathered, TwoStages, largest, nearest, signs
+from reference import Gathered, TwoStages, largest, nearest, signs, two_bits
 from sums import NUMEL, Summed, gradient, many, shapes_of, sum_steps, waiting
 
 from shoal.codecs import build
@@ -83,6 +83,7 @@ RULES = {
     "int4": lambda: TwoStages(nearest(7, 16), True),
     "sign": lambda: TwoStages(signs(16), True),
     "topk": lambda: Gathered(largest(35)),
+    "topk, 2 bits": lambda: Gathered(two_bits(35)),
     "int4, one block": lambda: TwoStages(nearest(7, 512), True),
 }
 

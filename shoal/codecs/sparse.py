@@ -104,8 +104,8 @@ class TwoBits(TopK):
         v' = sign(v) a where |v| <= the mean of all |v|, else sign(v) b        a, b: the mean of |v| on either side
 
     With `diloco`, no outer momentum and error feedback it is SparseLoCo (Sarfi et al. 2025, from memory: they choose
-    within chunks of 4096, where a place takes 12 bits; here within a bucket, in int32). Bytes: 4 1/4 k, and 2 b for the
-    magnitudes. Use it for the outer gradients of local training, whose few large elements are all that matters.
+    within chunks of 4096, where a place takes 12 bits; here within a bucket, in int32). Bytes: 4 1/4 k, and 2 b for
+    the magnitudes. Use it for the outer gradients of local training, whose few large elements are what matters.
     """
 
     def encode(self, tensor: Tensor) -> Tensor:

@@ -8,12 +8,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 
 import torch
 import torch.distributed as dist
 
-from shoal.collectives import knock
+from shoal.collectives import Visitor
 from shoal.mesh import join
 from shoal.placement import Placement
 from shoal.sync.parameter_server.core import ParameterServer
@@ -49,9 +50,10 @@ def serve() -> None:
 
 def work() -> dict[str, list[float]]:
     """The seconds of every round after the warm-up, each way in its turn."""
+    visitor = Visitor(1)
     exchanges: dict[str, Callable[[int], None]] = {RAW: partial(_swap, torch.zeros(NUMEL))}
     for door in SERVERS:
-        link = Remote(partial(_approach, door), "the server", PARCELS)
+        link = Remote(partial(_approach, visitor, door), "the server", PARCELS)
         link.gradient.fill_(1e-6)
         exchanges[door] = partial(_push_and_pull, link)
     times: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -69,14 +71,12 @@ def _swap(tensor: torch.Tensor, step: int) -> None:
 
 
 def _push_and_pull(link: Remote, step: int) -> None:
-    link.ask(Request(Kind.PUSH, 1, step, version=step, labels=1, step_labels=1))
-    link.answer()
-    link.ask(Request(Kind.PULL, 1, step + 1))
+    link.ask(Request(Kind.EXCHANGE, 1, step, needed=step + 1, version=step, labels=1, step_labels=1))
     link.answer()
 
 
-def _approach(door: str) -> Line:
-    return approach(knock(door, 1), PARCELS.nbytes, PARCELS.nbytes)
+def _approach(visitor: Visitor, door: str, **knocking: timedelta) -> Line:
+    return approach(visitor.knock(door, **knocking), PARCELS.nbytes, PARCELS.nbytes)
 
 
 def _sgd(params: list[tuple[str, torch.nn.Parameter]]) -> list[torch.optim.Optimizer]:

@@ -96,8 +96,7 @@ class Exchange:
         of the chunks are cut anew: what was not sent yet still will be. The rest was alike on all, and rank 0's
         is taken.
         """
-        own = [{n: t for n, t in state.items() if n.startswith("codec/")} for state in states]
-        self._loaded = refit(own, self.wire.rank, self.wire.world_size)
+        self._loaded = refit(states, self.wire.rank, self.wire.world_size)
         self._channels.clear()
         self._encoders.clear()
 
@@ -125,11 +124,15 @@ class Exchange:
 
 
 def refit(states: Sequence[State], rank: int, world_size: int) -> State:
-    """What `rank` of `world_size` goes on with, of what `len(states)` ranks remembered: see `load_state_dict`."""
+    """What `rank` of `world_size` goes on with, of what `len(states)` ranks remembered: see `load_state_dict`.
+
+    Only for another number of ranks is more than this rank's own state read.
+    """
     if len(states) == world_size:
-        return states[rank]
+        return {name: tensor for name, tensor in states[rank].items() if name.startswith("codec/")}
+    states = list(states)
     fitted = {}
-    for name in dict.fromkeys(name for state in states for name in state):
+    for name in dict.fromkeys(name for state in states for name in state if name.startswith("codec/")):
         parts = [state[name] for state in states if name in state]
         key, part = name.rsplit("/", 1)
         if part in ("residual", "velocity"):

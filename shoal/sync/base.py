@@ -1,8 +1,9 @@
 """What every strategy has in common. Most need `attach`, `step` and `cost` only."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from torch import Tensor
 
@@ -12,6 +13,20 @@ from shoal.cost import Cost, Sizes
 from shoal.replica import Replica
 
 State = dict[str, Tensor]
+
+
+class Changed(Sequence[State]):
+    """The states of all ranks, each changed when it is read, and not read before."""
+
+    def __init__(self, states: Sequence[State], change: Callable[[State], State]) -> None:
+        self._states = states
+        self._change = change
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def __getitem__(self, rank: Any) -> Any:
+        return self._change(self._states[rank])
 
 
 class Sync(ABC):

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -23,7 +24,7 @@ from shoal.cost import Cost, Sizes
 from shoal.errors import UserError
 from shoal.replica import Replica
 from shoal.sync.allreduce import AllReduce
-from shoal.sync.base import State, Sync
+from shoal.sync.base import Changed, State, Sync
 from shoal.sync.outer import BlockMomentum, Elastic, Mean, Outer, SlowMo
 from shoal.sync.parameters import apart, averaged, mean, read, write
 from shoal.sync.shared import Shared
@@ -151,9 +152,7 @@ class Local(Sync):
     def load_state_dict(self, states: Sequence[State]) -> None:
         """What is shared was the same on all ranks; what the codec left out follows the exchange's rule."""
         state = self._taken_up(states)
-        scale = self.wire.world_size / len(
-            states
-        )  # of sums over the ranks, which are divided by today's count
+        scale = self.wire.world_size / len(states)  # of sums over the ranks, divided by today's count
         self.period.seen, halvings = state["period"].tolist()
         for _ in range(halvings):
             self.tighten()
@@ -168,13 +167,8 @@ class Local(Sync):
                     self.shared[i].padded(state[f"travelling.{f}.{i}"] * scale) for i in self._fragment(f)
                 ]
                 self.travelling.append(Journey(f, int(state[f"travelling.{f}"]), deltas, []))
-        self.exchange.load_state_dict([{n: t * _scale_of(n, scale) for n, t in s.items()} for s in states])
-        self.synchronous.load_state_dict(
-            [
-                {n.removeprefix(SYNCHRONOUS): t for n, t in s.items() if n.startswith(SYNCHRONOUS)}
-                for s in states
-            ]
-        )
+        self.exchange.load_state_dict(Changed(states, partial(_scaled, scale=scale)))
+        self.synchronous.load_state_dict(Changed(states, _of_synchronous))
 
     @classmethod
     def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
@@ -262,8 +256,12 @@ class Local(Sync):
         return range(fragment, len(self.shared), self.options.fragments)
 
 
-def _scale_of(name: str, scale: float) -> float:
-    return scale if name.endswith("residual") and scale != 1 else 1
+def _scaled(state: State, scale: float) -> State:
+    return {n: t * scale if n.endswith("residual") and scale != 1 else t for n, t in state.items()}
+
+
+def _of_synchronous(state: State) -> State:
+    return {n.removeprefix(SYNCHRONOUS): t for n, t in state.items() if n.startswith(SYNCHRONOUS)}
 
 
 def update_alone(replica: Replica, step: int) -> None:

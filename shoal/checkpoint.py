@@ -157,18 +157,20 @@ class Checkpoints:
 
     def _receive(self, parts: Path) -> bool:
         """Wait for the parts of the other ranks; False if one is gone. All it takes is a disk that all see."""
-        deadline = time.monotonic() + PATIENCE
+        deadline, all_here = time.monotonic() + PATIENCE, True
         for rank in range(1, self.world_size):
             while not (parts / _rank_file(rank)).exists():
                 if rank not in self.present():
-                    shutil.rmtree(parts, ignore_errors=True)
-                    return False
+                    all_here = False
+                    break
                 if time.monotonic() > deadline:
                     raise ShoalError(
                         f"save in {self.folder}: the part of rank {rank} did not come; is it a disk that all see?"
                     )
                 time.sleep(0.01)
-        return True
+        if not all_here:
+            shutil.rmtree(parts, ignore_errors=True)  # only now: the others were still writing there
+        return all_here
 
     def _rotate(self) -> None:
         """Delete all but the newest ones, never the best; and those of later steps, if the run was walked back."""

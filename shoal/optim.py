@@ -12,43 +12,34 @@ NamedParams = list[tuple[str, nn.Parameter]]
 
 
 class OneBitAdam(torch.optim.AdamW):
-    """1-bit Adam (Tang et al. 2021, algorithm 1): AdamW for `warmup` steps, then with the second moment v as it is.
+    """1-bit Adam (Tang et al. 2021, algorithm 1): AdamW for T steps, then with the second moment v as it is.
 
-        x -= lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^T)) + eps) + wd x)        t > T = warmup
+        x -= lr (m / (1 - b1^T) / (sqrt(v / (1 - b2^T)) + eps) + wd x)        after T
 
-    From step T on the gradient that it is handed is m itself: what `--codec sign --codec-momentum` makes of the
-    ranks' gradients. (The paper corrects no bias; here step T + 1 differs from AdamW's by v alone.) It replaces
+    By then the gradient that it is handed is m itself: what `--codec sign --codec-momentum` makes of the ranks'
+    gradients, once `--codec-warmup` is over. (The paper corrects no bias; here nothing jumps at T.) It replaces
     sending gradients whole where links are slow, and needs gradients that are not clipped: m is not.
     """
 
-    def __init__(self, groups: list[dict], *, warmup: int, **options: Any) -> None:
-        super().__init__(groups, **options)
-        self.warmup = warmup
+    is_momentum: Callable[[], bool] = staticmethod(
+        lambda: False
+    )  # whether the gradient is m: its maker knows
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update: by gradients in this optimizer's own first `warmup` steps, and by the momentum after them."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        taken = int(self.state[params[0]].get("warm", 0))  # a state may be AdamW's, which knows of no warm-up
-        if taken < self.warmup:
+        """One update, by the gradient or by the momentum."""
+        if not self.is_momentum():
             super().step(closure)
-        else:
-            self._step_frozen(taken - self.warmup)
-        for p in params:
-            self.state[p]["warm"] = torch.tensor(taken + 1)
-
-    def _step_frozen(self, steps_before: int) -> None:
+            return
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for p in group["params"]:
                 state = self.state[p]
-                seen = state["step"].item() - steps_before  # by v
-                state["step"] += 1
+                steps = state["step"].item()  # T: it stands still from now on
+                spread = (state["exp_avg_sq"] / (1 - beta2**steps)).sqrt_().add_(group["eps"])
                 state["exp_avg"].copy_(p.grad)
-                spread = (state["exp_avg_sq"] / (1 - beta2**seen)).sqrt_().add_(group["eps"])
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                rate = group["lr"] / (1 - beta1 ** state["step"].item())
-                p.addcdiv_(p.grad, spread, value=-rate)
+                p.addcdiv_(p.grad, spread, value=-group["lr"] / (1 - beta1**steps))
 
 
 def build(
@@ -58,11 +49,10 @@ def build(
     learning_rate: float,
     weight_decay: float,
     momentum: float = 0.9,
-    warmup: int = 0,
 ) -> list[torch.optim.Optimizer]:
     """The optimizers that together own `params`. Only matrices decay.
 
-    `momentum` is that of `sgd`, and the first one of `onebit-adam`, whose second is kept after `warmup` steps.
+    `momentum` is that of `sgd`, and the first one of `onebit-adam`.
 
     `muon` (Jordan et al., 2024; torch.optim.Muon) takes the hidden matrices, scaled to the root mean square
     of AdamW's updates so that the same learning rate fits both; AdamW takes the rest.
@@ -78,7 +68,7 @@ def build(
     if name == "onebit-adam":
         groups = _groups(matrices, vectors, weight_decay)
         options = ADAM | {"betas": (momentum, ADAM["betas"][1])}
-        return [OneBitAdam(groups, warmup=warmup, lr=learning_rate, **options)]
+        return [OneBitAdam(groups, lr=learning_rate, **options)]
     hidden = [(n, p) for n, p in matrices if p.dim() == 2 and not _is_embedding(n)]
     rest = [(n, p) for n, p in matrices if p.dim() != 2 or _is_embedding(n)]
     optimizers: list[torch.optim.Optimizer] = []

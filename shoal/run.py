@@ -59,7 +59,9 @@ class Run:
         return {name: held for name, held in files.items() if held}
 
     def part(self) -> dict[str, Tensor]:
-        """The live tensors that only this rank holds."""
+        """The live tensors that only this rank holds; none where a save waits for nobody."""
+        if self.sync.evaluates_alone:
+            return {}
         kept = self.sync.state_dict()  # a codec's changes as soon as the next backward pass begins
         headings = {"sync": {name: tensor.clone() for name, tensor in kept.items()}}
         if self.sync.replicas_differ:
@@ -149,7 +151,6 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
             learning_rate=config.train.learning_rate,
             weight_decay=config.train.weight_decay,
             momentum=_momentum(config),
-            warmup=config.strategy.codec_warmup,
         ),
         policy=policy,
         device=mesh.device,
@@ -179,7 +180,7 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
         world_size=mesh.world_size,
         present=lambda: sync.present,
     )
-    progress = Progress(data=data.name, strategy=config.strategy.name)
+    progress = Progress(data=data.name, strategy=config.strategy.remembers)
     run = Run(
         config, folder, mesh, wire, screen, task, batches, replica, sync, checkpoints, progress, total_steps
     )
@@ -270,7 +271,7 @@ def _resume(run: Run, folder: Path) -> None:
     models, optimizers, syncs = (
         checkpoint.Parts(folder, heading) for heading in ("model", "optimizer", "sync")
     )
-    same_strategy = progress.strategy == run.config.strategy.name
+    same_strategy = progress.strategy == run.config.strategy.remembers
     same_ranks = len(models) == run.mesh.world_size and same_strategy and run.sync.replicas_differ
     own = run.mesh.rank if same_ranks else None
     checkpoint.load_model(folder, run.replica.model, None if own is None else models[own])

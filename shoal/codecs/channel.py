@@ -44,10 +44,11 @@ class Channel:
         self.momentum = SharedMomentum(factor, world_size) if factor else None
         self.warmup = 0 if self.codec.ramps else options.codec_warmup
         self.sums = 0
+        self.encoded = False  # the last sum
 
     def sum(self, tensor: Tensor, wire: Wire) -> Iterator[Work]:
         """Sum `tensor` in place: yields the exchanges as it starts them, and goes on when they are done."""
-        encoded = self.sums >= self.warmup and self.codec.combine != "dense"
+        encoded = self.encoded = self.sums >= self.warmup and self.codec.combine != "dense"
         self.sums += 1
         flat = tensor[: self.numel]
         if self.momentum and encoded:

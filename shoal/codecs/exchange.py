@@ -63,6 +63,11 @@ class Exchange:
             channel.load_state_dict(self._take(key, tensor.device))
         return Sum(self._channels[key].sum(tensor, self.wire)).advance
 
+    @property
+    def encodes(self) -> bool:
+        """Whether the last sums were encoded: their warm-up is over."""
+        return any(channel.encoded for channel in self._channels.values())
+
     def encode_for(self, key: str, tensor: Tensor, shapes: Shapes | None = None) -> Tensor:
         """What to send of `tensor` [n] from this rank to another: uint8 of the length `payload_bytes` says.
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from shoal.config.names import facts
 from shoal.config.record import RunConfig
 from shoal.config.resolve import Resolved
+from shoal.config.strategy import StrategyConfig
 from shoal.errors import UserError
 
 Refusal = tuple[str, str, str]  # what was asked, what was found, what to change
@@ -25,6 +26,8 @@ def _unread(resolved: Resolved) -> Iterator[Refusal]:
             asked = f"{fact.flag} ({resolved.origins[fact.key]})"
             found = f"strategy {strategy.name} with codec {strategy.codec} does not read it"
             yield asked, found, f"leave it out; it belongs to {', '.join(fact.readers)}"
+    if strategy.name == "demo" and resolved.origins["train.optim"] != "default":
+        yield f"--optim {resolved.config.train.optim}", "demo is the optimizer itself", "leave it out"
 
 
 def _contradictions(config: RunConfig) -> Iterator[Refusal]:
@@ -40,16 +43,7 @@ def _contradictions(config: RunConfig) -> Iterator[Refusal]:
     if options.group_size is not None and (options.averaging != "mean" or options.codec != "none"):
         found = f"groups average plainly, not by {options.averaging} with codec {options.codec}"
         yield "--group-size", found, "leave --averaging and --codec out"
-    every = options.sync_every or ""
-    in_parts = options.fragments > 1 or bool(options.overlap_steps)
-    if in_parts and not (every.isdigit() or not every):
-        yield f"--sync-every {every}", "fragments and overlap are timed in steps", "give a number of steps"
-    if every.isdigit() and options.fragments > int(every):
-        found = f"there are only {every} steps for them"
-        yield f"--fragments {options.fragments}", found, f"take at most {every}"
-    if every.isdigit() and (options.overlap_steps or 0) >= int(every):
-        found = f"the next sync starts after {every} steps"
-        yield f"--overlap-steps {options.overlap_steps}", found, f"take at most {int(every) - 1}"
+    yield from _timing(options)
     if (options.guard_steps or options.guard_drift) and options.guard is None:
         yield "--guard-steps and --guard-drift", "there is no guard", "add --guard 0.05, or leave them out"
     if options.normalize == "each" and options.name != "allreduce":
@@ -59,19 +53,8 @@ def _contradictions(config: RunConfig) -> Iterator[Refusal]:
             "take --normalize sum",
         )
     yield from _momentum(config)
-    if options.name == "local" and options.averaging == "mean":
-        for flag, given in (("--outer-lr", options.outer_lr), ("--outer-momentum", options.outer_momentum)):
-            if given is not None:
-                yield (
-                    flag,
-                    "the plain mean of the replicas reads none",
-                    "add --averaging slowmo, or leave it out",
-                )
-    if options.averaging == "elastic" and options.outer_momentum is not None:
-        yield "--outer-momentum", "elastic averaging reads none", "take --averaging slowmo, or leave it out"
-    if options.codec_warmup and options.name in ("server", "async"):
-        found = f"strategy {options.name} sends from one rank to another, where lengths must be known"
-        yield f"--codec-warmup {options.codec_warmup}", found, "leave it out"
+    yield from _codec(options)
+    yield from _outer(options)
     if options.delayed_momentum and config.train.optim != "sgd":
         found = f"it takes the place of {config.train.optim}"
         yield "--delayed-momentum", found, "add --optim sgd, or leave it out"
@@ -90,17 +73,71 @@ def _momentum(config: RunConfig) -> Iterator[Refusal]:
             "--codec-momentum 0.9": options.codec_momentum > 0,
             "--codec-warmup 100": options.codec_warmup > 0,
             "--max-grad-norm 0": config.train.max_grad_norm == 0,
+            "--normalize no": options.normalize == "no",
         }
         missing = " ".join(flag for flag, given in needed.items() if not given)
         if missing:
-            yield (
-                "--optim onebit-adam",
-                "it is handed a momentum that is encoded after a warm-up",
-                f"add {missing}",
-            )
-    elif options.codec_momentum and options.codec == "sign" and options.name in ("server", "async"):
-        found = "servers are sent gradients, and the momentum of sign is that of all ranks"
-        yield "--codec-momentum", found, "leave it out"
-    elif options.codec_momentum and optim != "sgd":
+            yield "--optim onebit-adam", "it is handed a momentum, encoded and whole", f"add {missing}"
+        return
+    if not options.codec_momentum:
+        return
+    if optim != "sgd":
         found = f"{optim} would take its momentum a second time"
         yield "--codec-momentum", found, "take --optim sgd or onebit-adam, or leave it out"
+    if options.name in ("local", "diloco"):
+        yield "--codec-momentum", "what is sent are ways of many steps, no gradients", "leave it out"
+    if options.codec == "sign" and options.name in ("server", "async"):
+        found = "servers are sent gradients, and the momentum of sign is that of all ranks"
+        yield "--codec-momentum", found, "leave it out"
+
+
+def _timing(options: StrategyConfig) -> Iterator[Refusal]:
+    """Of syncs, in fragments and in flight."""
+    every, overlap = options.period, options.overlap_steps or 0
+    if options.name == "gossip":
+        return
+    if (options.fragments > 1 or overlap) and not every.isdigit():
+        yield f"--sync-every {every}", "fragments and overlap are timed in steps", "give a number of steps"
+    elif options.fragments > int(every if every.isdigit() else options.fragments):
+        found = f"there are only {every} steps for them"
+        yield f"--fragments {options.fragments}", found, f"take at most {every}"
+    elif every.isdigit() and overlap >= int(every):
+        found = f"the next sync starts after {every} steps"
+        yield f"--overlap-steps {overlap}", found, f"take at most {int(every) - 1}"
+
+
+def _codec(options: StrategyConfig) -> Iterator[Refusal]:
+    """Options of a codec that its strategy leaves no room for."""
+    given = {
+        "--error-feedback": options.error_feedback is not None,
+        "--codec-momentum": options.codec_momentum,
+        "--codec-warmup": options.codec_warmup,
+    }
+    if options.error_feedback is not None and options.codec == "none":
+        yield (
+            "--error-feedback",
+            "nothing is encoded, and so nothing left out",
+            "add --codec, or leave it out",
+        )
+    if options.name == "gossip":
+        for flag in (flag for flag, is_given in given.items() if is_given):
+            found = (
+                "gossip encodes differences to what was sent, which bring back what is left out by themselves"
+            )
+            yield flag, found, "leave it out"
+    if options.codec_warmup and options.name in ("server", "async"):
+        found = f"strategy {options.name} sends from one rank to another, where lengths must be known"
+        yield f"--codec-warmup {options.codec_warmup}", found, "leave it out"
+
+
+def _outer(options: StrategyConfig) -> Iterator[Refusal]:
+    """Rate and momentum of an outer rule that has none."""
+    given = {
+        "--outer-lr": options.outer_lr is not None,
+        "--outer-momentum": options.outer_momentum is not None,
+    }
+    if options.name == "local" and options.averaging == "mean":
+        for flag in (flag for flag, is_given in given.items() if is_given):
+            yield flag, "the plain mean of the replicas reads none", "add --averaging slowmo, or leave it out"
+    if options.averaging == "elastic" and given["--outer-momentum"]:
+        yield "--outer-momentum", "elastic averaging reads none", "take --averaging slowmo, or leave it out"

@@ -74,6 +74,9 @@ class StrategyConfig(Section):
     max_staleness: Whole | None = fact(
         None, "steps that a worker may be ahead of the last one; empty = any number", of="async", ge=0
     )
+    collect: Whole | None = fact(
+        None, "pushes that make an update; empty = as many as workers, 1 = each on arrival", of="async", ge=1
+    )
     staleness_lr: bool = fact(False, "divide the rate of a push by its staleness", of="async")
     delay_compensation: Number = fact(0.0, "lambda of DC-ASGD, as 0.04; 0 = off", of="async", ge=0)
     delayed_momentum: Whole = fact(
@@ -140,8 +143,23 @@ class StrategyConfig(Section):
     demo_chunk: Whole = fact(64, "the side of the blocks that are transformed", of="demo", ge=1)
     demo_topk: Whole = fact(32, "coefficients of a block that are sent", of="demo", ge=1)
 
+    @property
+    def period(self) -> str:
+        """`sync_every`, or the strategy's own: local 4 to 16 (Lin et al. 2020), the others Streaming DiLoCo's 30."""
+        return self.sync_every or {"local": "16"}.get(self.name, "30")
+
+    @property
+    def remembers(self) -> str:
+        """In words what decides what is remembered between steps: where it is another, that is of no use."""
+        words = [self.name]
+        words += [self.averaging] if self.averaging != "mean" else []
+        words += [f"with {self.codec} in {self.bucket_mb:g} MB"] if self.codec != "none" else []
+        words += ["under guard"] if self.guard is not None else []
+        return " ".join(words)
+
     def can_lose(self, rank: int) -> bool:
         """Whether the others go on when the worker of `rank` is gone. Rank 0 writes, and is never spared."""
-        if self.name in ("async", "server"):
-            return rank >= self.servers and (self.name == "async" or self.quorum is not None)
-        return self.name == "gossip" and rank > 0
+        if self.name == "gossip":
+            return rank > 0 and self.guard is None  # which may fall back to a sum over all
+        elastic = self.name == "async" or (self.name == "server" and self.quorum is not None)
+        return elastic and rank >= self.servers and not self.guard_steps

@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from shoal import crew
+from shoal.config import usable_cores
 from shoal.data.shards import Shard
 from shoal.data.units import JOB, Job, UnitTokenizer
 
@@ -23,7 +24,9 @@ def tokenize(job: Job, folder: Path, numbers: Sequence[int], processes: int) -> 
     """
     if processes <= 1:
         with _one_core_each(), _threads() as threads:
-            yield from threads.map(UnitTokenizer(job, folder).write, numbers)
+            write = UnitTokenizer(job, folder).write
+            for written in as_completed([threads.submit(write, number) for number in numbers]):
+                yield written.result()
         return
     for shard in crew.hand_out("shoal.data.pool", folder, numbers, processes, **ONE_CORE):
         yield Shard(**shard)
@@ -31,7 +34,7 @@ def tokenize(job: Job, folder: Path, numbers: Sequence[int], processes: int) -> 
 
 @contextmanager
 def _threads() -> Iterator[ThreadPoolExecutor]:
-    threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    threads = ThreadPoolExecutor(usable_cores())
     try:
         yield threads
     finally:

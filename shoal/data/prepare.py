@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shoal.config import DataConfig
+from shoal.config import DataConfig, usable_cores
 from shoal.data import pool, shards, tokenizer
 from shoal.data.documents import read_documents
 from shoal.data.shards import Shard, content_hash, held_out
@@ -141,7 +141,7 @@ def _write_shards(job: Job, building: Path, report: Report, processes: int | Non
     if finished:
         report(f"{len(finished)} of {len(job.units)} token shards are there already")
     if processes is None:
-        processes = len(os.sched_getaffinity(0)) if todo >= POOL_FROM_BYTES else 1
+        processes = usable_cores() if todo >= POOL_FROM_BYTES else 1
     with journal.open("a") as log, _progress(todo) as advance:
         log.write("\n")  # ends a torn line
         for shard in pool.tokenize(job, building, missing, processes):

@@ -14,7 +14,7 @@ from typing import Any
 
 from shoal.config import Resolved, check_options, resolve_workers
 from shoal.engines.environment import STORE_FD, is_worker
-from shoal.engines.worker import ERRORS, JOB, work
+from shoal.engines.worker import ERRORS, JOB, began, work
 from shoal.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, PREEMPTED, ShoalError, UserError
 
 GRACE = 10.0  # seconds a worker gets to save and leave before it is killed
@@ -68,6 +68,7 @@ class Workers:
         self.errors = errors
         self.interrupted = False
         self.signals = 0
+        self.spared: set[int] = set()  # ranks that were killed from outside, and that the others do without
         self.stuck: set[int] = set()  # workers that did not notice that another failed, and were killed here
         job = {"verb": verb, "config": resolved.config.model_dump(), "origins": resolved.origins}
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -81,7 +82,11 @@ class Workers:
         }
         try:
             while None in (codes := [p.poll() for p in self.processes]):
-                if any(c not in (None, DONE, PREEMPTED) and not self._spared(r) for r, c in enumerate(codes)):
+                self.spared |= {rank for rank, code in enumerate(codes) if self._can_spare(rank, code)}
+                if any(
+                    code not in (None, DONE, PREEMPTED) and rank not in self.spared
+                    for rank, code in enumerate(codes)
+                ):
                     refused = BAD_INPUT in codes  # before any work: nobody has anything to save
                     self._end_all(grace=0 if refused else GRACE)
                     break
@@ -137,26 +142,23 @@ class Workers:
                 process.kill()
                 process.wait()
 
-    def _spared(self, rank: int) -> bool:
-        """Whether a worker was killed from outside that the others can do without."""
-        killed = (self.processes[rank].returncode or 0) < 0 and not self.signals
-        return killed and self.config.strategy.can_lose(rank)
+    def _can_spare(self, rank: int, code: int | None) -> bool:
+        """Whether a worker was killed from outside, during training, under a strategy that goes on without it."""
+        killed = code is not None and code < 0 and not self.signals
+        training = (self.errors / began(rank)).exists()
+        return killed and training and self.config.strategy.can_lose(rank)
 
     def _verdict(self) -> int:
         """The exit code of the whole, after the root cause was raised or printed."""
         codes = [p.returncode for p in self.processes]
-        if not any(code for rank, code in enumerate(codes) if not self._spared(rank)):
+        if not any(code for rank, code in enumerate(codes) if rank not in self.spared):
             return DONE
         records = [json.loads(path.read_text()) for path in self.errors.glob("rank-*.json")]
         if self.interrupted:
             _say(records, "interrupted")
             return INTERRUPTED
-        own = {
-            rank: p.returncode
-            for rank, p in enumerate(self.processes)
-            if p.pid not in self.stuck and not self._spared(rank)
-        }
-        if all(code in (DONE, PREEMPTED, -signal.SIGTERM) for code in own.values()):
+        own = {rank: p.returncode for rank, p in enumerate(self.processes) if p.pid not in self.stuck}
+        if all(own[r] in (DONE, PREEMPTED, -signal.SIGTERM) for r in own.keys() - self.spared):
             _say(records, "stopped before the first step: there was nothing to save yet")
             return PREEMPTED
         failed = [r for r in records if r["exit_code"] != PREEMPTED]  # the others leave while rank 0 saves

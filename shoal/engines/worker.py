@@ -20,6 +20,11 @@ JOB = "SHOAL_JOB"  # the verb and the configuration, as JSON
 ERRORS = "SHOAL_ERRORS"  # the folder in which a worker leaves its error for the launcher
 
 
+def began(rank: int) -> str:
+    """The file among the errors by which a worker says that it trains."""
+    return f"began-{rank}"
+
+
 class Stop:
     """SIGTERM: before training it ends the worker at once, in whatever call; after `hold` it only sets a flag."""
 
@@ -27,8 +32,10 @@ class Stop:
         self.asked = False
 
     def hold(self) -> None:
-        """From now on there is something to save."""
+        """From now on there is something to save, which the launcher hears of."""
         signal.signal(signal.SIGTERM, self._receive)
+        if ERRORS in os.environ:
+            Path(os.environ[ERRORS], began(int(os.environ["RANK"]))).touch()
 
     def __call__(self) -> bool:
         """Whether the run was asked to stop."""

@@ -10,6 +10,7 @@ from shoal.codecs.exchange import Exchange, Sum
 from shoal.collectives import Wire, Work
 from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
+from shoal.optim import OneBitAdam
 from shoal.replica import TINY, Replica
 from shoal.sync.base import State, Sync
 from shoal.sync.exact import start_exact_sum
@@ -40,6 +41,9 @@ class AllReduce(Sync):
             )
         elif not self.changes_own:
             replica.buckets.on_complete = self._start
+        for optimizer in replica.optimizers:
+            if isinstance(optimizer, OneBitAdam):
+                optimizer.is_momentum = lambda: self.exchange.encodes
 
     def step(self, replica: Replica, step: int) -> None:
         """Wait for the sums, then update."""

@@ -1,4 +1,6 @@
-"""A parameter server, asynchronous: every push is applied on arrival, and nobody waits for the slowest worker.
+"""A parameter server, asynchronous: pushes are applied as they arrive, and nobody waits for the slowest worker.
+
+As many pushes as there are workers make an update, whoever made them (`--collect`; 1: each on its own, on arrival).
 
 Take it where workers differ in speed, come and go, or sit behind slow links. A gradient is some updates old when it
 is applied; `--max-staleness` bounds by how many steps a worker may be ahead of the last one (Ho et al. 2013, stale
@@ -84,11 +86,12 @@ class Async(Central):
         return int(self.wire.world_size > 1 and self.max_staleness != 0)
 
     def policy(self, replica: Replica) -> Arrivals:
-        """On arrival."""
+        """On arrival, or a few at a time."""
         options = self.options
         adaptive = self.config.train.optim != "sgd"
         policy = Arrivals(
             replica.schedule,
+            collect=options.collect or (1 if options.delayed_momentum else self.wire.world_size),
             staleness_lr=options.staleness_lr,
             delay_compensation=options.delay_compensation,
             share_power=0.5 if adaptive else 1.0,

@@ -64,7 +64,11 @@ class Central(Sync):
         """New optimizers of a server. Only here are parameters updated, and only here do they decay."""
         train = self.config.train
         return optim.build(
-            train.optim, params, learning_rate=train.learning_rate, weight_decay=train.weight_decay
+            train.optim,
+            params,
+            learning_rate=train.learning_rate,
+            weight_decay=train.weight_decay,
+            momentum=0.0 if self.options.codec_momentum else 0.9,  # of sgd, where the codec takes it
         )
 
     def attach(self, replica: Replica) -> None:

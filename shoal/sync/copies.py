@@ -23,7 +23,6 @@ from shoal.codecs import Codec, Subject, make
 from shoal.codecs.sparse import DENSITY
 from shoal.config import StrategyConfig
 from shoal.data.order import derive_seed
-from shoal.errors import UserError
 from shoal.sync.base import State
 from shoal.sync.parameters import read
 
@@ -50,7 +49,6 @@ class Copies:
         senders: Iterable[int],
         receivers: Iterable[int],
     ) -> None:
-        _check(options)
         self.buckets = buckets
         subjects = [
             Subject(tuple(bucket.shapes), bucket.flat.dtype, derive_seed(0, "gossip", i))
@@ -111,14 +109,3 @@ class Copies:
 
     def _parameters(self) -> list[Tensor]:
         return [read(bucket).cpu() for bucket in self.buckets]
-
-
-def _check(options: StrategyConfig) -> None:
-    given = {
-        "--error-feedback": options.error_feedback is not None,
-        "--codec-momentum": options.codec_momentum,
-        "--codec-warmup": options.codec_warmup,
-    }
-    for flag in (flag for flag, is_given in given.items() if is_given):
-        found = "gossip encodes differences to what was sent, which bring back what is left out by themselves"
-        raise UserError(flag, found, "leave it out")

@@ -7,8 +7,6 @@ gradients, with `--codec topk --two-bits` and no outer momentum SparseLoCo. Use 
 The defaults are the paper's (outer rate 0.7, momentum 0.9), but for H: 30 of Streaming DiLoCo's 30 to 100 steps.
 """
 
-from typing import ClassVar
-
 from shoal.config.strategy import StrategyConfig
 from shoal.sync.local import Local
 from shoal.sync.outer import Nesterov, Outer
@@ -19,8 +17,6 @@ OUTER_MOMENTUM = 0.9
 
 class DiLoCo(Local):
     """Local training under an outer Nesterov momentum."""
-
-    EVERY: ClassVar[str] = "30"
 
     @classmethod
     def has_outer(cls, options: StrategyConfig) -> bool:

@@ -26,9 +26,9 @@ Nothing then travels beside the computation, but two ranks follow all-reduce exa
 With a codec differences travel, and `mixing` says what part of the average a replica takes: see `shoal.sync.copies`.
 
 Held: a copy of the parameters to send and one for each neighbour heard. Staleness 0: what is averaged is of one step.
-Use it where links are slow and ranks are many: the bytes of a step do not depend on N, and a rank waits for its
-neighbours alone. For few ranks all-reduce sends hardly more (of 4: 1.5 P), and is exact. Buffers of the model stay
-those of each rank.
+Use it where links are slow and ranks are many: the bytes of a step do not depend on N, but for the few numbers by
+which all ranks hear of its loss. For few ranks all-reduce sends hardly more (of 4: 1.5 P), and is exact. Buffers of
+the model stay those of each rank.
 """
 
 import time

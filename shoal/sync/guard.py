@@ -107,9 +107,10 @@ class Guard(Sync):
 
     def load_state_dict(self, states: Sequence[State]) -> None:
         """Take up the phase, and hand the rest to who trains in it."""
-        phase, self.running, self.lowest, quiet = states[0]["guard"].tolist()
+        before, (phase, self.running, self.lowest, quiet) = self.acting, states[0]["guard"].tolist()
         self.phase, self.quiet = int(phase), int(quiet)
-        self.attach(self.replica)
+        if self.acting is not before:
+            self.attach(self.replica)
         self.acting.load_state_dict(states)
 
     @classmethod
@@ -126,7 +127,7 @@ class Guard(Sync):
         return ""
 
     def _act(self, because: str) -> None:
-        self.quiet = 0
+        self.quiet, self.guarded.drift = 0, 0.0  # the next sync measures it anew
         tightened = self.guarded.tighten()
         if tightened:
             self.say(f"guard: {because}: {tightened}")

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +20,6 @@ from shoal.collectives import Wire
 from shoal.config import RunConfig
 from shoal.config.strategy import StrategyConfig
 from shoal.cost import Cost, Sizes
-from shoal.errors import UserError
 from shoal.replica import Replica
 from shoal.sync.allreduce import AllReduce
 from shoal.sync.base import Changed, State, Sync
@@ -78,16 +76,11 @@ class Local(Sync):
     """
 
     replicas_differ = True
-    EVERY: ClassVar[str] = "16"  # steps between two syncs (Lin et al. 2020, post-local SGD: 4 to 16)
 
     def __init__(self, config: RunConfig, wire: Wire) -> None:
         super().__init__(config, wire)
         self.options = config.strategy
-        self.period = Period(self.options.sync_every or self.EVERY)
-        overlap = self.options.overlap_steps or 0
-        if self.period.steps is not None and overlap >= self.period.steps:
-            found = f"the next sync starts after {self.period.steps} steps"
-            raise UserError(f"--overlap-steps {overlap}", found, f"take at most {self.period.steps - 1}")
+        self.period = Period(self.options.period)
         self.halvings = 0  # of the period, when the guard asked for it
         self.synchronous = AllReduce(config, wire)
         self.exchange = Exchange(self.options, wire, config.train.seed)
@@ -133,7 +126,10 @@ class Local(Sync):
         return averaged(replica, self.wire)
 
     def metrics(self) -> dict[str, float]:
-        """How far this replica was from the mean of all at the last sync, as a part of its norm."""
+        """How far this replica was from the mean of all at the last sync, as a part of its norm.
+
+        With an outer rule, from the parameters shared last: the mean may be known by its codec only.
+        """
         return {"sync/drift": self.drift}
 
     def state_dict(self) -> State:
@@ -163,9 +159,8 @@ class Local(Sync):
             )
         for f in range(self.options.fragments):
             if f"travelling.{f}" in state:
-                deltas = [
-                    self.shared[i].padded(state[f"travelling.{f}.{i}"] * scale) for i in self._fragment(f)
-                ]
+                sums = [state[f"travelling.{f}.{i}"] * scale for i in self._fragment(f)]
+                deltas = [self.shared[i].padded(s) for i, s in zip(self._fragment(f), sums, strict=True)]
                 self.travelling.append(Journey(f, int(state[f"travelling.{f}"]), deltas, []))
         self.exchange.load_state_dict(Changed(states, partial(_scaled, scale=scale)))
         self.synchronous.load_state_dict(Changed(states, _of_synchronous))
@@ -173,7 +168,7 @@ class Local(Sync):
     @classmethod
     def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
         """The parameters once in a period; for an outer rule they and its momentum are held."""
-        every = Period(config.strategy.sync_every or cls.EVERY).steps or math.inf
+        every = Period(config.strategy.period).steps or math.inf
         held = 2 * sizes.nbytes if cls.has_outer(config.strategy) else 0
         held += Exchange.bytes_held(config.strategy, sizes)
         sent = Exchange.bytes_sent(config.strategy, sizes) / every
@@ -228,23 +223,23 @@ class Local(Sync):
         count = self.options.fragments
         for f in range(count):
             offset = f * (self.period.steps or 0) // count
-            if self.period.due(done, replica.step_labels, offset):
+            under_way = any(
+                journey.fragment == f for journey in self.travelling
+            )  # since it was sent less often
+            if self.period.due(done, replica.step_labels, offset) and not under_way:
                 self.travelling.append(self._start(f, done + (self.options.overlap_steps or 0)))
         for journey in [each for each in self.travelling if each.arrives == done]:
             self.travelling.remove(journey)
             journey.complete()
             parts = [self.shared[i] for i in self._fragment(journey.fragment)]
             means = [delta.div_(self.wire.world_size) for delta in journey.deltas]
-            self.drift = apart(
-                [shared.delta() - delta for shared, delta in zip(parts, means, strict=True)],
-                [shared.flat for shared in parts],
-            )
             for shared, delta in zip(parts, means, strict=True):
                 shared.settle(delta, replica.learning_rate)
 
     def _start(self, fragment: int, arrives: int) -> Journey:
         parts = [(i, self.shared[i]) for i in self._fragment(fragment)]
         deltas = [shared.delta() for _, shared in parts]
+        self.drift = apart(deltas, [shared.flat for _, shared in parts])
         finish = [
             self.exchange.start_sum(str(i), delta, shared.bucket.shapes)
             for (i, shared), delta in zip(parts, deltas, strict=True)

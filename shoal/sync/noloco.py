@@ -1,4 +1,4 @@
-"""NoLoCo: DiLoCo whose outer step needs one other replica, not all: no collective, and nobody waits for the slowest.
+"""NoLoCo: DiLoCo whose outer step needs one other replica, not all. Only a few numbers a step still go to everybody.
 
 Kolehmainen et al. 2025, "NoLoCo: No-all-reduce Low Communication Training Method for Large Models" (arXiv 2506.10911,
 from memory). Every replica i holds slow parameters x_i of its own. In each sync the ranks are paired anew at random;
@@ -10,13 +10,13 @@ beta is `outer_lr` (0.7), alpha `outer_momentum` (0.5). The last term holds the 
 value here, a pair without momentum meets in its middle. A rank that finds no partner steps alone. A sync sends 2 P:
 D and x. Held: x, d, and both of the partner's meanwhile. What is evaluated and saved is the mean of the replicas.
 
-Use it with many ranks over slow links, where an all-reduce waits for the slowest of all of them; with few, `diloco`
-sends half and agrees exactly. No codec: where replicas differ for good, its error would pass for a difference.
+Use it with many ranks over slow links, where an all-reduce of parameters takes as long as the slowest of them; with
+few, `diloco` sends half and agrees exactly. No codec: where replicas differ for good, its error would pass for a
+difference.
 """
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,8 +48,6 @@ def partner(rank: int, world_size: int, seed: int, number: int) -> int:
 class NoLoCo(Local):
     """Local training under an outer momentum, agreed on in pairs."""
 
-    EVERY: ClassVar[str] = "30"
-
     def __init__(self, config: RunConfig, wire: Wire) -> None:
         super().__init__(config, wire)
         self.seed = config.train.seed
@@ -79,7 +77,7 @@ class NoLoCo(Local):
     @classmethod
     def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
         """Delta and slow parameters, to one rank a period."""
-        every = Period(config.strategy.sync_every or cls.EVERY).steps or math.inf
+        every = Period(config.strategy.period).steps or math.inf
         return Cost(sent=2 * sizes.nbytes / every if sizes.world_size > 1 else 0, held=2 * sizes.nbytes)
 
     def _taken_up(self, states: Sequence[State]) -> State:
@@ -93,9 +91,8 @@ class NoLoCo(Local):
         if not self.period.due(done, replica.step_labels):
             return
         own = [torch.stack([shared.delta(), shared.flat]) for shared in self.shared]
+        self.drift = apart([delta for delta, _ in own], [x for _, x in own])
         means = self._means_of_pair(own)
-        away = [mine - mean for mine, mean in zip(own, means, strict=True)]
-        self.drift = apart([x - delta for delta, x in away], [x for _, x in own])
         for shared, (delta, centre) in zip(self.shared, means, strict=True):
             pull = (shared.flat - centre).mul_(GAMMA / shared.outer.rate)
             shared.settle(delta + pull, replica.learning_rate)

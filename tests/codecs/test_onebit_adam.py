@@ -62,7 +62,7 @@ def published(task: RowsTask, ranks: int) -> list[Arrays]:
             spread = np.sqrt(v[name] / (1 - BETA2 ** min(t, WARMUP))) + EPS
             x = p.detach().numpy().reshape(-1)
             x *= 1 - RATE * (DECAY if p.dim() >= 2 else 0)
-            x -= RATE / (1 - BETA1**t) * m[name] / spread
+            x -= RATE / (1 - BETA1 ** min(t, WARMUP)) * m[name] / spread
         history.append({name: p.detach().numpy().copy() for name, p in params.items()})
     return history
 

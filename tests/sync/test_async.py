@@ -20,6 +20,16 @@ def test_one_worker_is_sequential(pool: Pool, tmp_path: Path, optim: str) -> Non
     assert other.losses == pytest.approx(one.losses, rel=1e-6)
 
 
+@pytest.mark.parametrize("optim", ["sgd", "adamw", "muon"])
+def test_where_nothing_is_stale_it_is_synchronous(pool: Pool, tmp_path: Path, optim: str) -> None:
+    """The pushes of all workers are collected, and made at the same parameters."""
+    settings = SETTINGS | {"optim": optim, "max_grad_norm": 0.0}
+    whole = pool.world(3, follow, "allreduce", TASK, output_dir=str(tmp_path / "a"), **settings)
+    gated = settings | {"max_staleness": 0}
+    other = pool.world(3, follow, "async", TASK, output_dir=str(tmp_path / "b"), **gated)
+    assert first_difference(whole[0].tensors, other[0].tensors, 1e-10) is None
+
+
 @pytest.mark.parametrize("share_memory", [False, True])
 def test_every_push_is_applied_and_all_end_with_the_same_model(pool: Pool, share_memory: bool) -> None:
     ends = pool.world(3, steps_of, "async", TASK, share_memory=share_memory, servers=2)

@@ -44,9 +44,11 @@ def test_a_quorum_survives_a_dead_worker(pool: Pool, servers: int) -> None:
 def test_without_a_quorum_a_dead_worker_ends_all(pool: Pool) -> None:
     *left, dead = with_a_death(pool, "server")
     assert dead.code == -9
-    for outcome in left:
-        assert "2 of 3 workers are left at step 6, and an update needs 3" in outcome.error
-        assert "--quorum" in outcome.error
+    why = "2 of 3 workers are left at step 6, and an update needs 3; a lower --quorum"
+    assert why in left[0].error
+    assert (
+        why in left[1].error or "the parameter server in rank 0 is gone" in left[1].error
+    )  # it ends at once
     assert "the others cannot go on" in left[0].output
 
 

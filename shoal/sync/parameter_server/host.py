@@ -83,7 +83,7 @@ class Host:
         with self._changed:
             self._wait(lambda: self._begun)
             if request.kind == Kind.PEEK:
-                into.copy_(self.server.flat)
+                self.server.read(request.worker, into)
                 return self._reply(request)
             norm = request.norm
             if request.kind != Kind.PULL:

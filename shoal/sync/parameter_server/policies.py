@@ -38,8 +38,7 @@ class Rounds(Policy):
         self.round = 0
         self.pushes: dict[int, Push] = {}
         self.full = False
-        self.merged_step = -1  # the last one
-        self.merged_squares = 0.0
+        self.merged: dict[int, float] = {}  # step -> squares of the merged gradient, of the last two
         self.late = 0  # pushes dropped
 
     def begin(self, server: ParameterServer, first_step: int) -> None:
@@ -59,8 +58,8 @@ class Rounds(Policy):
         return step < self.round or self.full
 
     def squares(self, step: int) -> float:
-        """Of the gradient merged last."""
-        return self.merged_squares if step == self.merged_step else -1.0
+        """Of a gradient merged last, or just before: the next round may fill while its answer is on the way."""
+        return self.merged.get(step, -1.0)
 
     def settle(self, server: ParameterServer, clock: int, norm: float) -> None:
         """Apply the merged gradient, clipped by `norm`; with an infinite one nothing changes."""
@@ -99,16 +98,20 @@ class Rounds(Policy):
             )
         elif not self.full and self.pushes and len(self.pushes) >= needed:
             self.merge([push for _, push in sorted(self.pushes.items())], server.gradient)
-            self.merged_step = self.round
-            self.merged_squares = server.norm() ** 2
+            self.merged[self.round] = server.norm() ** 2
+            self.merged.pop(self.round - 2, None)
             self.full = True
 
 
 class Arrivals(Policy):
-    """Asynchronous: each push is an update of its own, at once.
+    """Asynchronous: nobody waits for a slower worker; every `collect` pushes, whoever made them, are an update.
 
-    A push of tau updates ago counts less with `staleness_lr`: rate / max(1, tau) (Zhang et al. 2016, "Staleness-aware
-    Async-SGD", equation 6; from memory), and is corrected by `delay_compensation`:
+    With 1 each is an update of its own, on arrival. More are averaged, as FedBuff does (Nguyen et al. 2022,
+    "Federated Learning with Buffered Asynchronous Aggregation", from memory): as many as workers make updates of as
+    many labels as synchronous training, which an adaptive optimizer needs to see its direction.
+
+    Pushes of tau updates ago count less with `staleness_lr`: rate / max(1, mean tau) (Zhang et al. 2016,
+    "Staleness-aware Async-SGD", equation 6; from memory), and are corrected by `delay_compensation`:
     g + lambda g g (theta - theta that g was taken at) (Zheng et al. 2017, DC-ASGD, equation 10; lambda 0.04 is the
     published constant), which holds up to two copies of the parameters for each worker, three where it is ahead.
 
@@ -120,15 +123,18 @@ class Arrivals(Policy):
         self,
         schedule: Schedule,
         *,
+        collect: int = 1,
         staleness_lr: bool = False,
         delay_compensation: float = 0.0,
         share_power: float = 1.0,
     ) -> None:
         self.schedule = schedule
+        self.collect = collect
         self.staleness_lr = staleness_lr
         self.delay_compensation = delay_compensation
         self.share_power = share_power
         self.seen = 0.0  # in steps
+        self.waiting: list[tuple[float, int]] = []  # share and staleness of the pushes that are collected
         self.backups: dict[int, dict[int, Tensor]] = {}  # worker -> version -> the parameters it was given
 
     def begin(self, server: ParameterServer, first_step: int) -> None:
@@ -138,17 +144,17 @@ class Arrivals(Policy):
             self.gave(server, worker)
 
     def take(self, server: ParameterServer, push: Push) -> None:
-        """Apply it."""
+        """Add it to the others that wait, and apply them if they are enough."""
         self.staleness = server.version - push.version
-        rate = self.schedule(int(self.seen + WHOLE)) * push.share**self.share_power
-        self.seen += push.share
-        if push.gradient is None or not push.labels:
-            return
-        torch.div(push.gradient, push.share, out=server.gradient)
-        if self.delay_compensation:
-            self._compensate(server, push)
-        server.update(rate / max(1, self.staleness) if self.staleness_lr else rate)
-        server.version += 1
+        counts = push.gradient is not None and push.labels > 0
+        if counts and not any(share for share, _ in self.waiting):
+            server.gradient.zero_()
+        self.waiting.append((push.share if counts else 0.0, self.staleness))
+        if counts:
+            self._add(server, push)
+        else:
+            self.seen += push.share
+        self._update_if_enough(server)
 
     def answers(self, server: ParameterServer, step: int) -> bool:
         """At once."""
@@ -167,14 +173,33 @@ class Arrivals(Policy):
         self.backups.setdefault(worker, {})[server.version] = copy
 
     def lost(self, server: ParameterServer, worker: int) -> None:
-        """What it was given is of no use any more."""
+        """What it was given is of no use any more; what waits may be enough for those that are left."""
         self.backups.pop(worker, None)
+        self._update_if_enough(server)
 
-    def _compensate(self, server: ParameterServer, push: Push) -> None:
+    def _update_if_enough(self, server: ParameterServer) -> None:
+        if not self.waiting or len(self.waiting) < min(self.collect, len(server.active)):
+            return
+        shares = [share for share, _ in self.waiting if share]
+        if shares:
+            whole, late = sum(shares), [staleness for share, staleness in self.waiting if share]
+            rate = self.schedule(int(self.seen + WHOLE)) * whole**self.share_power
+            server.gradient.div_(whole)
+            server.update(rate / max(1.0, sum(late) / len(late)) if self.staleness_lr else rate)
+            server.version += len(shares)
+            self.seen += whole
+        self.waiting.clear()
+
+    def _add(self, server: ParameterServer, push: Push) -> None:
+        assert push.gradient is not None
+        server.gradient.add_(push.gradient)
         backups = self.backups.get(push.worker, {})
-        if push.version not in backups:  # a worker that was thought to be gone
+        if (
+            not self.delay_compensation or push.version not in backups
+        ):  # of a worker that was thought to be gone
             return
         drift = server.flat - backups[push.version]
         for version in [version for version in backups if version < push.version]:
             del backups[version]
-        server.gradient.addcmul_(server.gradient.square(), drift, value=self.delay_compensation)
+        each = self.delay_compensation / push.share  # the rule is that of a gradient a label
+        server.gradient.addcmul_(push.gradient.square(), drift, value=each)

@@ -74,9 +74,7 @@ class StrategyConfig(Section):
     max_staleness: Whole | None = fact(
         None, "steps that a worker may be ahead of the last one; empty = any number", of="async", ge=0
     )
-    collect: Whole | None = fact(
-        None, "pushes that make an update; empty = as many as workers, 1 = each on arrival", of="async", ge=1
-    )
+    collect: Whole = fact(1, "pushes that make an update; 1 = each on arrival", of="async", ge=1)
     staleness_lr: bool = fact(False, "divide the rate of a push by its staleness", of="async")
     delay_compensation: Number = fact(0.0, "lambda of DC-ASGD, as 0.04; 0 = off", of="async", ge=0)
     delayed_momentum: Whole = fact(

@@ -1,11 +1,11 @@
-"""A parameter server, asynchronous: pushes are applied as they arrive, and nobody waits for the slowest worker.
-
-As many pushes as there are workers make an update, whoever made them (`--collect`; 1: each on its own, on arrival).
+"""A parameter server, asynchronous: every push is applied on arrival, and nobody waits for the slowest worker.
 
 Take it where workers differ in speed, come and go, or sit behind slow links. A gradient is some updates old when it
 is applied; `--max-staleness` bounds by how many steps a worker may be ahead of the last one (Ho et al. 2013, stale
 synchronous parallel: at 0 it is the synchronous gate), `--staleness-lr`, `--delay-compensation` and
 `--delayed-momentum` make up for it (sources in `parameter_server.policies` and `parameter_server.delayed`).
+`--collect K` makes an update of K pushes, whoever made them: with K workers and no staleness it is synchronous
+training.
 """
 
 import math
@@ -91,7 +91,7 @@ class Async(Central):
         adaptive = self.config.train.optim != "sgd"
         policy = Arrivals(
             replica.schedule,
-            collect=options.collect or (1 if options.delayed_momentum else self.wire.world_size),
+            collect=options.collect,
             staleness_lr=options.staleness_lr,
             delay_compensation=options.delay_compensation,
             share_power=0.5 if adaptive else 1.0,

@@ -25,7 +25,7 @@ def test_where_nothing_is_stale_it_is_synchronous(pool: Pool, tmp_path: Path, op
     """The pushes of all workers are collected, and made at the same parameters."""
     settings = SETTINGS | {"optim": optim, "max_grad_norm": 0.0}
     whole = pool.world(3, follow, "allreduce", TASK, output_dir=str(tmp_path / "a"), **settings)
-    gated = settings | {"max_staleness": 0}
+    gated = settings | {"max_staleness": 0, "collect": 3}
     other = pool.world(3, follow, "async", TASK, output_dir=str(tmp_path / "b"), **gated)
     assert first_difference(whole[0].tensors, other[0].tensors, 1e-10) is None
 

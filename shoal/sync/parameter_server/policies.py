@@ -106,7 +106,7 @@ class Rounds(Policy):
 class Arrivals(Policy):
     """Asynchronous: nobody waits for a slower worker; every `collect` pushes, whoever made them, are an update.
 
-    With 1 each is an update of its own, on arrival. More are averaged, as FedBuff does (Nguyen et al. 2022,
+    With 1 each is an update of its own, at once. More are averaged, as FedBuff does (Nguyen et al. 2022,
     "Federated Learning with Buffered Asynchronous Aggregation", from memory): as many as workers make updates of as
     many labels as synchronous training, which an adaptive optimizer needs to see its direction.
 

@@ -21,6 +21,7 @@ def main(words: list[str] | None = None) -> int:
     """
     words = sys.argv[1:] if words is None else words
     verb, rest = (words[0], words[1:]) if words else ("--help", [])
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # each try to reach it would be a line
     try:
         return VERBS[verb](rest) if verb in VERBS else _about(verb)
     except KeyboardInterrupt:
@@ -214,7 +215,7 @@ def _of_trained(folder: Path, flags: list[str]) -> "Resolved":
 
 def _first_word(words: list[str], what: str) -> tuple[str, list[str]]:
     if not words or words[0].startswith("-"):
-        raise UserError("shoal", f"{what} is missing", f"give {what} first")
+        raise UserError("shoal", f"{what} is missing", "give it behind the verb")
     return words[0], words[1:]
 
 

@@ -14,9 +14,10 @@ import transformers
 from shoal import checkpoint
 from shoal.config import Resolved, dump_yaml
 from shoal.cost import Sizes
+from shoal.errors import UserError
 from shoal.loop import train
 from shoal.mesh import Mesh
-from shoal.observe.console import Screen, duration
+from shoal.observe.console import Screen, duration, shown_number
 from shoal.observe.observer import peak_rss_gib
 from shoal.run import Run, assemble
 from shoal.sync import SYNCS
@@ -62,7 +63,10 @@ JOBS: dict[str, Callable[[Resolved, Mesh, Path, Stop], None]] = {"train": train_
 
 def _begin_folder(run: Run, resolved: Resolved) -> None:
     """Everything fits together: now the folder becomes this run's. Only here is an earlier run removed."""
-    run.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {run.folder}", f"{error.strerror}", "name another one") from error
     checkpoint.forget_parts(run.folder)
     if not run.config.checkpoint.resume_from_checkpoint:
         for name in LEFT_BEHIND:
@@ -145,7 +149,7 @@ def _finish_folder(run: Run, resolved: Resolved, summary: dict[str, Any]) -> Non
         "Processor time": f"{duration(summary['cpu_seconds_per_worker'])} of each worker",
         "Peak memory": f"{summary['peak_rss_gib_per_worker']:.2f} GiB of each worker",
         "Sent": f"{summary['bytes_sent_per_worker'] / 1e6:,.1f} MB by each worker",
-        **{name: f"{value:,.5g}" for name, value in summary.items() if name.startswith("eval/")},
+        **{name: shown_number(value) for name, value in summary.items() if name.startswith("eval/")},
         "Model": str(run.folder / "final"),
     }
     run.screen.banner("Finished", facts)

@@ -23,7 +23,8 @@ def _unread(resolved: Resolved) -> Iterator[Refusal]:
     for fact in facts():
         read = not fact.readers or {strategy.name, strategy.codec} & set(fact.readers)
         if not read and getattr(strategy, fact.field) != fact.info.default:
-            asked = f"{fact.flag} ({resolved.origins[fact.key]})"
+            origin = resolved.origins[fact.key]
+            asked = fact.flag if origin.startswith("flag") else f"{fact.flag} ({origin})"
             found = f"strategy {strategy.name} with codec {strategy.codec} does not read it"
             yield asked, found, f"leave it out; it belongs to {', '.join(fact.readers)}"
     if strategy.name == "demo" and resolved.origins["train.optim"] != "default":

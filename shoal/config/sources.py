@@ -42,7 +42,8 @@ def file_settings(file: Path) -> list[Setting]:
         raise UserError(f"{file} byte {error.start}", "not UTF-8 text", "give a YAML file in UTF-8") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{file}:{line}", f"not YAML, {error.problem}", "correct the line") from None
+        change = "correct the line" if file.suffix in (".yaml", ".yml") else f"or is it text: --data {file}"
+        raise UserError(f"{file}:{line}", f"not YAML, {error.problem}", change) from None
     except yaml.YAMLError as error:
         raise UserError(str(file), f"not YAML, {error}".replace("\n", " "), "give a YAML file") from None
 

@@ -108,14 +108,28 @@ def _shares(given: Any) -> Any:
 
 def _period(given: Any) -> Any:
     text = str(given).strip().lower().replace(" ", "")
+    if text == "end":
+        return text
     count = text.removesuffix("tokens")
-    if text != "end" and (whole_number(count) if not isinstance(given, bool) else 0) < 1:
-        raise ValueError("should be 1 or more steps, a number of tokens such as 100ktokens, or end")
-    return text if text == "end" else f"{whole_number(count)}{text[len(count) :]}"
+    wanted = "should be 1 or more steps, a number of tokens such as 100ktokens, or end"
+    number = _whole_or(wanted, given if isinstance(given, bool) else count)
+    if number < 1:
+        raise ValueError(wanted)
+    return f"{number}{text[len(count) :]}"
 
 
 def _workers(given: Any) -> Any:
-    return given if given in ("auto", "cpu", "gpu") else whole_number(given)
+    return (
+        given if given in ("auto", "cpu", "gpu") else _whole_or("should be a number, auto, cpu or gpu", given)
+    )
+
+
+def _whole_or(wanted: str, given: Any) -> Any:
+    """A whole number. Raises ValueError that says what is `wanted`."""
+    try:
+        return whole_number(given)
+    except ValueError:
+        raise ValueError(wanted) from None
 
 
 Number = Annotated[float, BeforeValidator(number, json_schema_input_type=float | str)]

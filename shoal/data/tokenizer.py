@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Protocol
 
 from shoal.errors import UserError
@@ -203,6 +204,6 @@ def _downloaded(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[*FILES, "config.json"]))
     except (OSError, ValueError, HFValidationError) as error:
-        found = f"no such folder, and not found on the hub ({' '.join(str(error).split())[:160]})"
+        found = f"no such folder, and not found on the hub ({shorten(str(error), 160)})"
         change = "name a folder, a hub name, or train (HF_HUB_OFFLINE=1 asks no network)"
         raise UserError(f"--tokenizer {name}", found, change) from error

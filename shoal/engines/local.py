@@ -46,9 +46,14 @@ def launch(resolved: Resolved, verb: str = "train") -> int:
 
 
 def check_folder(resolved: Resolved) -> None:
-    """Refuse to write over what a run has left, unless it is resumed or may be overwritten."""
+    """Refuse to write over what a run has left, unless it is resumed or may be overwritten; or to resume nothing."""
     config = resolved.config.checkpoint
-    folder = Path(config.output_dir)
+    folder, resumed = Path(config.output_dir), config.resume_from_checkpoint
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output-dir {folder}", "it is a file", "name a folder")
+    if resumed not in ("", "latest") and not Path(resumed).is_dir():
+        found = "there is no such folder"
+        raise UserError(f"--resume-from-checkpoint {resumed}", found, "give a checkpoint folder, or latest")
     if config.resume_from_checkpoint or config.overwrite_output_dir:
         return
     if (folder / "summary.json").exists():

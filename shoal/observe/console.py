@@ -58,6 +58,11 @@ def step_line(record: dict[str, Any], eta_seconds: float) -> str:
     )
 
 
+def shown_number(value: float) -> str:
+    """A count whole, anything else in five digits."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.5g}"
+
+
 def duration(seconds: float) -> str:
     """For example 1h12m, 3m05s, 12s."""
     whole = round(seconds)

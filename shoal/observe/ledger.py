@@ -66,6 +66,8 @@ class Audit:
 
 def audit(run: Path) -> Audit:
     """Read the ledger of a run folder and check it. Raises UserError if there is none."""
+    if not run.is_dir():
+        raise UserError(f"audit {run}", "there is no such folder", "give a run's folder")
     folder = run / "ledger"
     if not (folder / "run.json").exists():
         raise UserError(f"audit {run}", "it holds no ledger", "train with --ledger")

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 
 from shoal.data.batches import Batch
-from shoal.observe.console import GIB, step_line
+from shoal.observe.console import GIB, shown_number, step_line
 from shoal.observe.ledger import Ledger
 from shoal.observe.metrics import MetricsFile, TensorBoard
 from shoal.replica import Seconds
@@ -69,7 +69,7 @@ class Observer:
         metrics = self.run.evaluate(stop)
         if metrics:
             self._write({"step": self.run.progress.step, "tokens": self.run.progress.tokens, **metrics})
-            shown = " ".join(f"{name}: {value:,.5g}" for name, value in metrics.items())
+            shown = " ".join(f"{name}: {shown_number(value)}" for name, value in metrics.items())
             self.run.screen.say(f"step: {self.run.progress.step} {shown}")
         self.last, self.sent = (
             time.perf_counter(),

@@ -1,5 +1,7 @@
 """Text from a trained model: streamed for one prompt, or data-parallel over a file of prompts."""
 
+from pathlib import Path
+
 from shoal.errors import UserError
 from shoal.serve.options import GenerateOptions
 
@@ -24,6 +26,9 @@ def run(options: GenerateOptions) -> None:
 
 
 def _check(options: GenerateOptions) -> None:
+    if not Path(options.model).is_dir():
+        asked = f"shoal generate {options.model}"
+        raise UserError(asked, "there is no such folder", "give a run's or a model's folder")
     if (options.prompt is None) == (options.prompts_file is None):
         raise UserError("shoal generate", "not one of --prompt and --prompts-file", "give one of the two")
     if options.prompts_file is not None and options.output_file is None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from shoal.config import RunConfig
 from shoal.data import prepare, tokenizer
 from shoal.data.shards import Split, TokenStream
+from shoal.errors import UserError
 from shoal.models.export import export
 from shoal.models.heads import has_plain_head
 from shoal.models.isolation import check_isolation, packed_inputs
@@ -33,9 +34,15 @@ class CausalLM:
         """Documents to token shards in the cache, with the model's own tokenizer where it has one."""
         check_name(config.model.name)
         chosen = config.data.tokenizer
-        if chosen == "auto":
-            chosen = "train" if config.model.name in PRESETS else config.model.name
-        return prepare.prepare(config.data, chosen)
+        if chosen != "auto" or config.model.name in PRESETS:
+            return prepare.prepare(config.data, "train" if chosen == "auto" else chosen)
+        try:
+            return prepare.prepare(config.data, config.model.name)
+        except UserError as error:
+            if not error.asked.startswith("--tokenizer"):
+                raise
+            change = f"name a folder, a hub name or a preset ({', '.join(PRESETS)}), or give --tokenizer"
+            raise UserError(f"--model {config.model.name}", error.found, change) from error
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -76,8 +83,10 @@ class CausalLM:
         }
 
     def example(self, model: Any) -> str | None:
-        """A few lines that go on from the first words of the held-out documents."""
+        """A few lines that go on from the first words of held-out documents, or of others if there are none."""
         stream = TokenStream(self.folder, "eval")
+        if not stream.tokens:
+            stream = TokenStream(self.folder, "train")
         start, _ = stream.read(0, min(stream.tokens, 12))
         torch.manual_seed(self.config.train.seed)
         prompt = torch.from_numpy(start)[None].to(model.device)

@@ -116,7 +116,7 @@ def test_one_prompt_is_streamed(trained: Path, capsys: pytest.CaptureFixture[str
         ({"temperature": -1.0}, "--temperature -1"),
         ({"top_p": 0.0}, "--top-p 0"),
         ({"nproc": 0}, "--nproc-per-node 0"),
-        ({"model": "nowhere"}, "--model nowhere"),
+        ({"model": "nowhere"}, "shoal generate nowhere: there is no such folder"),
         ({"max_new_tokens": 5000}, "--max-new-tokens 5000"),
     ],
 )

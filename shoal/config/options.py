@@ -94,7 +94,7 @@ def _momentum(config: RunConfig) -> Iterator[Refusal]:
 
 def _timing(options: StrategyConfig) -> Iterator[Refusal]:
     """Of syncs, in fragments and in flight."""
-    every, overlap = options.period, options.overlap_steps or 0
+    every, overlap = options.sync_every or options.own_period, options.overlap_steps or 0
     if options.name == "gossip":
         return
     if (options.fragments > 1 or overlap) and not every.isdigit():

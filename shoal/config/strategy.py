@@ -142,9 +142,9 @@ class StrategyConfig(Section):
     demo_topk: Whole = fact(32, "coefficients of a block that are sent", of="demo", ge=1)
 
     @property
-    def period(self) -> str:
-        """`sync_every`, or the strategy's own: local 4 to 16 (Lin et al. 2020), the others Streaming DiLoCo's 30."""
-        return self.sync_every or {"local": "16"}.get(self.name, "30")
+    def own_period(self) -> str:
+        """In the place of an empty `sync_every`: local 4 to 16 (Lin et al. 2020), others Streaming DiLoCo's 30."""
+        return {"local": "16"}.get(self.name, "30")
 
     @property
     def remembers(self) -> str:

@@ -51,6 +51,11 @@ class Period:
         return True
 
 
+def period_of(options: StrategyConfig) -> Period:
+    """A new period, as the options say."""
+    return Period(options.sync_every or options.own_period)
+
+
 @dataclass
 class Journey:
     """The deltas of one fragment on their way, and the local steps after which they are taken in."""
@@ -80,7 +85,7 @@ class Local(Sync):
     def __init__(self, config: RunConfig, wire: Wire) -> None:
         super().__init__(config, wire)
         self.options = config.strategy
-        self.period = Period(self.options.period)
+        self.period = period_of(self.options)
         self.halvings = 0  # of the period, when the guard asked for it
         self.synchronous = AllReduce(config, wire)
         self.exchange = Exchange(self.options, wire, config.train.seed)
@@ -168,7 +173,7 @@ class Local(Sync):
     @classmethod
     def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
         """The parameters once in a period; for an outer rule they and its momentum are held."""
-        every = Period(config.strategy.period).steps or math.inf
+        every = period_of(config.strategy).steps or math.inf
         held = 2 * sizes.nbytes if cls.has_outer(config.strategy) else 0
         held += Exchange.bytes_held(config.strategy, sizes)
         sent = Exchange.bytes_sent(config.strategy, sizes) / every

@@ -28,7 +28,7 @@ from shoal.cost import Cost, Sizes
 from shoal.data.order import derive_seed
 from shoal.replica import Replica
 from shoal.sync.base import State
-from shoal.sync.local import Local, Period
+from shoal.sync.local import Local, period_of
 from shoal.sync.outer import BlockMomentum, Outer
 from shoal.sync.parameters import apart
 
@@ -77,7 +77,7 @@ class NoLoCo(Local):
     @classmethod
     def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
         """Delta and slow parameters, to one rank a period."""
-        every = Period(config.strategy.period).steps or math.inf
+        every = period_of(config.strategy).steps or math.inf
         return Cost(sent=2 * sizes.nbytes / every if sizes.world_size > 1 else 0, held=2 * sizes.nbytes)
 
     def _taken_up(self, states: Sequence[State]) -> State:

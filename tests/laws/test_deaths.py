@@ -34,10 +34,12 @@ SPARING = {
 }
 
 
-@pytest.mark.parametrize(
-    ("phase", "step"), [("forward", 5), ("exchange", 5), ("evaluate", 5), ("observe", 7)]
-)
-@pytest.mark.parametrize("chosen", SPARING)
+PHASES = [("forward", 5), ("exchange", 5), ("evaluate", 5), ("observe", 7)]
+DEATHS = [(chosen, *phase) for chosen in ("server", "async", "gossip") for phase in PHASES]
+DEATHS += [(chosen, "exchange", 5) for chosen in ("async-int8", "gossip-push-sum", "gossip-int8")]
+
+
+@pytest.mark.parametrize(("chosen", "phase", "step"), DEATHS)
 def test_the_others_train_evaluate_and_save_to_the_end(
     pool: Pool, data: list[str], tmp_path: Path, chosen: str, phase: str, step: int
 ) -> None:

@@ -617,9 +617,3 @@ def test_predicted_bytes_are_sent_encoded(pool: Pool) -> None:
 def test_encoded_it_goes_on_to_the_last_bit(pool: Pool, codec: str) -> None:
     for whole, resumed in pool.world(3, interrupted, topology="exponential", codec=codec, **CODECS[codec]):
         assert first_difference([whole], [resumed]) is None
-
-
-@pytest.mark.parametrize("option", [{"error_feedback": True}, {"codec_warmup": 3}])
-def test_options_that_differences_make_void_are_refused(pool: Pool, option: dict[str, Any]) -> None:
-    (outcome,) = pool.wait(pool.start(started, ranks=1, topology="ring", codec="topk", **option))
-    assert outcome.error.startswith("UserError: --")

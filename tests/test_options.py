@@ -1,0 +1,70 @@
+"""Options that no strategy or codec reads, or that contradict another, are refused before anything is launched."""
+
+import pytest
+
+from shoal.config import check_options, load_config
+from shoal.errors import UserError
+
+ONEBIT = "--optim onebit-adam --codec sign --codec-momentum 0.9 --codec-warmup 100 --max-grad-norm 0"
+REFUSED = {
+    "--density 0.1": "--density: strategy allreduce with codec none does not read it",
+    "--codec int8 --density 0.1": "--density: strategy allreduce with codec int8 does not read it",
+    "--sync-every 4": "--sync-every: strategy allreduce",
+    "--strategy local --topology ring": "--topology: strategy local",
+    "--strategy demo --codec int8": "--codec: strategy demo",
+    "--strategy demo --optim muon": "--optim muon: demo is the optimizer itself",
+    "--exact --codec int8": "--exact: strategy allreduce with codec int8",
+    "--exact --strategy local": "--exact: strategy local",
+    "--exact --clip-each 1": "--exact: each worker's own gradient",
+    "--strategy local --group-size 2": "only one of it and --global-every",
+    "--strategy local --group-size 2 --global-every 8 --codec int8": "groups average plainly",
+    "--strategy local --outer-lr 0.5": "--outer-lr: the plain mean of the replicas reads none",
+    "--strategy local --averaging elastic --outer-momentum 0.5": "--outer-momentum: elastic averaging reads none",
+    "--strategy diloco --sync-every 4 --fragments 5": "--fragments 5: there are only 4 steps",
+    "--strategy diloco --fragments 31": "--fragments 31: there are only 30 steps",
+    "--strategy diloco --overlap-steps 30": "--overlap-steps 30: the next sync starts after 30 steps",
+    "--strategy diloco --sync-every 1ktokens --fragments 2": "timed in steps",
+    "--strategy local --guard-steps 5": "there is no guard",
+    "--strategy local --guard-drift 0.5": "there is no guard",
+    "--strategy local --normalize each": "--normalize each: with local",
+    "--error-feedback": "--error-feedback: nothing is encoded",
+    "--strategy gossip --codec topk --error-feedback": "--error-feedback: gossip encodes differences",
+    "--strategy gossip --codec topk --codec-warmup 3": "--codec-warmup: gossip encodes differences",
+    "--strategy async --codec topk --codec-warmup 3": "--codec-warmup 3: strategy async sends from one rank",
+    "--codec topk --codec-momentum 0.9": "--codec-momentum: adamw would take its momentum a second time",
+    "--strategy diloco --codec topk --codec-momentum 0.9 --optim sgd": "ways of many steps",
+    "--strategy server --codec sign --codec-momentum 0.9 --optim sgd": "the momentum of sign is that of all ranks",
+    "--optim onebit-adam": "add --codec sign --codec-momentum 0.9 --codec-warmup 100 --max-grad-norm 0",
+    f"{ONEBIT} --normalize sum": "add --normalize no",
+    "--strategy async --delayed-momentum 2": "add --optim sgd",
+    "--strategy server --trim 0.1": "add --aggregation trimmed-mean",
+}
+TAKEN = [
+    "",
+    ONEBIT,
+    "--codec topk --codec-momentum 0.9 --optim sgd --codec-warmup 20 --clip-each 1",
+    "--strategy local --averaging slowmo --outer-lr 1 --outer-momentum 0.5 --sync-every 100ktokens",
+    "--strategy diloco --fragments 4 --overlap-steps 2 --mixing 0.5 --codec int4 --guard 0.05 --guard-drift 0.1",
+    "--strategy noloco --outer-lr 0.5 --local-after 10",
+    "--strategy server --quorum 2 --servers 2 --codec int8 --no-error-feedback",
+    "--strategy async --max-staleness 3 --collect 2 --delay-compensation 0.04",
+    "--strategy gossip --topology push-sum --overlap-steps 0 --codec sign --mixing 0.2",
+    "--strategy demo --demo-topk 4",
+]
+
+
+def words_of(text: str) -> list[str]:
+    return text.split()
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_makes_no_sense_is_refused_in_one_line(words: str) -> None:
+    with pytest.raises(UserError) as refused:
+        check_options(load_config(None, words_of(words)))
+    assert REFUSED[words] in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("words", TAKEN)
+def test_what_makes_sense_is_taken(words: str) -> None:
+    check_options(load_config(None, words_of(words)))

@@ -1,8 +1,6 @@
 """`python -m shoal` is `shoal`."""
 
-import sys
-
-from shoal.cli import main
+from shoal.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

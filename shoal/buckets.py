@@ -1,7 +1,7 @@
 """The gradients of one replica in a few flat buffers, each announced as soon as it is complete."""
 
+import weakref
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -67,9 +67,13 @@ class Buckets:
         self._leaf = 0
         self._last = False
         self._announced = len(self.all)
-        for bucket in self.all:
-            for p in bucket.params:
-                p.register_post_accumulate_grad_hook(partial(self._arrived, bucket))
+        self._bucket_of = {p: bucket for bucket in self.all for p in bucket.params}
+        # The garbage collector does not see into these hooks: held by one, this and the model would stay for ever.
+        ours = weakref.ref(self)
+        for p in self._bucket_of:
+            p.register_post_accumulate_grad_hook(
+                lambda p: buckets._arrived(p) if (buckets := ours()) else None
+            )
 
     def __iter__(self) -> Iterator[Bucket]:
         return iter(self.all)
@@ -95,7 +99,8 @@ class Buckets:
                     bucket.take(p)
         self._advance(lambda bucket: True)
 
-    def _arrived(self, bucket: Bucket, p: nn.Parameter) -> None:
+    def _arrived(self, p: nn.Parameter) -> None:
+        bucket = self._bucket_of[p]
         bucket.take(p)
         bucket.missing -= 1
         self._advance(lambda bucket: bucket.missing == 0)

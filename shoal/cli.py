@@ -14,6 +14,18 @@ if TYPE_CHECKING:
     from shoal.config import Resolved
 
 
+def command() -> NoReturn:
+    """The command `shoal` itself: `main`, and the way out of the process."""
+    code = main()
+    from shoal.engines.environment import is_worker
+
+    if is_worker():
+        from shoal.engines.worker import leave
+
+        leave(code)
+    sys.exit(code)
+
+
 def main(words: list[str] | None = None) -> int:
     """Run `shoal` with these words (those of the command line if None); returns the exit code.
 

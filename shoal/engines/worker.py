@@ -12,6 +12,7 @@ import time
 import traceback
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from shoal.config import Resolved, RunConfig
 from shoal.errors import DONE, FAILED, ShoalError, choose
@@ -91,8 +92,12 @@ def _leave(message: str, exit_code: int, trace: str = "") -> None:
     Path(os.environ[ERRORS], f"rank-{record['rank']}.json").write_text(json.dumps(record, indent=1))
 
 
-if __name__ == "__main__":
-    code = main()
+def leave(code: int) -> NoReturn:
+    """End this worker at once: on the interpreter's own way out a thread that is within C++ would abort it."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # a thread that still waits within C++ would abort the interpreter's own way out
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    leave(main())

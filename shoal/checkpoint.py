@@ -180,9 +180,7 @@ class Checkpoints:
         kept = [path for path in reached if path.name != best][: self.keep or None]
         for path in candidates(self.folder):
             if path not in kept and (path.name != best or path not in reached):
-                path.rename(
-                    _hidden(path, "old")
-                )  # a kill in the middle leaves no half checkpoint under its name
+                path.rename(_hidden(path, "old"))  # a kill leaves no half checkpoint under its name
         _sweep(self.folder)
 
 

@@ -216,9 +216,8 @@ def _of_trained(folder: Path, flags: list[str]) -> "Resolved":
     trained, asked = load_config(recipe).config, load_config(recipe, flags)
     data, final = asked.config.data, str(folder / "final")
     if data.tokenizer == "auto":
-        found_again = (
-            data == trained.data and trained.model.name in PRESETS
-        )  # under the key it was trained with
+        # Trained again from the same text it has the same key, and what was prepared is found.
+        found_again = data == trained.data and trained.model.name in PRESETS
         data = data.model_copy(update={"tokenizer": "train" if found_again else final})
     fresh = asked.config.checkpoint.model_copy(update={"resume_from_checkpoint": ""})
     sections = {"model": ModelConfig(name=final), "data": data, "checkpoint": fresh}

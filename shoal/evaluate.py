@@ -48,9 +48,7 @@ def evaluate(
         with policy.autocast(device):
             return float(loss(model, inputs).item())
 
-    told = torch.zeros(
-        3, len(micro_batches), dtype=torch.float64
-    )  # sums, whether there is one, ranks that stopped
+    told = torch.zeros(3, len(micro_batches), dtype=torch.float64)  # sums, which are known, who has stopped
     was_training = model.training
     model.eval()
     for v in range(team.rank, len(micro_batches), team.size):

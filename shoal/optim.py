@@ -2,11 +2,15 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from shoal.config import RunConfig
+
+MOMENTUM = 0.9  # of SGD
 ADAM: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
 NamedParams = list[tuple[str, nn.Parameter]]
 
@@ -21,9 +25,8 @@ class OneBitAdam(torch.optim.AdamW):
     sending gradients whole where links are slow, and needs gradients that are not clipped: m is not.
     """
 
-    is_momentum: Callable[[], bool] = staticmethod(
-        lambda: False
-    )  # whether the gradient is m: its maker knows
+    # Whether the gradient is m, which its maker knows.
+    is_momentum: Callable[[], bool] = staticmethod(lambda: False)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -42,13 +45,25 @@ class OneBitAdam(torch.optim.AdamW):
                 p.addcdiv_(p.grad, spread, value=-group["lr"] / (1 - beta1**steps))
 
 
+def of(config: RunConfig, params: NamedParams) -> list[torch.optim.Optimizer]:
+    """The optimizers of a run: as `build` makes them, but never with a momentum that the codec takes already."""
+    train, in_codec = config.train, config.strategy.codec_momentum
+    return build(
+        train.optim,
+        params,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        momentum=in_codec if train.optim == "onebit-adam" else 0.0 if in_codec else MOMENTUM,
+    )
+
+
 def build(
     name: str,
     params: NamedParams,
     *,
     learning_rate: float,
     weight_decay: float,
-    momentum: float = 0.9,
+    momentum: float = MOMENTUM,
 ) -> list[torch.optim.Optimizer]:
     """The optimizers that together own `params`. Only matrices decay.
 
@@ -57,43 +72,35 @@ def build(
     `muon` (Jordan et al., 2024; torch.optim.Muon) takes the hidden matrices, scaled to the root mean square
     of AdamW's updates so that the same learning rate fits both; AdamW takes the rest.
     """
-    matrices = [(n, p) for n, p in params if p.dim() >= 2]
-    vectors = [(n, p) for n, p in params if p.dim() < 2]
+    groups = decay_groups(params, weight_decay)
     if name == "sgd":
-        return [
-            torch.optim.SGD(_groups(matrices, vectors, weight_decay), lr=learning_rate, momentum=momentum)
-        ]
+        return [torch.optim.SGD(groups, lr=learning_rate, momentum=momentum)]
     if name == "adamw":
-        return [_adamw(_groups(matrices, vectors, weight_decay), learning_rate)]
+        return [torch.optim.AdamW(groups, lr=learning_rate, **ADAM)]
     if name == "onebit-adam":
-        groups = _groups(matrices, vectors, weight_decay)
         options = ADAM | {"betas": (momentum, ADAM["betas"][1])}
         return [OneBitAdam(groups, lr=learning_rate, **options)]
-    hidden = [(n, p) for n, p in matrices if p.dim() == 2 and not _is_embedding(n)]
-    rest = [(n, p) for n, p in matrices if p.dim() != 2 or _is_embedding(n)]
-    optimizers: list[torch.optim.Optimizer] = []
-    if hidden:
-        optimizers.append(
-            torch.optim.Muon(
-                hidden, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
-        )
-    if rest or vectors:
-        optimizers.append(_adamw(_groups(rest, vectors, weight_decay), learning_rate))
+    hidden = [(n, p) for n, p in params if _is_hidden_matrix(n, p)]
+    rest = [(n, p) for n, p in params if not _is_hidden_matrix(n, p)]
+    muon = partial(torch.optim.Muon, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    optimizers: list[torch.optim.Optimizer] = [muon(hidden, lr=learning_rate)] if hidden else []
+    if rest:
+        groups = decay_groups(rest, weight_decay)
+        optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, **ADAM))
     return optimizers
 
 
-def _adamw(groups: list[dict], learning_rate: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=learning_rate, **ADAM)
-
-
-def _groups(decayed: NamedParams, others: NamedParams, weight_decay: float) -> list[dict]:
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+def decay_groups(params: NamedParams, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameter groups of an optimizer in which only matrices decay."""
+    groups = [
+        {"params": [(n, p) for n, p in params if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [(n, p) for n, p in params if p.dim() < 2], "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 
-def _is_embedding(name: str) -> bool:
-    return any(part in name for part in ("embed", "wte", "wpe", "lm_head"))
+def _is_hidden_matrix(name: str, p: Tensor) -> bool:
+    return p.dim() == 2 and not any(part in name for part in ("embed", "wte", "wpe", "lm_head"))
 
 
 def learning_rate(

@@ -145,13 +145,7 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
         model=model,
         loss=_compiled(task.loss) if config.train.compile else task.loss,
         buckets=buckets,
-        optimizers=optim.build(
-            config.train.optim,
-            params,
-            learning_rate=config.train.learning_rate,
-            weight_decay=config.train.weight_decay,
-            momentum=_momentum(config),
-        ),
+        optimizers=optim.of(config, params),
         policy=policy,
         device=mesh.device,
         seed=config.train.seed,
@@ -190,13 +184,6 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
     else:
         _resume(run, found)
     return run
-
-
-def _momentum(config: RunConfig) -> float:
-    """Of the optimizer: what the codec takes for itself `sgd` must not take again, and `onebit-adam` goes on with."""
-    if config.train.optim == "onebit-adam":
-        return config.strategy.codec_momentum
-    return 0.0 if config.strategy.codec_momentum else 0.9
 
 
 def _bucket_bytes(config: RunConfig, params: optim.NamedParams) -> int:

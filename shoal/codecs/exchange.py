@@ -75,17 +75,17 @@ class Exchange:
         length.
         """
         if key not in self._encoders:
-            self._encoders[key] = build(_warm(self.options), self._subject(key, tensor, shapes))
+            self._encoders[key] = build(warm(self.options), self._subject(key, tensor, shapes))
             self._encoders[key].load_state_dict(self._take(key, tensor.device))
         return self._encoders[key].encode(tensor)
 
     def decode(self, key: str, payload: Tensor, like: Tensor, shapes: Shapes | None = None) -> Tensor:
         """What another rank's `encode_for` made `payload` of, under this key and with these shapes: as `like`."""
-        return make(_warm(self.options), self._subject(key, like, shapes)).decode(payload, like.numel())
+        return make(warm(self.options), self._subject(key, like, shapes)).decode(payload, like.numel())
 
     def payload_bytes(self, like: Tensor, shapes: Shapes | None = None) -> int:
         """The length of what `encode_for` makes of a tensor as `like`."""
-        return make(_warm(self.options), self._subject("", like, shapes)).nbytes(like.numel())
+        return make(warm(self.options), self._subject("", like, shapes)).nbytes(like.numel())
 
     def state_dict(self) -> State:
         """What is remembered for every key: "codec/KEY/part"."""
@@ -152,11 +152,11 @@ def refit(states: Sequence[State], rank: int, world_size: int) -> State:
     return fitted
 
 
-def _warm(options: StrategyConfig) -> StrategyConfig:
-    """As after the warm-up."""
+def warm(options: StrategyConfig) -> StrategyConfig:
+    """The options as they are after the warm-up."""
     return options.model_copy(update={"codec_warmup": 0})
 
 
 def _priced(options: StrategyConfig, sizes: Sizes) -> Channel:
     dtype = {4: torch.float32, 8: torch.float64}[sizes.itemsize]
-    return Channel(_warm(options), Subject(tuple(sizes.shapes), dtype), sizes.world_size)
+    return Channel(warm(options), Subject(tuple(sizes.shapes), dtype), sizes.world_size)

@@ -71,10 +71,8 @@ class Observer:
             self._write({"step": self.run.progress.step, "tokens": self.run.progress.tokens, **metrics})
             shown = " ".join(f"{name}: {shown_number(value)}" for name, value in metrics.items())
             self.run.screen.say(f"step: {self.run.progress.step} {shown}")
-        self.last, self.sent = (
-            time.perf_counter(),
-            self.run.wire.bytes_sent,
-        )  # the next step does not pay for this
+        # The next step does not pay for this.
+        self.last, self.sent = time.perf_counter(), self.run.wire.bytes_sent
         return metrics
 
     def _write(self, record: dict[str, Any]) -> None:

@@ -13,10 +13,12 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from shoal import optim
 from shoal.collectives import Wire
 from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
@@ -28,8 +30,6 @@ from shoal.sync.parameter_server.delayed import DelayedNesterov
 from shoal.sync.parameter_server.host import NOTHING
 from shoal.sync.parameter_server.messages import Reply
 from shoal.sync.parameter_server.policies import Arrivals
-
-MOMENTUM = 0.9  # of delayed Nesterov
 
 
 class Errand:
@@ -101,14 +101,11 @@ class Async(Central):
 
     def build(self, params: NamedParams) -> list[Optimizer]:
         """Delayed Nesterov in place of the optimizer, if it is asked for."""
-        period, decay = self.options.delayed_momentum, self.config.train.weight_decay
+        period = self.options.delayed_momentum
         if not period:
             return super().build(params)
-        groups = [
-            {"params": [p for _, p in params if p.dim() >= 2], "weight_decay": decay},
-            {"params": [p for _, p in params if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        return [DelayedNesterov([g for g in groups if g["params"]], 0.0, period=period, momentum=MOMENTUM)]
+        groups = optim.decay_groups(params, self.config.train.weight_decay)
+        return [DelayedNesterov(groups, 0.0, period=period, momentum=optim.MOMENTUM)]
 
     def turn(self, replica: Replica, step: int) -> None:
         """Send the gradients on their way; go on with what the push before brought back."""
@@ -166,15 +163,10 @@ class Async(Central):
     @classmethod
     def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
         """Of the rank that sends most: one with a server. Delay compensation holds up to three copies a worker."""
-        traffic = Traffic.of(config, sizes)
-        count = sizes.world_size
+        traffic, count, bound = Traffic.of(config, sizes), sizes.world_size, config.strategy.max_staleness
+        most = traffic.most(count)
         backups = 3 * count * max(traffic.down) if config.strategy.delay_compensation else 0
-        bound = config.strategy.max_staleness
-        return Cost(
-            sent=max(traffic.sent(rank, count) for rank in range(count)),
-            held=max(traffic.held(rank, count) for rank in range(count)) + backups,
-            staleness=count - 1 if bound is None else bound,
-        )
+        return replace(most, held=most.held + backups, staleness=count - 1 if bound is None else bound)
 
     def _settle(self, replica: Replica) -> bool:
         """Wait for what is under way; whether there was something."""

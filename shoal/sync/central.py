@@ -21,10 +21,10 @@ from torch.optim import Optimizer
 
 from shoal import optim
 from shoal.codecs import Subject, make
-from shoal.codecs.exchange import Exchange
+from shoal.codecs.exchange import Exchange, warm
 from shoal.collectives import Visitor, Wire
 from shoal.config import RunConfig
-from shoal.cost import Sizes
+from shoal.cost import Cost, Sizes
 from shoal.optim import NamedParams
 from shoal.replica import Replica
 from shoal.sync.base import State, Sync
@@ -62,14 +62,7 @@ class Central(Sync):
 
     def build(self, params: NamedParams) -> list[Optimizer]:
         """New optimizers of a server. Only here are parameters updated, and only here do they decay."""
-        train = self.config.train
-        return optim.build(
-            train.optim,
-            params,
-            learning_rate=train.learning_rate,
-            weight_decay=train.weight_decay,
-            momentum=0.0 if self.options.codec_momentum else 0.9,  # of sgd, where the codec takes it
-        )
+        return optim.of(self.config, params)
 
     def attach(self, replica: Replica) -> None:
         """Open the doors of the servers, and have a line to each."""
@@ -183,10 +176,18 @@ class Traffic:
         dtype = {4: torch.float32, 8: torch.float64}[sizes.itemsize]
         cuts = runs([shape.numel() for shape in sizes.shapes], min(config.strategy.servers, sizes.world_size))
         subjects = [Subject(tuple(sizes.shapes[run.start : run.stop]), dtype) for run in cuts]
-        warm = config.strategy.model_copy(update={"codec_warmup": 0})
+        options = warm(config.strategy)
         return cls(
             [sizes.itemsize * subject.numel for subject in subjects],
-            [make(warm, subject).nbytes(subject.numel) for subject in subjects],
+            [make(options, subject).nbytes(subject.numel) for subject in subjects],
+        )
+
+    def most(self, world_size: int) -> Cost:
+        """What the rank sends and holds that does so most: one with a server."""
+        ranks = range(world_size)
+        return Cost(
+            sent=max(self.sent(rank, world_size) for rank in ranks),
+            held=max(self.held(rank, world_size) for rank in ranks),
         )
 
     def sent(self, rank: int, world_size: int) -> int:

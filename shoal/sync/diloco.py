@@ -2,9 +2,9 @@
 
 Douillard et al. 2023, "DiLoCo: Distributed Low-Communication Training of Language Models", algorithm 1. With
 `fragments` and `overlap_steps` it is Streaming DiLoCo (Douillard et al. 2025), with `--codec int4` its low-bit outer
-gradients, with `--codec topk --two-bits` and no outer momentum SparseLoCo. Use it over slow links: bytes fall by
-`sync_every`.
-The defaults are the paper's (outer rate 0.7, momentum 0.9), but for H: 30 of Streaming DiLoCo's 30 to 100 steps.
+gradients, with `--codec topk --two-bits` and no outer momentum SparseLoCo. Use it over slow links: bytes fall by the
+steps between two syncs, H. The defaults are the paper's (outer rate 0.7, momentum 0.9), but for H: 30 of Streaming
+DiLoCo's 30 to 100 steps.
 """
 
 from shoal.config.strategy import StrategyConfig
@@ -25,5 +25,4 @@ class DiLoCo(Local):
 
     def outer(self) -> Outer:
         """A new outer momentum."""
-        momentum = self.options.outer_momentum
-        return Nesterov(self.options.outer_lr or OUTER_RATE, OUTER_MOMENTUM if momentum is None else momentum)
+        return self._asked(Nesterov, OUTER_RATE, OUTER_MOMENTUM)

@@ -25,8 +25,8 @@ class Guard(Sync):
 
     When the running mean of the loss stands more than `guard` (a share) above the lowest it has reached, or is not
     finite, or the replicas drift further apart than `guard_drift` (a share of their norm), the strategy is asked to
-    tighten its agreement; when it cannot any more, all-reduce takes over for good,
-    from the mean of the replicas. All ranks see the same loss, and so decide alike.
+    tighten its agreement; when it cannot any more, all-reduce takes over for good, from the mean of the replicas. All
+    ranks see the same loss, and so decide alike.
     """
 
     def __init__(self, config: RunConfig, wire: Wire, guarded: Sync, say: Callable[[str], None]) -> None:

@@ -187,14 +187,19 @@ class Local(Sync):
 
     def outer(self) -> Outer:
         """A new outer rule, as the options say."""
-        momentum, rate = self.options.outer_momentum, self.options.outer_lr
+        world_size = self.wire.world_size
         if self.options.averaging == "slowmo":
-            return SlowMo(rate or 1.0, SLOW_MOMENTUM if momentum is None else momentum)
+            return self._asked(SlowMo, 1.0, SLOW_MOMENTUM)
         if self.options.averaging == "bmuf":
-            return BlockMomentum(rate or 1.0, 1 - 1 / self.wire.world_size if momentum is None else momentum)
+            return self._asked(BlockMomentum, 1.0, 1 - 1 / world_size)
         if self.options.averaging == "elastic":
-            return Elastic(rate or ELASTICITY, self.wire.world_size)
+            return Elastic(self.options.outer_lr or ELASTICITY, world_size)
         return Mean(1.0, 0.0)
+
+    def _asked(self, rule: type[Outer], rate: float, momentum: float) -> Outer:
+        """`rule` with the rate and the momentum of the options, or else with these."""
+        asked = self.options.outer_momentum
+        return rule(self.options.outer_lr or rate, momentum if asked is None else asked)
 
     def _alone(self, step: int) -> bool:
         return step >= self.options.local_after
@@ -228,9 +233,8 @@ class Local(Sync):
         count = self.options.fragments
         for f in range(count):
             offset = f * (self.period.steps or 0) // count
-            under_way = any(
-                journey.fragment == f for journey in self.travelling
-            )  # since it was sent less often
+            # A fragment may still be under way where the guard has shortened the period.
+            under_way = any(journey.fragment == f for journey in self.travelling)
             if self.period.due(done, replica.step_labels, offset) and not under_way:
                 self.travelling.append(self._start(f, done + (self.options.overlap_steps or 0)))
         for journey in [each for each in self.travelling if each.arrives == done]:

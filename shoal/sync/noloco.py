@@ -60,10 +60,7 @@ class NoLoCo(Local):
 
     def outer(self) -> Outer:
         """A new outer momentum."""
-        momentum = self.options.outer_momentum
-        return BlockMomentum(
-            self.options.outer_lr or OUTER_RATE, OUTER_MOMENTUM if momentum is None else momentum
-        )
+        return self._asked(BlockMomentum, OUTER_RATE, OUTER_MOMENTUM)
 
     def state_dict(self) -> State:
         """The slow parameters and the momentum of this rank, and whose turn it is."""

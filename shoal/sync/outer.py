@@ -11,9 +11,8 @@ from torch import Tensor
 class Outer(ABC):
     """One rule, for one flat buffer of parameters; it owns the momentum."""
 
-    pull: float | None = (
-        None  # None: a replica goes on from x; else it goes this part of its own way back to x
-    )
+    # None: a replica goes on from x; else it goes this part of its own way back to x.
+    pull: float | None = None
 
     def __init__(self, rate: float, momentum: float) -> None:
         self.rate = rate

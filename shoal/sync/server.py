@@ -91,12 +91,7 @@ class Server(Central):
     @classmethod
     def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
         """Of the rank that sends most: one with a server."""
-        traffic = Traffic.of(config, sizes)
-        ranks = range(sizes.world_size)
-        return Cost(
-            sent=max(traffic.sent(rank, sizes.world_size) for rank in ranks),
-            held=max(traffic.held(rank, sizes.world_size) for rank in ranks),
-        )
+        return Traffic.of(config, sizes).most(sizes.world_size)
 
     def _note(self, replica: Replica, step: int, norm: float) -> None:
         if math.isnan(norm):

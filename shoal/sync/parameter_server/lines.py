@@ -160,9 +160,7 @@ def _reserve(size: int) -> Path | None:
         return None
     descriptor, name = tempfile.mkstemp(prefix="shoal-", dir=SHARED_FOLDER)
     try:
-        os.posix_fallocate(
-            descriptor, 0, size
-        )  # to write to a page that cannot be had would kill the process
+        os.posix_fallocate(descriptor, 0, size)  # a write to a page that cannot be had kills the process
     except OSError:
         Path(name).unlink()
         return None

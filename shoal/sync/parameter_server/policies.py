@@ -87,9 +87,8 @@ class Rounds(Policy):
 
     def _merge_if_full(self, server: ParameterServer) -> None:
         left = len(server.active | self.pushes.keys())
-        ended = len(server.clocks) - len(
-            server.active | server.gone
-        )  # those that have no steps left ask for none
+        # Workers that have no steps left ask for none.
+        ended = len(server.clocks) - len(server.active | server.gone)
         needed = max(1, (self.quorum or len(server.clocks)) - ended)
         if 0 < left < needed:
             server.failure = (
@@ -194,9 +193,7 @@ class Arrivals(Policy):
         assert push.gradient is not None
         server.gradient.add_(push.gradient)
         backups = self.backups.get(push.worker, {})
-        if (
-            not self.delay_compensation or push.version not in backups
-        ):  # of a worker that was thought to be gone
+        if not self.delay_compensation or push.version not in backups:  # none for who was thought to be gone
             return
         drift = server.flat - backups[push.version]
         for version in [version for version in backups if version < push.version]:

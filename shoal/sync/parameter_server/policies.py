@@ -146,13 +146,11 @@ class Arrivals(Policy):
         """Add it to the others that wait, and apply them if they are enough."""
         self.staleness = server.version - push.version
         counts = push.gradient is not None and push.labels > 0
-        if counts and not any(share for share, _ in self.waiting):
-            server.gradient.zero_()
-        self.waiting.append((push.share if counts else 0.0, self.staleness))
         if counts:
             self._add(server, push)
         else:
             self.seen += push.share
+        self.waiting.append((push.share if counts else 0.0, self.staleness))
         self._update_if_enough(server)
 
     def answers(self, server: ParameterServer, step: int) -> bool:
@@ -183,15 +181,20 @@ class Arrivals(Policy):
         if shares:
             whole, late = sum(shares), [staleness for share, staleness in self.waiting if share]
             rate = self.schedule(int(self.seen + WHOLE)) * whole**self.share_power
-            server.gradient.div_(whole)
             server.update(rate / max(1.0, sum(late) / len(late)) if self.staleness_lr else rate)
             server.version += len(shares)
             self.seen += whole
         self.waiting.clear()
 
     def _add(self, server: ParameterServer, push: Push) -> None:
+        """Have the server's gradient be the mean over the labels of what is collected."""
         assert push.gradient is not None
-        server.gradient.add_(push.gradient)
+        before = sum(share for share, _ in self.waiting)
+        whole = before + push.share
+        if before:
+            server.gradient.mul_(before / whole).add_(push.gradient, alpha=1 / whole)
+        else:  # the common case is one pass over memory, which is what a server's time goes to
+            torch.div(push.gradient, whole, out=server.gradient)
         backups = self.backups.get(push.worker, {})
         if not self.delay_compensation or push.version not in backups:  # none for who was thought to be gone
             return
@@ -199,4 +202,4 @@ class Arrivals(Policy):
         for version in [version for version in backups if version < push.version]:
             del backups[version]
         each = self.delay_compensation / push.share  # the rule is that of a gradient a label
-        server.gradient.addcmul_(push.gradient.square(), drift, value=each)
+        server.gradient.addcmul_(push.gradient.square(), drift, value=each / whole)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from shoal.data.batches import ABSENT, Samples
+from shoal.layouts.base import Loss
 from shoal.precision import Policy
-from shoal.replica import Loss
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """Ranks as a grid with named axes. The only maker of process groups."""
 
+import math
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -15,19 +16,64 @@ from shoal.placement import Placement
 TIMEOUT = timedelta(minutes=10)  # how long a collective waits for the slowest rank
 
 
+AXES = ("replicate", "shard")  # the outermost first: the ranks of an island, one replica, are neighbours
+ISLAND = AXES[1:]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The ranks that differ in one coordinate only: how many, which of them this is, and their process group."""
+
+    size: int
+    index: int
+    group: dist.ProcessGroup
+
+
 @dataclass(frozen=True)
 class Mesh:
-    """This process among the others. `group` is the process group of the `replicate` axis."""
+    """This process among the others. `group` has all of them; `axes` are the grid, at first all `replicate`."""
 
     rank: int
     world_size: int
     device: torch.device
     group: dist.ProcessGroup
+    axes: Mapping[str, Axis] = field(default_factory=dict)
 
     @property
     def is_first(self) -> bool:
         """Whether this rank is the one that speaks and writes."""
         return self.rank == 0
+
+    @property
+    def replicate(self) -> Axis:
+        """The ranks that hold the same part of the other replicas: those that agree."""
+        return self.axes.get("replicate", Axis(self.world_size, self.rank, self.group))
+
+    @property
+    def island(self) -> dist.ProcessGroup:
+        """The ranks that hold one replica together."""
+        return self.axes["shard"].group
+
+    def size(self, axis: str) -> int:
+        """How many ranks an axis has; 1 where it is not there."""
+        return (
+            self.replicate.size if axis == "replicate" else self.axes[axis].size if axis in self.axes else 1
+        )
+
+    def cut(self, sizes: Mapping[str, int]) -> "Mesh":
+        """The same ranks as a grid of these sizes, which multiply to the world size. Every rank must call it."""
+        shape = [sizes.get(axis, 1) for axis in AXES]
+        assert math.prod(shape) == self.world_size, (sizes, self.world_size)
+        if shape[0] == self.world_size:
+            return self
+        grid = torch.arange(self.world_size).view(shape)
+        return replace(self, axes={axis: self._axis(grid, dim) for dim, axis in enumerate(AXES)})
+
+    def _axis(self, grid: torch.Tensor, dim: int) -> Axis:
+        lines = grid.movedim(dim, -1).reshape(-1, grid.shape[dim]).tolist()
+        groups = [dist.new_group(line) for line in lines]
+        mine = next(i for i, line in enumerate(lines) if self.rank in line)
+        return Axis(grid.shape[dim], lines[mine].index(self.rank), groups[mine])
 
 
 @contextmanager

@@ -17,10 +17,12 @@ from shoal.config import RunConfig, resolve_batch
 from shoal.data.batches import Batch, Batches
 from shoal.errors import UserError, choose
 from shoal.evaluate import Team, evaluate
+from shoal.island import Island
 from shoal.layouts import LAYOUTS
+from shoal.layouts.base import Loss
 from shoal.mesh import Mesh
 from shoal.observe.console import Screen
-from shoal.replica import Loss, Replica
+from shoal.replica import Replica
 from shoal.sync import SYNCS, Sync
 from shoal.sync.guard import Guard
 from shoal.tasks import TASKS, Task
@@ -110,7 +112,7 @@ class Run:
             self.shared = self.tensors()  # for a save of the same step
             measured = evaluate(
                 self.replica.model,
-                self.task.loss,  # never the compiled one: a second graph would cost more than it saves
+                self.replica.placed.loss,  # never the compiled one: a second graph would cost more than it saves
                 samples,
                 micro_batch_size=self.batches.shape[1],
                 team=team,
@@ -133,17 +135,18 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
     task = choose("--task", config.train.task, TASKS)(config, data)
     policy = precision.resolve(config.train.precision, mesh.device)
     batches, total_steps, micro_batches = _batches(config, task, mesh.world_size)
-    model = LAYOUTS["replicated"](task.model(), mesh, policy)
-    params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    placed = LAYOUTS["replicated"](task.model(), task.loss, mesh, policy)
+    params = [(piece.name, piece.local) for piece in placed.pieces]
     buckets = Buckets(
-        [p for _, p in params],
+        placed.pieces,
         bucket_bytes=_bucket_bytes(config, params),
         multiple=mesh.world_size,
         exact=config.train.exact,
     )
     replica = Replica(
-        model=model,
-        loss=_compiled(task.loss) if config.train.compile else task.loss,
+        placed=placed,
+        island=Island(mesh),
+        loss=_compiled(placed.loss) if config.train.compile else placed.loss,
         buckets=buckets,
         optimizers=optim.of(config, params),
         policy=policy,
@@ -159,7 +162,6 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
         max_grad_norm=config.train.max_grad_norm,
         normalize=config.strategy.normalize == "sum",
         shares=_first_shares(config.strategy.balance, micro_batches, mesh.world_size),
-        rank=mesh.rank,
     )
     sync: Sync = choose("--strategy", config.strategy.name, SYNCS)(config, wire)
     if config.strategy.guard is not None:

@@ -1,0 +1,157 @@
+"""Parameter-parallel: each rank of an island holds a part of every parameter, gradient and optimizer state.
+
+ZeRO (Rajbhandari et al. 2020) on torch's FSDP2: parameters are cut along their first dim, gathered for the blocks of the
+model that compute, and what the ranks find as gradients is summed into each rank's part. Per micro-batch, with P bytes
+of parameters and S ranks, a rank sends
+
+- stage 3  (S - 1) / S (3 P): gathered for the forward pass and again for the backward pass; gradients scattered
+- stage 2  (S - 1) / S P, the gradients; in a step once more P for the parameters, which stay until its end
+- stage 1  nothing; in a step (S - 1) / S 2 P: gradients stay whole until the last micro-batch too
+
+and holds of parameters, gradients and AdamW's moments 1 + 1 + 2 parts of P / S, beside what is whole at a time: one block
+in stage 3, all parameters in stage 2, all parameters and gradients in stage 1.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.distributed.tensor import DTensor
+
+from shoal.collectives import Wire, Work
+from shoal.layouts import replicated
+from shoal.layouts.base import Loss, Placed
+from shoal.mesh import Mesh
+from shoal.piece import Piece
+from shoal.precision import Policy
+
+
+class Whole(nn.Module):
+    """Model and loss as one module: only within its forward pass are the parameters outside the blocks whole."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The summed loss of a micro-batch."""
+        return self.loss(self.model, inputs)
+
+
+class Sharded(Placed):
+    """One replica over the ranks of the `shard` axis, at a stage of ZeRO."""
+
+    def __init__(self, model: nn.Module, loss: Loss, mesh: Mesh, stage: int) -> None:
+        axis = mesh.axes["shard"]
+        self.stage = stage
+        self.wire = Wire(axis.group)
+        self.root = Whole(model, loss)
+        trained = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+        grid = DeviceMesh.from_group(axis.group, mesh.device.type, mesh_dim_names=("shard",))
+        for module in (*blocks(model), self.root):
+            fully_shard(module, mesh=grid, reshard_after_forward=stage == 3)
+        self.parts = [module for module in self.root.modules() if isinstance(module, FSDPModule)]
+        for part in self.parts:
+            part.set_gradient_divide_factor(1.0)  # losses are divided by the labels of the step already
+            part.set_force_sum_reduction_for_comms(True)  # else gloo is asked for a sum it does not have
+            part.set_custom_all_gather(Gather(self.wire))
+            part.set_custom_reduce_scatter(Scatter(self.wire))
+        pieces = [_piece(name, shape, model.get_parameter(name), axis.index) for name, shape in trained.items()]
+        super().__init__(model, [piece for piece in pieces if piece.local.numel()], self._loss)
+
+    def _loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        loss: Tensor = self.root(inputs)
+        return loss
+
+    def begin(self, *, last: bool) -> None:
+        """Have parameters, and in stage 1 gradients, stay whole until the last micro-batch of a step."""
+        for part in self.parts:
+            part.set_is_last_backward(last)
+            part.set_reshard_after_backward(last or self.stage == 3, recurse=False)
+            part.set_requires_gradient_sync(last or self.stage > 1, recurse=False)
+
+    def release(self) -> None:
+        """Keep nothing but this rank's parts."""
+        for part in self.parts:
+            part.reshard()
+
+    def bytes_sent(self) -> int:
+        """By gathering and scattering."""
+        return self.wire.bytes_sent
+
+
+def place(model: nn.Module, loss: Loss, mesh: Mesh, policy: Policy, stage: int) -> Placed:
+    """Cut `model`, with the parameters of rank 0, over the ranks of the `shard` axis."""
+    whole = replicated.place(model, loss, mesh, policy)
+    return Sharded(whole.model, loss, mesh, stage)
+
+
+def blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The layers of a model: the members of its outermost module lists, gathered one at a time."""
+    for child in model.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from blocks(child)
+
+
+def _piece(name: str, shape: torch.Size, source: nn.Parameter, rank: int) -> Piece:
+    assert isinstance(source, DTensor)
+    mesh, placements = source.device_mesh, source.placements
+    rows = -(-shape[0] // mesh.size())
+
+    def wrap(view: Tensor) -> Tensor:
+        return DTensor.from_local(
+            view, mesh, placements, run_check=False, shape=source.shape, stride=source.stride()
+        )
+
+    return Piece(
+        name,
+        shape,
+        offset=(min(rank * rows, shape[0]), *(0 for _ in shape[1:])),
+        local=nn.Parameter(source.to_local().detach()),
+        source=source,
+        unwrap=lambda grad: grad.to_local() if isinstance(grad, DTensor) else grad,
+        wrap=wrap,
+    )
+
+
+class _Allocated:
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class Gather(_Allocated, AllGather):
+    """FSDP's all-gather over a wire, which counts it."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Work | None:
+        work = self.wire.start_all_gather(output_tensor, input_tensor)
+        return _done(work, async_op)
+
+
+class Scatter(_Allocated, ReduceScatter):
+    """FSDP's reduce-scatter over a wire, which counts it."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
+    ) -> Work | None:
+        work = self.wire.start_reduce_scatter(output_tensor, input_tensor)
+        return _done(work, async_op)
+
+
+def _done(work: Work, async_op: bool) -> Work | None:
+    if async_op:
+        return work
+    work.wait()
+    return None

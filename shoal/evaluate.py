@@ -14,11 +14,15 @@ from shoal.precision import Policy
 
 @dataclass(frozen=True)
 class Team:
-    """Who evaluates together: this rank's place among `size`, and how they add up what each has found."""
+    """Who evaluates together: this rank's place among `size`, and how they add up what each has found.
+
+    So many neighbours do it `in_step`: each computes as often as the others, on nothing if need be.
+    """
 
     rank: int = 0
     size: int = 1
     agree: Callable[[Tensor], Tensor] = lambda numbers: numbers
+    in_step: int = 1
 
 
 @torch.no_grad()
@@ -44,18 +48,27 @@ def evaluate(
     micro_batches = ids.reshape(-1, micro_batch_size)
 
     def measure(v: int) -> float:
-        inputs = {k: t.to(device) for k, t in samples.collate(micro_batches[v]).items()}
+        taken = (
+            micro_batches[v] if v < len(micro_batches) else np.full(micro_batch_size, ABSENT, dtype=np.int64)
+        )
+        inputs = {k: t.to(device) for k, t in samples.collate(taken).items()}
         with policy.autocast(device):
             return float(loss(model, inputs).item())
 
     told = torch.zeros(3, len(micro_batches), dtype=torch.float64)  # sums, which are known, who has stopped
     was_training = model.training
     model.eval()
-    for v in range(team.rank, len(micro_batches), team.size):
+    first = team.rank - team.rank % team.in_step  # as many turns for all in step as for the first of them
+    for v in range(
+        team.rank, team.rank + len(range(first, len(micro_batches), team.size)) * team.size, team.size
+    ):
         if stop():
             told[2, 0] = 1
-            break
-        told[0, v], told[1, v] = measure(v), 1
+            if team.in_step == 1:
+                break
+        measured = measure(v)
+        if v < len(micro_batches):
+            told[0, v], told[1, v] = measured, 1
     sums, known, stopped = team.agree(told.view(-1)).view(3, -1)
     if not stopped.any():
         for v in (known == 0).nonzero().flatten().tolist():

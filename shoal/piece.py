@@ -29,7 +29,5 @@ class Piece:
 
 
 def whole(model: nn.Module) -> list[Piece]:
-    """Every trained parameter once, tied ones under their first name, as the one piece of itself."""
-    return [
-        Piece(name, p.shape, (0,) * p.dim(), p, p) for name, p in model.named_parameters() if p.requires_grad
-    ]
+    """Every parameter once, tied ones under their first name, as the one piece of itself."""
+    return [Piece(name, p.shape, (0,) * p.dim(), p, p) for name, p in model.named_parameters()]

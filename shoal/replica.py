@@ -79,7 +79,7 @@ class Replica:
     @property
     def params(self) -> list[tuple[str, nn.Parameter]]:
         """What this rank holds of every trained parameter, with its name; tied ones under their first name."""
-        return [(piece.name, piece.local) for piece in self.placed.pieces]
+        return [(piece.name, piece.local) for piece in self.placed.trained]
 
     @property
     def optimizer_state(self) -> NamedState:

@@ -97,7 +97,7 @@ class Session:
             island=Island(self.mesh),
             loss=placed.loss,
             buckets=Buckets(
-                placed.pieces,
+                placed.trained,
                 bucket_bytes=25_000_000,
                 multiple=self.mesh.world_size,
                 exact=self.exact,
@@ -145,7 +145,7 @@ class Session:
         path = Path(folder) / f"checkpoint-{self.progress.step}"
         if self.mesh.is_first:
             files = {
-                "model/model.safetensors": checkpoint.model_tensors(self._replica.model),
+                "model/model.safetensors": checkpoint.model_tensors(self._replica.placed),
                 "optimizer/state.safetensors": dict(self._replica.optimizer_state.tensors()),
             }
             checkpoint.write(path, files, self.progress, None)
@@ -156,8 +156,8 @@ class Session:
         found = checkpoint.find("latest", Path(folder), print) if self.mesh.is_first else None
         chosen = self.wire.share_text(str(found or ""))
         if chosen:
-            checkpoint.load_model(Path(chosen), self._replica.model)
-            checkpoint.load_optimizer(Path(chosen), self._replica.optimizer_state)
+            checkpoint.load_model(Path(chosen), self._replica.placed)
+            checkpoint.load_optimizer(Path(chosen), self._replica.optimizer_state, self._replica.placed)
             self.progress = checkpoint.load_progress(Path(chosen))
         return bool(chosen)
 

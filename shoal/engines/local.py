@@ -151,7 +151,7 @@ class Workers:
         """Whether a worker was killed from outside, during training, under a strategy that goes on without it."""
         killed = code is not None and code < 0 and not self.signals
         training = (self.errors / began(rank)).exists()
-        return killed and training and self.config.strategy.can_lose(rank)
+        return killed and training and self.config.strategy.can_lose(rank) and not self.config.layout.is_cut
 
     def _verdict(self) -> int:
         """The exit code of the whole, after the root cause was raised or printed."""

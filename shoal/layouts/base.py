@@ -11,12 +11,20 @@ Loss = Callable[[Any, dict[str, Tensor]], Tensor]  # (model, inputs) -> the sum 
 
 
 class Placed:
-    """A model in its place. The rest of the program sees `pieces`, and calls `loss` in step with the whole island."""
+    """A model in its place. The rest of the program sees `pieces`, of every parameter one that may be empty here.
+
+    `loss` is called in step with the whole island.
+    """
 
     def __init__(self, model: nn.Module, pieces: list[Piece], loss: Loss) -> None:
         self.model = model
         self.pieces = pieces
         self.loss = loss
+
+    @property
+    def trained(self) -> list[Piece]:
+        """Those that gradients come to."""
+        return [piece for piece in self.pieces if piece.source.requires_grad and piece.local.numel()]
 
     def begin(self, *, last: bool) -> None:
         """Before each forward pass of a step; `last`: the gradients of the step are to be there after it."""

@@ -1,15 +1,15 @@
 """Parameter-parallel: each rank of an island holds a part of every parameter, gradient and optimizer state.
 
-ZeRO (Rajbhandari et al. 2020) on torch's FSDP2: parameters are cut along their first dim, gathered for the blocks of the
-model that compute, and what the ranks find as gradients is summed into each rank's part. Per micro-batch, with P bytes
-of parameters and S ranks, a rank sends
+ZeRO (Rajbhandari et al. 2020) on torch's FSDP2: parameters are cut along their first dim, gathered for the block of
+the model that computes, and what the ranks find as gradients is summed into each rank's part. Per micro-batch, with P
+bytes of parameters and S ranks, a rank sends
 
 - stage 3  (S - 1) / S (3 P): gathered for the forward pass and again for the backward pass; gradients scattered
 - stage 2  (S - 1) / S P, the gradients; in a step once more P for the parameters, which stay until its end
 - stage 1  nothing; in a step (S - 1) / S 2 P: gradients stay whole until the last micro-batch too
 
-and holds of parameters, gradients and AdamW's moments 1 + 1 + 2 parts of P / S, beside what is whole at a time: one block
-in stage 3, all parameters in stage 2, all parameters and gradients in stage 1.
+and holds of parameters, gradients and AdamW's moments 1 + 1 + 2 parts of P / S, beside what is whole at a time: one
+block in stage 3, all parameters in stage 2, all parameters and gradients in stage 1.
 """
 
 from collections.abc import Iterator
@@ -23,11 +23,9 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatt
 from torch.distributed.tensor import DTensor
 
 from shoal.collectives import Wire, Work
-from shoal.layouts import replicated
 from shoal.layouts.base import Loss, Placed
 from shoal.mesh import Mesh
 from shoal.piece import Piece
-from shoal.precision import Policy
 
 
 class Whole(nn.Module):
@@ -51,7 +49,7 @@ class Sharded(Placed):
         self.stage = stage
         self.wire = Wire(axis.group)
         self.root = Whole(model, loss)
-        trained = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+        shapes = {name: p.shape for name, p in model.named_parameters()}
         grid = DeviceMesh.from_group(axis.group, mesh.device.type, mesh_dim_names=("shard",))
         for module in (*blocks(model), self.root):
             fully_shard(module, mesh=grid, reshard_after_forward=stage == 3)
@@ -59,10 +57,13 @@ class Sharded(Placed):
         for part in self.parts:
             part.set_gradient_divide_factor(1.0)  # losses are divided by the labels of the step already
             part.set_force_sum_reduction_for_comms(True)  # else gloo is asked for a sum it does not have
+            part.set_reduce_scatter_unused_params(True)  # a rank may use a parameter that another does not
             part.set_custom_all_gather(Gather(self.wire))
             part.set_custom_reduce_scatter(Scatter(self.wire))
-        pieces = [_piece(name, shape, model.get_parameter(name), axis.index) for name, shape in trained.items()]
-        super().__init__(model, [piece for piece in pieces if piece.local.numel()], self._loss)
+        pieces = [
+            _piece(name, shape, model.get_parameter(name), axis.index) for name, shape in shapes.items()
+        ]
+        super().__init__(model, pieces, self._loss)
 
     def _loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         loss: Tensor = self.root(inputs)
@@ -85,10 +86,9 @@ class Sharded(Placed):
         return self.wire.bytes_sent
 
 
-def place(model: nn.Module, loss: Loss, mesh: Mesh, policy: Policy, stage: int) -> Placed:
-    """Cut `model`, with the parameters of rank 0, over the ranks of the `shard` axis."""
-    whole = replicated.place(model, loss, mesh, policy)
-    return Sharded(whole.model, loss, mesh, stage)
+def cut(placed: Placed, mesh: Mesh, stage: int) -> Placed:
+    """The same replica, cut over the ranks of the `shard` axis."""
+    return Sharded(placed.model, placed.loss, mesh, stage)
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
@@ -114,7 +114,7 @@ def _piece(name: str, shape: torch.Size, source: nn.Parameter, rank: int) -> Pie
         name,
         shape,
         offset=(min(rank * rows, shape[0]), *(0 for _ in shape[1:])),
-        local=nn.Parameter(source.to_local().detach()),
+        local=nn.Parameter(source.to_local().detach(), requires_grad=source.requires_grad),
         source=source,
         unwrap=lambda grad: grad.to_local() if isinstance(grad, DTensor) else grad,
         wrap=wrap,
@@ -132,7 +132,9 @@ class Gather(_Allocated, AllGather):
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
 
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Work | None:
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
+    ) -> Work | None:
         work = self.wire.start_all_gather(output_tensor, input_tensor)
         return _done(work, async_op)
 

@@ -386,10 +386,10 @@ def test_without_accumulation_the_worker_count_does_not_change_the_step():
 
 
 def test_defaults_of_the_batch():
-    assert batch_of(2, None, None, None).global_batch_size == 32
-    assert batch_of(2, None, None, None).per_device_train_batch_size == 8
-    assert batch_of(1, None, 5, None).global_batch_size == 35
-    assert batch_of(1, 12, None, None).per_device_train_batch_size == 6
+    assert batch_of(2, None, None, None).global_batch_size == 16
+    assert batch_of(2, None, None, None).per_device_train_batch_size == 4
+    assert batch_of(1, None, 5, None).global_batch_size == 20
+    assert batch_of(1, 12, None, None).per_device_train_batch_size == 4
 
 
 @pytest.mark.parametrize(

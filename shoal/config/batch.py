@@ -8,8 +8,8 @@ from math import ceil
 from shoal.config.record import RunConfig
 from shoal.errors import UserError
 
-PER_DEVICE = 8
-GLOBAL = 32
+PER_DEVICE = 4
+GLOBAL = 16
 
 _GLOBAL = "--global-batch-size"
 _PER_DEVICE = "--per-device-train-batch-size"

@@ -78,11 +78,11 @@ class TrainConfig(Section):
         gt=0,
     )
     global_batch_size: Whole | None = fact(
-        None, "samples in a step over all workers; empty = 32", "train_batch_size", ge=1
+        None, "samples in a step over all workers; empty = 16", "train_batch_size", ge=1
     )
     per_device_train_batch_size: Whole | None = fact(
         None,
-        "samples in a micro-batch; empty = 8",
+        "samples in a micro-batch; empty = 4",
         "micro_batch_size",
         "batch_size",
         "train_micro_batch_size_per_gpu",
@@ -98,7 +98,7 @@ class TrainConfig(Section):
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = fact(
         "cosine", "how the rate falls after warm-up", "lr_scheduler"
     )
-    warmup_steps: Warmup = fact(0.03, "steps of warm-up; below 1 = share of all steps", "warmup_ratio", ge=0)
+    warmup_steps: Warmup = fact(0.1, "steps of warm-up; below 1 = share of all steps", "warmup_ratio", ge=0)
     weight_decay: Number = fact(0.1, "decoupled decay of the matrices", ge=0)
     max_grad_norm: Number = fact(
         1.0,

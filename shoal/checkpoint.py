@@ -86,7 +86,9 @@ class Checkpoints:
         self.rank = rank
         self.world_size = world_size
         self.island_size = island_size  # the first ranks, which together hold the first replica
-        self.present = present or (lambda: range(world_size))  # the replicas that can still hand over their parts
+        self.present = present or (
+            lambda: range(world_size)
+        )  # the replicas that can still hand over their parts
         self.newest_step = -1  # of those saved by this process
         self.stalled = 0.0  # seconds that the caller has waited in `save` and `settle`
         self._thread: threading.Thread | None = None

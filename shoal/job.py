@@ -94,10 +94,18 @@ def _facts(run: Run) -> dict[str, Any]:
         "Gradient accumulation steps": accumulation,
         "Total optimization steps": run.total_steps,
         "Workers": f"{run.mesh.world_size} x {config.train.threads} threads on {run.mesh.device.type}",
+        "Layout": _layout(run),
         "Strategy": _strategy(run),
         "Precision": str(replica.policy),
         "Output": str(run.folder),
     }
+
+
+def _layout(run: Run) -> str:
+    """Where a replica lives, and what its workers are to send each other in a step."""
+    placed = run.replica.placed
+    sent = placed.cost(run.replica.turns)
+    return f"{placed}" + (f", {sent / 1e6:,.3g} MB sent by each within it in a step" if sent else "")
 
 
 def _strategy(run: Run) -> str:

@@ -72,6 +72,11 @@ class Replica:
         return self.island.rank
 
     @property
+    def turns(self) -> int:
+        """How many micro-batches each rank of the island computes in a step, those without samples too."""
+        return max(self.shares.counts[rank] for rank in self.island.ranks)
+
+    @property
     def model(self) -> nn.Module:
         """The model in its place."""
         return self.placed.model
@@ -100,8 +105,7 @@ class Replica:
         of_island = batch.ids[together[0].start : together[-1].stop]
         self.step, self.step_labels = batch.step, batch.labels
         self.own_labels = int(batch.samples.label_counts(of_island).sum())
-        turns = max(map(len, together))
-        for turn in range(turns):
+        for turn in range(self.turns):
             v = share.start + turn if turn < len(share) else None
             started = time.perf_counter()
             taken = batch.nothing() if v is None else batch.micro_batch(v)
@@ -109,8 +113,8 @@ class Replica:
             self.seconds.data += time.perf_counter() - started
 
             started = time.perf_counter()
-            self.buckets.begin(v or 0, first=turn == 0, last=turn == turns - 1)
-            self.placed.begin(last=turn == turns - 1)
+            self.buckets.begin(v or 0, first=turn == 0, last=turn == self.turns - 1)
+            self.placed.begin(last=turn == self.turns - 1)
             torch.manual_seed(derive_seed(self.seed, "dropout", batch.step, v or 0))
             with self.policy.autocast(self.device):
                 loss = self.loss(self.model, inputs)

@@ -18,7 +18,7 @@ ORDER = """
     errors crew config
     data models tasks
     precision placement mesh collectives island cost summation piece buckets layouts codecs optim replica shares sync
-    checkpoint evaluate observe run observe.observer loop job
+    stored checkpoint evaluate observe run observe.observer loop job
     engines session api
     serve probe doctor cli __main__
 """.split()  # noqa: SIM905

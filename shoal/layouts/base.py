@@ -37,3 +37,10 @@ class Placed:
     def bytes_sent(self) -> int:
         """By this rank, within the island, so far."""
         return 0
+
+    def cost(self, turns: int) -> float:
+        """The bytes that it sends there in a step of so many micro-batches each, as arithmetic."""
+        return 0.0
+
+    def __str__(self) -> str:
+        return "every worker holds a whole replica"

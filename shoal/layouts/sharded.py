@@ -4,7 +4,7 @@ ZeRO (Rajbhandari et al. 2020) on torch's FSDP2: parameters are cut along their 
 the model that computes, and what the ranks find as gradients is summed into each rank's part. Per micro-batch, with P
 bytes of parameters and S ranks, a rank sends
 
-- stage 3  (S - 1) / S (3 P): gathered for the forward pass and again for the backward pass; gradients scattered
+- stage 3  (S - 1) / S 3 P: gathered for the forward pass and again for the backward pass; gradients scattered
 - stage 2  (S - 1) / S P, the gradients; in a step once more P for the parameters, which stay until its end
 - stage 1  nothing; in a step (S - 1) / S 2 P: gradients stay whole until the last micro-batch too
 
@@ -12,7 +12,7 @@ and holds of parameters, gradients and AdamW's moments 1 + 1 + 2 parts of P / S,
 block in stage 3, all parameters in stage 2, all parameters and gradients in stage 1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -50,9 +50,14 @@ class Sharded(Placed):
         self.wire = Wire(axis.group)
         self.root = Whole(model, loss)
         shapes = {name: p.shape for name, p in model.named_parameters()}
+        layers = list(blocks(model))
+        self._parts = [_part_bytes(module, axis.size) for module in layers]
+        inner = {id(p) for module in layers for p in module.parameters()}
+        self._parts.append(_part_bytes(model, axis.size, without=inner))
         grid = DeviceMesh.from_group(axis.group, mesh.device.type, mesh_dim_names=("shard",))
-        for module in (*blocks(model), self.root):
+        for module in layers:
             fully_shard(module, mesh=grid, reshard_after_forward=stage == 3)
+        fully_shard(self.root, mesh=grid, reshard_after_forward=False)  # its backward pass comes at once
         self.parts = [module for module in self.root.modules() if isinstance(module, FSDPModule)]
         for part in self.parts:
             part.set_gradient_divide_factor(1.0)  # losses are divided by the labels of the step already
@@ -85,6 +90,23 @@ class Sharded(Placed):
         """By gathering and scattering."""
         return self.wire.bytes_sent
 
+    def cost(self, turns: int) -> float:
+        """As the head of this file has it; what stands outside the blocks is gathered once for both passes."""
+        *blocks, rest = self._parts
+        scattered = turns if self.stage > 1 else 1
+        gathered = turns if self.stage == 3 else 1
+        again = gathered if self.stage == 3 else 0  # for the backward pass
+        sent = sum((gathered + again) * whole + scattered * trained for whole, trained in blocks)
+        return (self.wire.world_size - 1) * (sent + gathered * rest[0] + scattered * rest[1])
+
+    def __str__(self) -> str:
+        what = {
+            1: "optimizer state",
+            2: "gradients and optimizer state",
+            3: "parameters, gradients and state",
+        }
+        return f"replicas of {self.wire.world_size} workers, each with its part of {what[self.stage]}"
+
 
 def cut(placed: Placed, mesh: Mesh, stage: int) -> Placed:
     """The same replica, cut over the ranks of the `shard` axis."""
@@ -98,6 +120,16 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
             yield from child
         else:
             yield from blocks(child)
+
+
+def _part_bytes(module: nn.Module, ranks: int, without: Container[int] = ()) -> tuple[int, int]:
+    """What a rank holds of all parameters, and of those that are trained, rows filled up to be even: in bytes."""
+    parts = [
+        (-(-p.shape[0] // ranks) * p[0].numel() * p.itemsize, p.requires_grad)
+        for p in module.parameters()
+        if id(p) not in without
+    ]
+    return sum(size for size, _ in parts), sum(size for size, trained in parts if trained)
 
 
 def _piece(name: str, shape: torch.Size, source: nn.Parameter, rank: int) -> Piece:

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from laws.pool import Pool
 from laws.rows import RowsTask
 from laws.worlds import Arrays, _after, first_difference, follow, run_of
@@ -94,5 +93,82 @@ def test_the_pieces_do_not_fit_where_a_rank_computes_otherwise() -> None:
         together([{"a": piece}, {"a": piece}])
 
 
-def test_torch_is_there() -> None:
-    assert torch.distributed.is_available()
+def sent_and_predicted(mesh: Mesh, task: RowsTask, **settings: Any) -> list[tuple[int, float]]:
+    """Of the first steps: the bytes that this rank sent within its island, and those that it was to send."""
+    run = run_of(mesh, "allreduce", task, **settings)
+    found = []
+    for step in range(3):
+        before = run.replica.placed.bytes_sent()
+        run.replica.gradients(run.batches.at(step))
+        run.sync.step(run.replica, step)
+        predicted = run.replica.placed.cost(run.replica.turns)
+        found.append((run.replica.placed.bytes_sent() - before, predicted))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["stacked", "tied", "frozen"])
+@each_layout
+def test_predicted_bytes_are_sent(pool: Pool, layout: str, kind: str) -> None:
+    """Law 9, within an island."""
+    ranks, settings = LAYOUTS[layout]
+    for on_rank in pool.world(ranks, sent_and_predicted, RowsTask(kind), **STEPS, **settings):
+        for sent, predicted in on_rank:
+            assert sent == predicted > 0
+
+
+SYNCS = ("local", "local-slowmo", "diloco", "noloco", "gossip", "gossip-push-sum")
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("strategy", SYNCS)
+def test_strategies_between_islands(pool: Pool, strategy: str, stage: int, tmp_path: Path) -> None:
+    """Two replicas of two ranks each do what two replicas of one rank each do: no strategy knows of the layout."""
+    task = RowsTask("stacked", dropout=0.1)
+    steps = {**STEPS, "global_batch_size": 16}
+    whole = pool.world(2, follow_in_pieces, strategy, task, output_dir=str(tmp_path / "whole"), **steps)
+    islands = {"dp_replicate": 2, "zero_stage": stage, "output_dir": str(tmp_path / "islands")}
+    cut = pool.world(4, follow_in_pieces, strategy, task, **steps, **islands)
+    for replica in range(2):
+        for step in range(6):
+            one = together([whole[replica][1][step]])
+            found = together([held[step] for _, held, _ in cut[2 * replica : 2 * replica + 2]])
+            assert first_difference([one], [found], 1e-10) is None, step
+    assert np.allclose(cut[0][0], whole[0][0], rtol=1e-11)
+    assert np.isclose(cut[0][2]["eval/loss"], whole[0][2]["eval/loss"], rtol=1e-11)
+
+
+def resume_all(
+    mesh: Mesh, task: RowsTask, saved: list[str], folder: str, **settings: Any
+) -> list[tuple[Pieces, float]]:
+    """Go on from each of the runs that were saved, to the end: this rank's pieces and the last loss."""
+    found = []
+    for number, name in enumerate(saved):
+        resumed = {"resume_from_checkpoint": name, "output_dir": f"{folder}-{number}"}
+        losses, held, _ = follow_in_pieces(mesh, "allreduce", task, **STEPS, **settings, **resumed)
+        found.append((held[-1], losses[-1]))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["stacked", "tied"])
+def test_saved_under_one_and_loaded_under_another(pool: Pool, kind: str, tmp_path: Path) -> None:
+    """Law 8, for every ordered pair: the run ends as if it had never been cut otherwise."""
+    task = RowsTask(kind, dropout=0.1)
+    layouts = {"alone": (1, {}), "replicated": (2, {}), **LAYOUTS}
+    whole = pool.world(1, follow, "allreduce", task, output_dir=str(tmp_path / "whole"), **STEPS)[0]
+    saved = []
+    for name, (ranks, settings) in layouts.items():
+        first = {"output_dir": str(tmp_path / name), "save_steps": 3, "stop_after": 3}
+        pool.world(ranks, follow, "allreduce", task, **STEPS, **settings, **first)
+        saved.append(str(tmp_path / name / "checkpoint-3"))
+    for name, (ranks, settings) in layouts.items():
+        folder = str(tmp_path / f"from-{name}")
+        on_rank = pool.world(ranks, resume_all, task, saved, folder, **settings)
+        island = (
+            ranks if "zero_stage" in settings and not {"dp_replicate", "dp_shard"} & set(settings) else None
+        )
+        island = island or settings.get("dp_shard") or (ranks // settings.get("dp_replicate", ranks))
+        for number, start in enumerate(saved):
+            found = together([each[number][0] for each in on_rank[:island]])
+            trained = {tensor: found[tensor] for tensor in whole.tensors[-1]}
+            assert first_difference([whole.tensors[-1]], [trained], 1e-10) is None, (name, start)
+            assert np.isclose(on_rank[0][number][1], whole.losses[-1], rtol=1e-11), (name, start)

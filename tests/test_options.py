@@ -38,6 +38,11 @@ REFUSED = {
     f"{ONEBIT} --normalize sum": "add --normalize no",
     "--strategy async --delayed-momentum 2": "add --optim sgd",
     "--strategy server --trim 0.1": "add --aggregation trimmed-mean",
+    "--strategy zero3 --exact": "--exact: gradients are summed within a replica first",
+    "--dp-shard 2 --compile": "--compile: the blocks of the model are gathered as they compute (--dp-shard)",
+    "--zero-stage 1 --optim muon": "--optim muon: it needs whole matrices, and --zero-stage 1 cuts them",
+    "--strategy server --dp-shard 2": "--strategy server: a server holds whole parameters",
+    "--strategy async --dp-shard 2": "--strategy async: a server holds whole parameters",
 }
 TAKEN = [
     "",
@@ -50,6 +55,9 @@ TAKEN = [
     "--strategy async --max-staleness 3 --collect 2 --delay-compensation 0.04",
     "--strategy gossip --topology push-sum --overlap-steps 0 --codec sign --mixing 0.2",
     "--strategy demo --demo-topk 4",
+    "--strategy fsdp --dp-replicate 2",
+    "--strategy diloco --dp-shard 2 --zero-stage 2 --codec int8",
+    "--strategy zero2 --dp-shard 1 --exact",
 ]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from shoal.config import Resolved, check_options, resolve_workers
+from shoal.config import Resolved, check_options, resolve_grid, resolve_workers
 from shoal.engines.environment import STORE_FD, is_worker
 from shoal.engines.worker import ERRORS, JOB, began, work
 from shoal.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, PREEMPTED, ShoalError, UserError
@@ -41,6 +41,7 @@ def launch(resolved: Resolved, verb: str = "train") -> int:
         work(verb, resolved)
         return DONE
     workers = resolve_workers(resolved.config)
+    resolve_grid(resolved.config, workers)  # refused before anything starts
     with tempfile.TemporaryDirectory(prefix="shoal-") as errors:
         return Workers(resolved, verb, workers, Path(errors)).run()
 

@@ -194,7 +194,9 @@ class Checkpoints:
                     )
                 time.sleep(0.01)
         if not all_here:
-            shutil.rmtree(parts, ignore_errors=True)  # only now: the others were still writing there
+            shutil.rmtree(
+                parts / "ranks", ignore_errors=True
+            )  # only now: the others were still writing there
         return all_here
 
     def _rotate(self) -> None:
@@ -405,7 +407,8 @@ def load_model(folder: Path, placed: Placed, part: dict[str, Tensor] | None = No
         if saved.shapes[name] != wanted[name]:
             found = f"{name} has shape {saved.shapes[name]}, the model's is {wanted[name]}"
             raise UserError(f"resume from {folder}", found, "use the --model it was saved from")
-        tensor.copy_(saved.read(name, offsets.get(name), tensor.shape))
+        if tensor.numel():
+            tensor.copy_(saved.read(name, offsets.get(name), tensor.shape))
 
 
 def load_optimizer(

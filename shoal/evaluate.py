@@ -43,35 +43,28 @@ def evaluate(
     does not depend on who computed them. What nobody answers for, because a rank has died, each computes again for
     itself. None if `stop()` came true on any rank.
     """
-    ids = np.full(-(-len(samples) // micro_batch_size) * micro_batch_size, ABSENT, dtype=np.int64)
-    ids[: len(samples)] = np.arange(len(samples))
-    micro_batches = ids.reshape(-1, micro_batch_size)
+    rows = -(-len(samples) // micro_batch_size)
+    rows += -rows % team.in_step  # the last ones without samples: as many for each of those in step
+    micro_batches = np.full((rows, micro_batch_size), ABSENT, dtype=np.int64)
+    micro_batches.flat[: len(samples)] = np.arange(len(samples))
 
     def measure(v: int) -> float:
-        taken = (
-            micro_batches[v] if v < len(micro_batches) else np.full(micro_batch_size, ABSENT, dtype=np.int64)
-        )
-        inputs = {k: t.to(device) for k, t in samples.collate(taken).items()}
+        inputs = {k: t.to(device) for k, t in samples.collate(micro_batches[v]).items()}
         with policy.autocast(device):
             return float(loss(model, inputs).item())
 
     told = torch.zeros(3, len(micro_batches), dtype=torch.float64)  # sums, which are known, who has stopped
     was_training = model.training
     model.eval()
-    first = team.rank - team.rank % team.in_step  # as many turns for all in step as for the first of them
-    for v in range(
-        team.rank, team.rank + len(range(first, len(micro_batches), team.size)) * team.size, team.size
-    ):
+    for v in range(team.rank, rows, team.size):
         if stop():
             told[2, 0] = 1
             if team.in_step == 1:
                 break
-        measured = measure(v)
-        if v < len(micro_batches):
-            told[0, v], told[1, v] = measured, 1
+        told[0, v], told[1, v] = measure(v), 1
     sums, known, stopped = team.agree(told.view(-1)).view(3, -1)
     if not stopped.any():
         for v in (known == 0).nonzero().flatten().tolist():
             sums[v] = measure(v)
     model.train(was_training)
-    return None if stopped.any() else (sums.sum().item(), int(samples.label_counts(ids).sum()))
+    return None if stopped.any() else (sums.sum().item(), int(samples.label_counts(micro_batches).sum()))

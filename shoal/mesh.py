@@ -4,7 +4,7 @@ import math
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -31,13 +31,13 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process among the others. `group` has all of them; `axes` are the grid, at first all `replicate`."""
+    """This process among the others. `group` has all of them; `axes` are the grid, at first `replicate` alone."""
 
     rank: int
     world_size: int
     device: torch.device
     group: dist.ProcessGroup
-    axes: Mapping[str, Axis] = field(default_factory=dict)
+    axes: Mapping[str, Axis]
 
     @property
     def is_first(self) -> bool:
@@ -47,7 +47,7 @@ class Mesh:
     @property
     def replicate(self) -> Axis:
         """The ranks that hold the same part of the other replicas: those that agree."""
-        return self.axes.get("replicate", Axis(self.world_size, self.rank, self.group))
+        return self.axes["replicate"]
 
     @property
     def island(self) -> dist.ProcessGroup:
@@ -56,9 +56,7 @@ class Mesh:
 
     def size(self, axis: str) -> int:
         """How many ranks an axis has; 1 where it is not there."""
-        return (
-            self.replicate.size if axis == "replicate" else self.axes[axis].size if axis in self.axes else 1
-        )
+        return self.axes[axis].size if axis in self.axes else 1
 
     def cut(self, sizes: Mapping[str, int]) -> "Mesh":
         """The same ranks as a grid of these sizes, which multiply to the world size. Every rank must call it."""
@@ -71,9 +69,8 @@ class Mesh:
 
     def _axis(self, grid: torch.Tensor, dim: int) -> Axis:
         lines = grid.movedim(dim, -1).reshape(-1, grid.shape[dim]).tolist()
-        groups = [dist.new_group(line) for line in lines]
-        mine = next(i for i, line in enumerate(lines) if self.rank in line)
-        return Axis(grid.shape[dim], lines[mine].index(self.rank), groups[mine])
+        (line,) = [line for line in lines if self.rank in line]
+        return Axis(len(line), line.index(self.rank), _group(line))
 
 
 @contextmanager
@@ -92,7 +89,9 @@ def join(placement: Placement) -> Iterator[Mesh]:
         timeout=TIMEOUT,
     )
     try:
-        yield Mesh(placement.rank, placement.world_size, device, dist.distributed_c10d._get_default_group())
+        group = dist.distributed_c10d._get_default_group()
+        axes = {"replicate": Axis(placement.world_size, placement.rank, group)}
+        yield Mesh(placement.rank, placement.world_size, device, group, axes)
     finally:
         dist.destroy_process_group()
 
@@ -100,9 +99,13 @@ def join(placement: Placement) -> Iterator[Mesh]:
 def neighbours(group: dist.ProcessGroup, size: int) -> dist.ProcessGroup:
     """Of the groups that cut `group` into runs of `size` ranks the one of this rank. Every rank must call it."""
     ranks = dist.get_process_group_ranks(group)
-    runs = [ranks[first : first + size] for first in range(0, len(ranks), size)]
-    groups = [dist.new_group(run) for run in runs]
-    return groups[dist.get_rank(group) // size]
+    first = dist.get_rank(group) // size * size
+    return _group(ranks[first : first + size])
+
+
+def _group(ranks: list[int]) -> dist.ProcessGroup:
+    """A group of these ranks, which they alone make: it goes by their names, whatever else others make meanwhile."""
+    return dist.new_group(ranks, timeout=TIMEOUT, use_local_synchronization=True)
 
 
 def _store(placement: Placement) -> dist.Store:

@@ -112,7 +112,7 @@ class Replica:
             inputs = {k: t.to(self.device) for k, t in taken.items()}
             self.seconds.data += time.perf_counter() - started
 
-            started = time.perf_counter()
+            started, waited = time.perf_counter(), self.placed.waited()
             self.buckets.begin(v or 0, first=turn == 0, last=turn == self.turns - 1)
             self.placed.begin(last=turn == self.turns - 1)
             torch.manual_seed(derive_seed(self.seed, "dropout", batch.step, v or 0))
@@ -122,7 +122,9 @@ class Replica:
             if v is not None:
                 losses[v] = loss.item()
             self.buckets.end()
-            self.seconds.compute += time.perf_counter() - started
+            waited = self.placed.waited() - waited
+            self.seconds.compute += time.perf_counter() - started - waited
+            self.seconds.communication += waited
         return losses
 
     def update(self, step: int) -> None:

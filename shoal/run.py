@@ -162,7 +162,7 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
     torch.set_num_threads(config.train.threads)
     mesh = mesh.cut(resolve_grid(config, mesh.world_size))
     everyone = Wire(mesh.group)
-    wire = Wire(mesh.replicate.group) if mesh.axes else everyone
+    wire = Wire(mesh.replicate.group) if mesh.size("shard") > 1 else everyone
     _check_same_data(everyone, data)
     task = choose("--task", config.train.task, TASKS)(config, data)
     policy = precision.resolve(config.train.precision, mesh.device)
@@ -321,11 +321,12 @@ def _resume(run: Run, folder: Path) -> None:
     checkpoint.load_optimizer(
         folder, run.replica.optimizer_state, placed, None if own is None else optimizers[own]
     )
+    now = run.progress
     if len(syncs) and same_strategy:
         run.sync.load_state_dict(syncs)
-    elif not same_strategy:
-        run.screen.say(f"strategy {run.progress.strategy} starts from the model of {progress.strategy}")
-    now = run.progress
+    elif len(syncs) or progress.strategy != now.strategy:
+        of = progress.strategy + (f", replicas of {progress.island_size} workers" if len(syncs) else "")
+        run.screen.say(f"strategy {now.strategy} starts from the model of {of}")
     run.progress = replace(progress, strategy=now.strategy, island_size=now.island_size)
     run.replica.nonfinite_steps = progress.nonfinite_steps
     counts = progress.shares

@@ -33,8 +33,3 @@ class LayoutConfig(Section):
         ge=1,
         le=3,
     )
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether a replica is held by several workers."""
-        return (self.dp_shard or 1) > 1 or (self.zero_stage is not None and self.dp_shard != 1)

@@ -57,7 +57,6 @@ def _contradictions(config: RunConfig) -> Iterator[Refusal]:
             f"with {options.name} every worker updates by its own",
             "take --normalize sum",
         )
-    yield from _layout(config)
     yield from _momentum(config)
     yield from _codec(options)
     yield from _outer(options)
@@ -67,31 +66,6 @@ def _contradictions(config: RunConfig) -> Iterator[Refusal]:
     if options.trim != 0.25 and options.aggregation != "trimmed-mean":
         found = f"the servers take the {options.aggregation}"
         yield f"--trim {options.trim}", found, "add --aggregation trimmed-mean, or leave it out"
-
-
-def _layout(config: RunConfig) -> Iterator[Refusal]:
-    """What a replica that is cut over workers cannot do."""
-    layout, options, train = config.layout, config.strategy, config.train
-    if not layout.is_cut:
-        return
-    asked = "--dp-shard" if layout.zero_stage is None else f"--zero-stage {layout.zero_stage}"
-    if train.exact:
-        yield "--exact", f"gradients are summed within a replica first ({asked})", "leave one of the two out"
-    if train.compile:
-        yield (
-            "--compile",
-            f"the blocks of the model are gathered as they compute ({asked})",
-            "leave one of the two out",
-        )
-    if train.optim == "muon":
-        yield (
-            "--optim muon",
-            f"it needs whole matrices, and {asked} cuts them",
-            "take adamw, or leave one of the two out",
-        )
-    if options.name in ("server", "async"):
-        found = f"a server holds whole parameters, and {asked} cuts them"
-        yield f"--strategy {options.name}", found, "take allreduce, local, diloco or gossip"
 
 
 def _momentum(config: RunConfig) -> Iterator[Refusal]:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
-from shoal.config.layout import STAGES, LayoutConfig
+from shoal.config.layout import LayoutConfig
 from shoal.config.section import Section, fact
 from shoal.config.strategy import StrategyConfig
 from shoal.config.values import (
@@ -182,18 +182,6 @@ class RunConfig(BaseModel):
     checkpoint: Annotated[CheckpointConfig, _opened_by(CheckpointConfig)] = CheckpointConfig.model_construct()
     log: Annotated[LogConfig, _opened_by(LogConfig)] = LogConfig.model_construct()
     launch: Annotated[LaunchConfig, _opened_by(LaunchConfig)] = LaunchConfig.model_construct()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _stage_as_strategy(cls, given: Any) -> Any:
-        """`strategy: zero3` is all-reduce between replicas that are each cut over workers."""
-        named = given.get("strategy") if isinstance(given, dict) else None
-        name = named.get("name") if isinstance(named, dict) else named
-        if not isinstance(name, str) or name not in STAGES:
-            return given
-        strategy = {**named, "name": "allreduce"} if isinstance(named, dict) else {"name": "allreduce"}
-        layout = {"zero_stage": STAGES[name], **(given.get("layout") or {})}
-        return {**given, "strategy": strategy, "layout": layout}
 
     def to_json(self) -> str:
         """The record as JSON text, to hand to another process."""

@@ -38,6 +38,10 @@ class Placed:
         """By this rank, within the island, so far."""
         return 0
 
+    def waited(self) -> float:
+        """The seconds that this rank has waited for the others of its island, so far."""
+        return 0.0
+
     def cost(self, turns: int) -> float:
         """The bytes that it sends there in a step of so many micro-batches each, as arithmetic."""
         return 0.0

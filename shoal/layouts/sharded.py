@@ -9,9 +9,11 @@ bytes of parameters and S ranks, a rank sends
 - stage 1  nothing; in a step (S - 1) / S 2 P: gradients stay whole until the last micro-batch too
 
 and holds of parameters, gradients and AdamW's moments 1 + 1 + 2 parts of P / S, beside what is whole at a time: one
-block in stage 3, all parameters in stage 2, all parameters and gradients in stage 1.
+block in stage 3, all parameters in stage 2, all parameters and gradients in stage 1. Under bf16 autocast a backward
+pass reads the weights' bf16 copies, which autograd keeps from the forward pass: P / 2 more in stage 3.
 """
 
+import time
 from collections.abc import Container, Iterator
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatt
 from torch.distributed.tensor import DTensor
 
 from shoal.collectives import Wire, Work
+from shoal.errors import UserError
 from shoal.layouts.base import Loss, Placed
 from shoal.mesh import Mesh
 from shoal.piece import Piece
@@ -46,6 +49,7 @@ class Sharded(Placed):
 
     def __init__(self, model: nn.Module, loss: Loss, mesh: Mesh, stage: int) -> None:
         axis = mesh.axes["shard"]
+        _check(model, mesh)
         self.stage = stage
         self.wire = Wire(axis.group)
         self.root = Whole(model, loss)
@@ -59,16 +63,21 @@ class Sharded(Placed):
             fully_shard(module, mesh=grid, reshard_after_forward=stage == 3)
         fully_shard(self.root, mesh=grid, reshard_after_forward=False)  # its backward pass comes at once
         self.parts = [module for module in self.root.modules() if isinstance(module, FSDPModule)]
+        gather, scatter = self._exchanges = (Gather(self.wire), Scatter(self.wire))
         for part in self.parts:
             part.set_gradient_divide_factor(1.0)  # losses are divided by the labels of the step already
             part.set_force_sum_reduction_for_comms(True)  # else gloo is asked for a sum it does not have
             part.set_reduce_scatter_unused_params(True)  # a rank may use a parameter that another does not
-            part.set_custom_all_gather(Gather(self.wire))
-            part.set_custom_reduce_scatter(Scatter(self.wire))
+            part.set_custom_all_gather(gather)
+            part.set_custom_reduce_scatter(scatter)
         pieces = [
             _piece(name, shape, model.get_parameter(name), axis.index) for name, shape in shapes.items()
         ]
         super().__init__(model, pieces, self._loss)
+        if not self.trained:
+            _refuse(
+                axis.size, f"worker {mesh.rank} would hold nothing of this model", "take a smaller number"
+            )
 
     def _loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         loss: Tensor = self.root(inputs)
@@ -90,13 +99,17 @@ class Sharded(Placed):
         """By gathering and scattering."""
         return self.wire.bytes_sent
 
+    def waited(self) -> float:
+        """For gathering and scattering."""
+        return sum(exchange.seconds for exchange in self._exchanges)
+
     def cost(self, turns: int) -> float:
         """As the head of this file has it; what stands outside the blocks is gathered once for both passes."""
-        *blocks, rest = self._parts
+        *layers, rest = self._parts
         scattered = turns if self.stage > 1 else 1
         gathered = turns if self.stage == 3 else 1
         again = gathered if self.stage == 3 else 0  # for the backward pass
-        sent = sum((gathered + again) * whole + scattered * trained for whole, trained in blocks)
+        sent = sum((gathered + again) * whole + scattered * trained for whole, trained in layers)
         return (self.wire.world_size - 1) * (sent + gathered * rest[0] + scattered * rest[1])
 
     def __str__(self) -> str:
@@ -116,10 +129,35 @@ def cut(placed: Placed, mesh: Mesh, stage: int) -> Placed:
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
     """The layers of a model: the members of its outermost module lists, gathered one at a time."""
     for child in model.children():
-        if isinstance(child, nn.ModuleList):
-            yield from child
-        else:
+        if not isinstance(child, nn.ModuleList):
             yield from blocks(child)
+        elif any(isinstance(layer, nn.ModuleList | nn.ModuleDict) for layer in child):
+            yield from blocks(child)  # no layers yet: lists of them
+        else:
+            yield from child
+
+
+def _check(model: nn.Module, mesh: Mesh) -> None:
+    """Raises UserError where FSDP2 cannot cut a model, or would cut it wrongly."""
+    size = mesh.size("shard")
+    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        _refuse(size, f"this is torch {torch.__version__}", "install torch 2.13 or later")
+    if any(p.dim() == 0 for p in model.parameters()):
+        _refuse(size, "the model has a parameter without a dim", "take another model")
+    if any(getattr(module, "layerdrop", 0) for module in model.modules()):
+        _refuse(size, "workers would leave out different layers (layerdrop)", "add --model.layerdrop 0")
+    if mesh.device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        _refuse(size, "cuDNN keeps the weights of a recurrent layer elsewhere", "leave it out")
+    layers = list(blocks(model))
+    inner = [id(p) for layer in layers for p in layer.parameters()]
+    below = {id(module) for layer in layers for module in layer.modules()}
+    outer = [id(p) for m in model.modules() if id(m) not in below for p in m.parameters(recurse=False)]
+    if len(set(inner)) < len(inner) or set(inner) & set(outer):
+        _refuse(size, "two layers of the model share a parameter", "take another model")
+
+
+def _refuse(size: int, found: str, change: str) -> None:
+    raise UserError(f"--dp-shard {size}", found, change)
 
 
 def _part_bytes(module: nn.Module, ranks: int, without: Container[int] = ()) -> tuple[int, int]:
@@ -153,39 +191,40 @@ def _piece(name: str, shape: torch.Size, source: nn.Parameter, rank: int) -> Pie
     )
 
 
-class _Allocated:
-    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-
-class Gather(_Allocated, AllGather):
-    """FSDP's all-gather over a wire, which counts it."""
+class _Exchange:
+    """An exchange of FSDP over a wire, which counts its bytes; `seconds` is how long ranks waited for it."""
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
+        self.seconds = 0.0
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A buffer for what is exchanged."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def finish(self, work: Work, async_op: bool) -> Work | None:
+        """Wait for it, unless FSDP wants to do so itself."""
+        if async_op:
+            return work
+        started = time.perf_counter()
+        work.wait()
+        self.seconds += time.perf_counter() - started
+        return None
+
+
+class Gather(_Exchange, AllGather):
+    """Of all ranks' parts of the parameters of a block."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
     ) -> Work | None:
-        work = self.wire.start_all_gather(output_tensor, input_tensor)
-        return _done(work, async_op)
+        return self.finish(self.wire.start_all_gather(output_tensor, input_tensor), async_op)
 
 
-class Scatter(_Allocated, ReduceScatter):
-    """FSDP's reduce-scatter over a wire, which counts it."""
-
-    def __init__(self, wire: Wire) -> None:
-        self.wire = wire
+class Scatter(_Exchange, ReduceScatter):
+    """Of the sums of all ranks' gradients of a block."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
     ) -> Work | None:
-        work = self.wire.start_reduce_scatter(output_tensor, input_tensor)
-        return _done(work, async_op)
-
-
-def _done(work: Work, async_op: bool) -> Work | None:
-    if async_op:
-        return work
-    work.wait()
-    return None
+        return self.finish(self.wire.start_reduce_scatter(output_tensor, input_tensor), async_op)

@@ -74,7 +74,7 @@ class Guard(Sync):
 
     def agree(self, numbers: Tensor) -> Tensor:
         """As who trains now; along with them the mean of the replicas' drift."""
-        own = torch.tensor([self.acting.drift, 1.0], dtype=numbers.dtype)
+        own = self.replica.island.sum(torch.tensor([self.acting.drift, 1.0], dtype=numbers.dtype))
         told = self.acting.agree(torch.cat([numbers, own]))
         self.drift = (told[-2] / told[-1]).item()
         return told[:-2]

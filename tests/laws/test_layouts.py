@@ -116,20 +116,32 @@ def test_predicted_bytes_are_sent(pool: Pool, layout: str, kind: str) -> None:
             assert sent == predicted > 0
 
 
-SYNCS = ("local", "local-slowmo", "diloco", "noloco", "gossip", "gossip-push-sum")
+SYNCS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    **{
+        row: (row, 2, {})
+        for row in ("local", "local-slowmo", "diloco", "noloco", "gossip", "gossip-push-sum")
+    },
+    "clip-each": ("allreduce", 2, {"clip_each": 0.5}),
+    "normalize-each": ("allreduce", 2, {"normalize": "each", "learning_rate": 0.01}),
+    "guard-on-drift": ("local", 2, {"guard": 9.0, "guard_drift": 0.001, "sync_every": 2, "max_steps": 14}),
+    "groups": ("local", 4, {"group_size": 2, "global_every": 4, "sync_every": 2}),
+}
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-@pytest.mark.parametrize("strategy", SYNCS)
-def test_strategies_between_islands(pool: Pool, strategy: str, stage: int, tmp_path: Path) -> None:
-    """Two replicas of two ranks each do what two replicas of one rank each do: no strategy knows of the layout."""
+@pytest.mark.parametrize("case", SYNCS)
+def test_strategies_between_islands(pool: Pool, case: str, stage: int, tmp_path: Path) -> None:
+    """Replicas of two ranks each do what replicas of one rank each do: no strategy knows of the layout."""
     task = RowsTask("stacked", dropout=0.1)
-    steps = {**STEPS, "global_batch_size": 16}
-    whole = pool.world(2, follow_in_pieces, strategy, task, output_dir=str(tmp_path / "whole"), **steps)
-    islands = {"dp_replicate": 2, "zero_stage": stage, "output_dir": str(tmp_path / "islands")}
-    cut = pool.world(4, follow_in_pieces, strategy, task, **steps, **islands)
-    for replica in range(2):
-        for step in range(6):
+    strategy, replicas, settings = SYNCS[case]
+    steps = {**STEPS, "global_batch_size": 16, **settings}
+    whole = pool.world(
+        replicas, follow_in_pieces, strategy, task, output_dir=str(tmp_path / "whole"), **steps
+    )
+    islands = {"dp_replicate": replicas, "zero_stage": stage, "output_dir": str(tmp_path / "islands")}
+    cut = pool.world(2 * replicas, follow_in_pieces, strategy, task, **steps, **islands)
+    for replica in range(replicas):
+        for step in range(steps["max_steps"]):
             one = together([whole[replica][1][step]])
             found = together([held[step] for _, held, _ in cut[2 * replica : 2 * replica + 2]])
             assert first_difference([one], [found], 1e-10) is None, step

@@ -15,16 +15,15 @@ from shoal.run import Run
 
 Pieces = dict[str, tuple[tuple[int, ...], tuple[int, ...], np.ndarray]]
 STEPS = {"precision": "64-true", "max_steps": 6, "global_batch_size": 12, "per_device_train_batch_size": 2}
-# Of each layout the ranks it needs at least, and how it is asked for.
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "zero1": (2, {"zero_stage": 1}),
-    "zero2": (2, {"zero_stage": 2}),
-    "zero3": (2, {"zero_stage": 3}),
-    "zero3-of-3": (3, {"dp_shard": 3}),
-    "hybrid": (4, {"dp_replicate": 2, "zero_stage": 3}),
-    "hybrid-zero1": (4, {"dp_shard": 2, "zero_stage": 1}),
+# Of each layout how many ranks it is tried on, how many of them hold a replica, and how it is asked for.
+LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "zero1": (2, 2, {"zero_stage": 1}),
+    "zero2": (2, 2, {"zero_stage": 2}),
+    "zero3": (2, 2, {"zero_stage": 3}),
+    "zero3-of-3": (3, 3, {"dp_shard": 3}),
+    "hybrid": (4, 2, {"dp_replicate": 2, "zero_stage": 3}),
+    "hybrid-zero1": (4, 2, {"dp_shard": 2, "zero_stage": 1}),
 }
-each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def pieces_of(run: Run) -> Pieces:
@@ -67,23 +66,20 @@ def together(ranks: list[Pieces]) -> Arrays:
 
 
 @pytest.mark.parametrize("kind", ["stacked", "tied", "frozen", "unused", "sometimes"])
-@each_layout
-def test_a_cut_replica_follows_one_process(pool: Pool, layout: str, kind: str, tmp_path: Path) -> None:
-    ranks, settings = LAYOUTS[layout]
+def test_a_cut_replica_follows_one_process(pool: Pool, kind: str, tmp_path: Path) -> None:
     task = RowsTask(kind, dropout=0.1)
-    alone = pool.world(1, follow, "allreduce", task, output_dir=str(tmp_path / "alone"), **STEPS)[0]
-    cut = pool.world(
-        ranks, follow_in_pieces, "allreduce", task, output_dir=str(tmp_path / "cut"), **STEPS, **settings
-    )
-    shard = ranks // settings.get("dp_replicate", 1) if "dp_shard" not in settings else settings["dp_shard"]
-    for first in range(0, ranks, shard):
-        island = cut[first : first + shard]
-        whole = [together([held[step] for _, held, _ in island]) for step in range(6)]
-        trained = [{name: step[name] for name in alone.tensors[0]} for step in whole]
-        assert first_difference(alone.tensors, trained, 1e-10) is None
-        for losses, _, _ in island:
-            assert np.allclose(losses, alone.losses, rtol=1e-11)
-    assert len({metrics["eval/loss"] for _, _, metrics in cut}) == 1
+    (alone,) = pool.world(1, follow, "allreduce", task, output_dir=str(tmp_path / "alone"), **STEPS)
+    for layout, (ranks, island, settings) in LAYOUTS.items():
+        folder = str(tmp_path / layout)
+        cut = pool.world(ranks, follow_in_pieces, "allreduce", task, output_dir=folder, **STEPS, **settings)
+        for first in range(0, ranks, island):
+            on_island = cut[first : first + island]
+            whole = [together([held[step] for _, held, _ in on_island]) for step in range(6)]
+            trained = [{name: step[name] for name in alone.tensors[0]} for step in whole]
+            assert first_difference(alone.tensors, trained, 1e-10) is None, layout
+            for losses, _, _ in on_island:
+                assert np.allclose(losses, alone.losses, rtol=1e-11), layout
+        assert len({metrics["eval/loss"] for _, _, metrics in cut}) == 1, layout
 
 
 def test_the_pieces_do_not_fit_where_a_rank_computes_otherwise() -> None:
@@ -107,10 +103,10 @@ def sent_and_predicted(mesh: Mesh, task: RowsTask, **settings: Any) -> list[tupl
 
 
 @pytest.mark.parametrize("kind", ["stacked", "tied", "frozen"])
-@each_layout
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_predicted_bytes_are_sent(pool: Pool, layout: str, kind: str) -> None:
     """Law 9, within an island."""
-    ranks, settings = LAYOUTS[layout]
+    ranks, _, settings = LAYOUTS[layout]
     for on_rank in pool.world(ranks, sent_and_predicted, RowsTask(kind), **STEPS, **settings):
         for sent, predicted in on_rank:
             assert sent == predicted > 0
@@ -128,9 +124,8 @@ SYNCS: dict[str, tuple[str, int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("case", SYNCS)
-def test_strategies_between_islands(pool: Pool, case: str, stage: int, tmp_path: Path) -> None:
+def test_strategies_between_islands(pool: Pool, case: str, tmp_path: Path) -> None:
     """Replicas of two ranks each do what replicas of one rank each do: no strategy knows of the layout."""
     task = RowsTask("stacked", dropout=0.1)
     strategy, replicas, settings = SYNCS[case]
@@ -138,15 +133,16 @@ def test_strategies_between_islands(pool: Pool, case: str, stage: int, tmp_path:
     whole = pool.world(
         replicas, follow_in_pieces, strategy, task, output_dir=str(tmp_path / "whole"), **steps
     )
-    islands = {"dp_replicate": replicas, "zero_stage": stage, "output_dir": str(tmp_path / "islands")}
-    cut = pool.world(2 * replicas, follow_in_pieces, strategy, task, **steps, **islands)
-    for replica in range(replicas):
-        for step in range(steps["max_steps"]):
-            one = together([whole[replica][1][step]])
-            found = together([held[step] for _, held, _ in cut[2 * replica : 2 * replica + 2]])
-            assert first_difference([one], [found], 1e-10) is None, step
-    assert np.allclose(cut[0][0], whole[0][0], rtol=1e-11)
-    assert np.isclose(cut[0][2]["eval/loss"], whole[0][2]["eval/loss"], rtol=1e-11)
+    for stage in (1, 3):
+        islands = {"dp_replicate": replicas, "zero_stage": stage, "output_dir": str(tmp_path / str(stage))}
+        cut = pool.world(2 * replicas, follow_in_pieces, strategy, task, **steps, **islands)
+        for replica in range(replicas):
+            for step in range(steps["max_steps"]):
+                one = together([whole[replica][1][step]])
+                found = together([held[step] for _, held, _ in cut[2 * replica : 2 * replica + 2]])
+                assert first_difference([one], [found], 1e-10) is None, (stage, step)
+        assert np.allclose(cut[0][0], whole[0][0], rtol=1e-11)
+        assert np.isclose(cut[0][2]["eval/loss"], whole[0][2]["eval/loss"], rtol=1e-11)
 
 
 def resume_all(
@@ -165,20 +161,16 @@ def resume_all(
 def test_saved_under_one_and_loaded_under_another(pool: Pool, kind: str, tmp_path: Path) -> None:
     """Law 8, for every ordered pair: the run ends as if it had never been cut otherwise."""
     task = RowsTask(kind, dropout=0.1)
-    layouts = {"alone": (1, {}), "replicated": (2, {}), **LAYOUTS}
-    whole = pool.world(1, follow, "allreduce", task, output_dir=str(tmp_path / "whole"), **STEPS)[0]
+    layouts = {"alone": (1, 1, {}), "replicated": (2, 1, {}), **LAYOUTS}
+    (whole,) = pool.world(1, follow, "allreduce", task, output_dir=str(tmp_path / "whole"), **STEPS)
     saved = []
-    for name, (ranks, settings) in layouts.items():
+    for name, (ranks, _, settings) in layouts.items():
         first = {"output_dir": str(tmp_path / name), "save_steps": 3, "stop_after": 3}
         pool.world(ranks, follow, "allreduce", task, **STEPS, **settings, **first)
         saved.append(str(tmp_path / name / "checkpoint-3"))
-    for name, (ranks, settings) in layouts.items():
+    for name, (ranks, island, settings) in layouts.items():
         folder = str(tmp_path / f"from-{name}")
         on_rank = pool.world(ranks, resume_all, task, saved, folder, **settings)
-        island = (
-            ranks if "zero_stage" in settings and not {"dp_replicate", "dp_shard"} & set(settings) else None
-        )
-        island = island or settings.get("dp_shard") or (ranks // settings.get("dp_replicate", ranks))
         for number, start in enumerate(saved):
             found = together([each[number][0] for each in on_rank[:island]])
             trained = {tensor: found[tensor] for tensor in whole.tensors[-1]}

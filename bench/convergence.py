@@ -24,12 +24,12 @@ CASES: dict[str, tuple[str, float | None]] = {
         for codec in ("bf16", "fp16", "int8", "int4", "sign", "topk", "randomk", "powersgd")
     },
     "onebit-adam": (
-        "--optim onebit-adam --codec sign --codec-momentum 0.9 --codec-warmup 50 --max-grad-norm 0", None
+        "--optim onebit-adam --codec sign --codec-momentum 0.9 --codec-warmup 100 --max-grad-norm 0", None
     ),
     "server": ("--strategy server", None),
     "async": ("--strategy async", 0.04),
-    "local": ("--strategy local --local-after 100 --sync-every 4", 0.02),
-    "diloco": ("--strategy diloco --local-after 100 --sync-every 10", 0.02),
+    "local": ("--strategy local --local-after 200 --sync-every 4", 0.02),
+    "diloco": ("--strategy diloco --local-after 200 --sync-every 10", 0.02),
     "local-from-the-start": ("--strategy local", None),
     "diloco-from-the-start": ("--strategy diloco", None),
     "diloco-int4": ("--strategy diloco --codec int4", None),

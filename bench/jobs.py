@@ -39,11 +39,13 @@ class Job:
     precision: str = "bf16"
     compile: bool = False
     exact: bool = False
+    layout: str = ""  # "zero2" or "zero3"; empty: whole replicas
     defaults: str = ""  # nothing set but model, data and batch; the value says how it is launched
 
     def __str__(self) -> str:
         said = [f"defaults, {self.defaults}"] if self.defaults else [self.precision]
         said += [name for name in ("compile", "exact") if getattr(self, name)]
+        said += [self.layout] if self.layout else []
         return f"{self.tool} ({', '.join(said)})"
 
 
@@ -119,6 +121,7 @@ def _shoal(job: Job, corpus: Corpus, folder: Path) -> list[Command]:
         words += ["--nproc-per-node", str(WORKERS), "--threads", "1", "--sequence-length", str(WINDOW)]
         words += ["--bf16" if job.precision == "bf16" else "--no-bf16"]
         words += ["--compile"] * job.compile + ["--exact"] * job.exact
+        words += ["--strategy", job.layout] if job.layout else []
     return [(words, _environment(job, corpus))]
 
 
@@ -131,7 +134,7 @@ def _peer(job: Job, corpus: Corpus, metrics: Path) -> list[Command]:
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(WORKERS)]
         return [([sys.executable, *launcher, *module, "--defaults", "--batch", str(MICRO_BATCH)], shared)]
     words = [sys.executable, *module, "--batch", str(MICRO_BATCH), "--precision", job.precision]
-    words += ["--compile"] * job.compile
+    words += ["--compile"] * job.compile + (["--layout", job.layout] if job.layout else [])
     shared |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared |= {"WORLD_SIZE": str(WORKERS), "LOCAL_WORLD_SIZE": str(WORKERS)}
     return [(words, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(WORKERS)]

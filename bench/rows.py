@@ -10,6 +10,7 @@ from bench.jobs import Corpus, Job, Turn
 PEERS = ("handwritten_ddp", "accelerate_loop", "hf_trainer", "fabric_loop")
 HAND = "handwritten_ddp"
 PRECISIONS = ("float32", "bf16")
+LAYOUTS = ("zero2", "zero3")
 
 Turns = dict[Job, list[Turn]]
 Quantity = Callable[[Turn], float]
@@ -159,6 +160,16 @@ def _server(measured: Measured) -> list[Verdict]:
     ]
 
 
+def _layouts(measured: Measured) -> list[Verdict]:
+    verdicts = []
+    for layout in LAYOUTS:
+        ours, theirs = (
+            measured.median(Job(tool, layout=layout), _speed) for tool in ("shoal", "handwritten_fsdp")
+        )
+        verdicts.append(_at_least(f"tokens/s under {layout}, bf16", ours, "handwritten_fsdp", theirs, 1.0))
+    return verdicts
+
+
 def _at_least(what: str, ours: float, rival: str, theirs: float, required: float) -> Verdict:
     ratio = ours / theirs
     shown = f"{ratio:.2f} x ({ours:,.0f} against {theirs:,.0f} of {rival})"
@@ -177,5 +188,9 @@ ROWS = {
     "first-step": Row((OURS_BY_DEFAULT,), _first_step),
     "tokenizing": Row((), _tokenizing),
     "server": Row((), _server),
+    "layouts": Row(
+        tuple(Job(tool, layout=layout) for layout in LAYOUTS for tool in ("shoal", "handwritten_fsdp")),
+        _layouts,
+    ),
     "data-wait": Row((Job("shoal"),), _data_wait),
 }

@@ -6,48 +6,51 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from shoal.piece import Piece
 from shoal.summation import TreeSum
 
 
 class Bucket:
-    """Gradients that travel together: `flat` [n], of which every parameter's `.grad` becomes a view.
+    """Gradients that travel together: `flat` [n], of which every piece's `.grad` becomes a view.
 
     `flat` is padded with zeros to a multiple of `multiple`, so that it cuts into equal parts.
     """
 
-    def __init__(self, params: list[nn.Parameter], multiple: int) -> None:
-        self.params = params
-        numel = sum(p.numel() for p in params)
+    def __init__(self, pieces: list[Piece], multiple: int) -> None:
+        self.pieces = pieces
+        self.params = [piece.local for piece in pieces]
+        numel = sum(p.numel() for p in self.params)
         padded = -(-numel // multiple) * multiple
-        self.flat = torch.zeros(padded, dtype=params[0].dtype, device=params[0].device)
+        self.flat = torch.zeros(padded, dtype=self.params[0].dtype, device=self.params[0].device)
         self.views = dict(self.parts(self.flat))
+        self._grads = {piece: piece.wrap(self.views[piece.local]) for piece in pieces}
         self.tree = TreeSum()  # exact mode: the sums over this rank's micro-batches
         self.missing = 0
 
     @property
     def shapes(self) -> list[torch.Size]:
-        """The shapes of its parameters, in their order in `flat`."""
+        """The shapes of its pieces, in their order in `flat`."""
         return [p.shape for p in self.params]
 
     def parts(self, flat: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each parameter, and the view of `flat` [n] that is its own."""
+        """The parameter of each piece, and the view of `flat` [n] that is its own."""
         sizes = [p.numel() for p in self.params]
         for p, part in zip(self.params, flat[: sum(sizes)].split(sizes), strict=True):
             yield p, part.view_as(p)
 
     def clear(self) -> None:
         """Forget all gradients: the next ones are copied in, which costs less than to zero and to add."""
-        for p in self.params:
-            p.grad = None
+        for piece in self.pieces:
+            piece.source.grad = None
 
-    def take(self, p: nn.Parameter) -> None:
-        """Have the gradient of `p`, zero if there is none, in the buffer."""
-        view = self.views[p]
-        if p.grad is None:
+    def take(self, piece: Piece) -> None:
+        """Have the gradient of `piece`, zero if there is none, in the buffer."""
+        view, held = self.views[piece.local], self._grads[piece]
+        if piece.source.grad is None:
             view.zero_()
-        elif p.grad is not view:
-            view.copy_(p.grad)
-        p.grad = view
+        elif piece.source.grad is not held:
+            view.copy_(piece.unwrap(piece.source.grad))
+        piece.source.grad, piece.local.grad = held, view
 
 
 class Buckets:
@@ -58,19 +61,19 @@ class Buckets:
     """
 
     def __init__(
-        self, params: list[nn.Parameter], *, bucket_bytes: int, multiple: int = 1, exact: bool = False
+        self, pieces: list[Piece], *, bucket_bytes: int, multiple: int = 1, exact: bool = False
     ) -> None:
-        self.all = [Bucket(group, multiple) for group in _cut(list(reversed(params)), bucket_bytes)]
+        self.all = [Bucket(group, multiple) for group in _cut(list(reversed(pieces)), bucket_bytes)]
         self.exact = exact
         self.on_begin: Callable[[], object] = lambda: None  # before the first forward pass of a step
         self.on_complete: Callable[[Bucket], None] = lambda bucket: None
         self._leaf = 0
         self._last = False
         self._announced = len(self.all)
-        self._bucket_of = {p: bucket for bucket in self.all for p in bucket.params}
+        self._places = {piece.source: (piece, bucket) for bucket in self.all for piece in bucket.pieces}
         # The garbage collector does not see into these hooks: held by one, this and the model would stay for ever.
         ours = weakref.ref(self)
-        for p in self._bucket_of:
+        for p in self._places:
             p.register_post_accumulate_grad_hook(
                 lambda p: buckets._arrived(p) if (buckets := ours()) else None
             )
@@ -87,7 +90,7 @@ class Buckets:
             self.on_begin()
         self._leaf, self._last, self._announced = leaf, last, 0
         for bucket in self.all:
-            bucket.missing = len(bucket.params)
+            bucket.missing = len(bucket.pieces)
             if first or self.exact:
                 bucket.clear()
 
@@ -95,13 +98,13 @@ class Buckets:
         """After that backward pass: finish the buckets that wait for parameters to which no gradient came."""
         for bucket in self.all:
             if bucket.missing:
-                for p in bucket.params:
-                    bucket.take(p)
+                for piece in bucket.pieces:
+                    bucket.take(piece)
         self._advance(lambda bucket: True)
 
     def _arrived(self, p: nn.Parameter) -> None:
-        bucket = self._bucket_of[p]
-        bucket.take(p)
+        piece, bucket = self._places[p]
+        bucket.take(piece)
         bucket.missing -= 1
         self._advance(lambda bucket: bucket.missing == 0)
 
@@ -115,15 +118,15 @@ class Buckets:
                 self.on_complete(bucket)
 
 
-def _cut(params: list[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
-    """Runs of parameters of one dtype and device, closed as soon as they reach `bucket_bytes`."""
-    groups: list[list[nn.Parameter]] = []
-    size = 0
-    for p in params:
-        kind = (p.dtype, p.device)
-        if not groups or size >= bucket_bytes or (groups[-1][0].dtype, groups[-1][0].device) != kind:
+def _cut(pieces: list[Piece], bucket_bytes: int) -> list[list[Piece]]:
+    """Runs of pieces of one dtype and device, closed as soon as they reach `bucket_bytes`."""
+    groups: list[list[Piece]] = []
+    size, kind = 0, None
+    for piece in pieces:
+        p = piece.local
+        if not groups or size >= bucket_bytes or (p.dtype, p.device) != kind:
             groups.append([])
-            size = 0
-        groups[-1].append(p)
+            size, kind = 0, (p.dtype, p.device)
+        groups[-1].append(piece)
         size += p.nbytes
     return groups

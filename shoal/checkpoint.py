@@ -4,6 +4,8 @@ checkpoint-500/
   manifest.json                  step, tokens, world size, size and SHA-256 of every file
   model/model.safetensors        parameters and buffers by name (and config.json: a Hugging Face folder)
   optimizer/state.safetensors    "parameter/part", for example "lm_head.weight/exp_avg"
+  model/00001.safetensors ...    where a replica is held by several ranks, each writes its own pieces; the file's
+  optimizer/00001.safetensors      metadata tells where they belong
   ranks/00001.safetensors        what only this rank holds: "sync/..."; where replicas differ "model/..." too
   state.json                     where the run stands
 latest, best                     files that hold the name of a checkpoint
@@ -22,11 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from shoal import stored
 from shoal.errors import ShoalError, UserError
+from shoal.layouts.base import Placed
 from shoal.optim import NamedState
+from shoal.piece import Piece
+from shoal.stored import Places, Stored
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -47,17 +52,18 @@ class Progress:
     best: float | None = None  # the lowest eval/loss so far
     data: str = ""  # the key of the prepared data
     strategy: str = "allreduce"
+    island_size: int = 1  # ranks that held a replica together
 
 
 Tensors = dict[str, dict[str, Tensor]]  # file below the checkpoint -> tensors by name
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters, tied ones once, and the buffers that belong to the model's state, by name."""
-    params = {name: p.detach() for name, p in model.named_parameters()}
-    shared = {id(p) for p in model.parameters()}
-    state = model.state_dict(keep_vars=True)
-    return params | {name: t for name, t in state.items() if id(t) not in shared and name not in params}
+def model_tensors(placed: Placed, *, buffers: bool = True) -> dict[str, Tensor]:
+    """This rank's pieces of the parameters, and the buffers that belong to the model's state, by name."""
+    params = {piece.name: piece.local.detach() for piece in placed.pieces}
+    known = {id(p) for p in placed.model.parameters()}
+    state = placed.model.state_dict(keep_vars=True) if buffers else {}
+    return params | {name: t for name, t in state.items() if id(t) not in known and name not in params}
 
 
 class Checkpoints:
@@ -71,6 +77,7 @@ class Checkpoints:
         keep: int,
         rank: int = 0,
         world_size: int = 1,
+        island_size: int = 1,
         present: Callable[[], Container[int]] | None = None,
     ) -> None:
         self.folder = folder
@@ -78,7 +85,10 @@ class Checkpoints:
         self.keep = keep
         self.rank = rank
         self.world_size = world_size
-        self.present = present or (lambda: range(world_size))  # the ranks that can still hand over a part
+        self.island_size = island_size  # the first ranks, which together hold the first replica
+        self.present = present or (
+            lambda: range(world_size)
+        )  # the replicas that can still hand over their parts
         self.newest_step = -1  # of those saved by this process
         self.stalled = 0.0  # seconds that the caller has waited in `save` and `settle`
         self._thread: threading.Thread | None = None
@@ -97,22 +107,25 @@ class Checkpoints:
         config_json: str | None,
         *,
         part: dict[str, Tensor] | None = None,
+        places: Places | None = None,
         best: bool = False,
     ) -> None:
-        """Start to save live tensors: those of rank 0, and this rank's `part` (if one has any, all have).
+        """Start to save live tensors: those of the model, and this rank's `part` (if one has any, all have).
 
-        They must not change before `settle` returns. The copy and the writing run in a thread beside the next
-        forward and backward pass, which only read parameters, so that the loop does not wait for either.
+        Where a replica is held by several ranks each of them gives its pieces of the model, and their `places`; else
+        rank 0 gives it whole. They must not change before `settle` returns. The copy and the writing run in a thread
+        beside the next forward and backward pass, which only read parameters, so that the loop does not wait for
+        either.
         """
         began = time.perf_counter()
         self.finish()
         self.newest_step = progress.step
-        if self.rank and not part:
+        files = tensors | ({rank_file("ranks", self.rank): part} if part else {})
+        if self.rank and not files:
             return
         self._copied.clear()
-        files = tensors | ({_rank_file(self.rank): part} if part else {})
-        parts = (files, Progress(**asdict(progress)), config_json, best)
-        self._thread = threading.Thread(target=self._save, args=parts, name="checkpoint")
+        args = (files, places or {}, Progress(**asdict(progress)), config_json, best)
+        self._thread = threading.Thread(target=self._save, args=args, name="checkpoint")
         self._thread.start()
         self.stalled += time.perf_counter() - began
 
@@ -133,19 +146,25 @@ class Checkpoints:
             error, self._error = self._error, None
             raise error
 
-    def _save(self, tensors: Tensors, progress: Progress, config_json: str | None, best: bool) -> None:
+    def _save(
+        self, tensors: Tensors, places: Places, progress: Progress, config_json: str | None, best: bool
+    ) -> None:
         try:
             copies = {
                 file: {n: t.detach().cpu().clone() for n, t in part.items()} for file, part in tensors.items()
             }
             self._copied.set()
-            place, own = self.folder / f"checkpoint-{progress.step}", _rank_file(self.rank)
+            place = self.folder / f"checkpoint-{progress.step}"
+            parts, own = _parts(place, best), rank_file("ranks", self.rank)
             if self.rank:
-                _hand_over(_parts(place, best) / own, copies[own])
+                for file, held in copies.items():
+                    _hand_over(parts / file, held, places)
                 return
-            if own in copies and not self._receive(_parts(place, best)):
-                del copies[own]  # a rank is gone: those that go on from here all start from the one model
-            write(place, copies, progress, config_json, _parts(place, best))
+            if not self._receive(parts, [f for f in copies if Path(f).stem.isdigit()]):
+                copies.pop(
+                    own, None
+                )  # a rank is gone: those that go on from here all start from the one model
+            write(place, copies, progress, config_json, parts=parts, places=places)
             _point(self.folder / "latest", f"checkpoint-{progress.step}")
             if best:
                 _point(self.folder / "best", f"checkpoint-{progress.step}")
@@ -155,12 +174,18 @@ class Checkpoints:
         finally:
             self._copied.set()
 
-    def _receive(self, parts: Path) -> bool:
-        """Wait for the parts of the other ranks; False if one is gone. All it takes is a disk that all see."""
+    def _receive(self, parts: Path, own: list[str]) -> bool:
+        """Wait for the files of the other ranks, `own` being those of rank 0; False if one is gone.
+
+        All it takes is a disk that all see.
+        """
         deadline, all_here = time.monotonic() + PATIENCE, True
-        for rank in range(1, self.world_size):
-            while not (parts / _rank_file(rank)).exists():
-                if rank not in self.present():
+        holders = {"ranks": self.world_size, "model": self.island_size, "optimizer": self.island_size}
+        folders = [Path(file).parent.name for file in own]
+        awaited = [(rank_file(each, rank), rank) for each in folders for rank in range(1, holders[each])]
+        for file, rank in awaited:
+            while not (parts / file).exists():
+                if rank // self.island_size not in self.present():
                     all_here = False
                     break
                 if time.monotonic() > deadline:
@@ -169,7 +194,9 @@ class Checkpoints:
                     )
                 time.sleep(0.01)
         if not all_here:
-            shutil.rmtree(parts, ignore_errors=True)  # only now: the others were still writing there
+            shutil.rmtree(
+                parts / "ranks", ignore_errors=True
+            )  # only now: the others were still writing there
         return all_here
 
     def _rotate(self) -> None:
@@ -189,18 +216,20 @@ def write(
     tensors: Tensors,
     progress: Progress,
     config_json: str | None,
+    *,
     parts: Path | None = None,
+    places: Places | None = None,
 ) -> None:
     """Write a whole checkpoint aside and move it into place, each file on disk before the move.
 
-    `parts` is a folder of files that other ranks have handed over.
+    `parts` is a folder of files that other ranks have handed over, `places` says where pieces belong.
     """
     aside = _hidden(folder, "tmp")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         if parts is not None and parts.exists():
             parts.rename(aside)
-        _fill(aside, tensors, progress, config_json)
+        _fill(aside, tensors, places or {}, progress, config_json)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -212,23 +241,24 @@ def write(
     shutil.rmtree(_hidden(folder, "old"), ignore_errors=True)
 
 
-def _rank_file(rank: int) -> str:
-    return f"ranks/{rank:05}.safetensors"
+def rank_file(folder: str, rank: int) -> str:
+    """The file of one rank among several in a folder of a checkpoint."""
+    return f"{folder}/{rank:05}.safetensors"
 
 
-def _hand_over(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Leave a rank's part where rank 0 looks for it, whole or not at all."""
+def _hand_over(path: Path, tensors: dict[str, Tensor], places: Places) -> None:
+    """Leave a rank's file where rank 0 looks for it, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unready = path.with_suffix(".tmp")
-    save_file({n: t.contiguous() for n, t in tensors.items()}, unready, metadata={"format": "pt"})
+    stored.write(unready, tensors, places)
     unready.rename(path)
 
 
-def _fill(aside: Path, tensors: Tensors, progress: Progress, config_json: str | None) -> None:
+def _fill(aside: Path, tensors: Tensors, places: Places, progress: Progress, config_json: str | None) -> None:
     aside.mkdir(parents=True, exist_ok=True)
     for file, part in tensors.items():
         (aside / file).parent.mkdir(exist_ok=True)
-        save_file({n: t.contiguous() for n, t in part.items()}, aside / file, metadata={"format": "pt"})
+        stored.write(aside / file, part, places)
     if config_json is not None:
         (aside / "model" / "config.json").write_text(config_json)
     (aside / "state.json").write_text(json.dumps(asdict(progress), indent=1))
@@ -336,10 +366,13 @@ def load_progress(folder: Path) -> Progress:
 
 
 class Parts(Sequence[dict[str, Tensor]]):
-    """What each rank that saved held alone, below one heading ("sync", "model", "optimizer"); read when asked for."""
+    """What ranks that saved held alone, below one heading ("sync", "model", "optimizer"); read when asked for.
 
-    def __init__(self, folder: Path, heading: str) -> None:
-        self.files = sorted((folder / "ranks").glob("*.safetensors"))
+    They are those with the `first` place in islands of `every` ranks: all that agreed with each other.
+    """
+
+    def __init__(self, folder: Path, heading: str, first: int = 0, every: int = 1) -> None:
+        self.files = sorted((folder / "ranks").glob("*.safetensors"))[first::every]
         self.prefix = f"{heading}/"
 
     def __len__(self) -> int:
@@ -351,38 +384,53 @@ class Parts(Sequence[dict[str, Tensor]]):
             return {name.removeprefix(self.prefix): file.get_tensor(name) for name in names}
 
 
-def load_model(folder: Path, model: nn.Module, part: dict[str, Tensor] | None = None) -> None:
-    """Copy a checkpoint's parameters and buffers into `model`; refuse those of another model.
+def load_model(folder: Path, placed: Placed, part: dict[str, Tensor] | None = None) -> None:
+    """Copy a checkpoint's parameters and buffers into a model, however either is cut; refuse those of another model.
 
     `part` are this rank's own ones, where the replicas differed.
     """
-    own = model_tensors(model)
+    own = model_tensors(placed)
     if part:
         for name, tensor in own.items():
             tensor.copy_(part[name])
         return
-    with safe_open(folder / "model" / "model.safetensors", "pt") as file:
-        names = set(file.keys())
-        for name in sorted(names ^ own.keys()):
-            found = "holds no" if name in own else "holds a"
-            raise UserError(
-                f"resume from {folder}", f"it {found} tensor {name}", "use the --model it was saved from"
-            )
-        for name, tensor in own.items():
-            shape = tuple(file.get_slice(name).get_shape())
-            if shape != tuple(tensor.shape):
-                found = f"{name} has shape {shape}, the model's is {tuple(tensor.shape)}"
-                raise UserError(f"resume from {folder}", found, "use the --model it was saved from")
-            tensor.copy_(file.get_tensor(name))
+    saved = Stored(folder / "model")
+    wanted = {piece.name: tuple(piece.shape) for piece in placed.pieces}
+    wanted |= {name: tuple(tensor.shape) for name, tensor in own.items() if name not in wanted}
+    for name in sorted(wanted.keys() ^ saved.shapes.keys()):
+        found = "holds no" if name in wanted else "holds a"
+        raise UserError(
+            f"resume from {folder}", f"it {found} tensor {name}", "use the --model it was saved from"
+        )
+    offsets = {piece.name: piece.offset for piece in placed.pieces}
+    for name, tensor in own.items():
+        if saved.shapes[name] != wanted[name]:
+            found = f"{name} has shape {saved.shapes[name]}, the model's is {wanted[name]}"
+            raise UserError(f"resume from {folder}", found, "use the --model it was saved from")
+        if tensor.numel():
+            tensor.copy_(saved.read(name, offsets.get(name), tensor.shape))
 
 
-def load_optimizer(folder: Path, state: NamedState, part: dict[str, Tensor] | None = None) -> None:
+def load_optimizer(
+    folder: Path, state: NamedState, placed: Placed, part: dict[str, Tensor] | None = None
+) -> None:
     """Set the optimizers' state to that of a checkpoint: to `part`, if given."""
-    by_param: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in (part or load_tensors(folder, "optimizer/state.safetensors")).items():
-        param, moment = name.rsplit("/", 1)
-        by_param.setdefault(param, {})[moment] = tensor
-    state.load(lambda param: by_param.get(param, {}))
+    saved = Stored(folder / "optimizer")
+    by_param: dict[str, list[str]] = {}
+    for name in part if part is not None else saved.shapes:
+        by_param.setdefault(name.rsplit("/", 1)[0], []).append(name)
+    held = {piece.name: piece for piece in placed.pieces}
+
+    def read(name: str, piece: Piece) -> Tensor:
+        if part is not None:
+            return part[name]
+        if saved.shapes[name] != tuple(piece.shape):  # a count of steps is not cut
+            return saved.read(name)
+        return saved.read(name, piece.offset, piece.local.shape)
+
+    state.load(
+        lambda param: {name.rsplit("/", 1)[1]: read(name, held[param]) for name in by_param.get(param, [])}
+    )
 
 
 def load_tensors(folder: Path, file: str) -> dict[str, Tensor]:

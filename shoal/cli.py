@@ -133,7 +133,7 @@ def config(words: list[str]) -> int:
     if not words or _asks_help(words):
         return _print_settings(config)
     what, rest = words[0], words[1:]
-    from shoal.config import check_options, dump_yaml, reference, resolve_batch, resolve_workers
+    from shoal.config import check_options, dump_yaml, reference, resolve_batch, resolve_grid, resolve_workers
 
     if what == "show":
         print(dump_yaml(_resolve(rest)), end="")
@@ -144,8 +144,9 @@ def config(words: list[str]) -> int:
         check_options(resolved)
         workers = resolve_workers(run)
         batch = resolve_batch(run, workers)
+        grid = " x ".join(f"{axis} {size}" for axis, size in resolve_grid(run, workers).items())
         print(
-            f"{recipe}: ok; with {workers} workers here, a step of {batch.global_batch_size} samples in "
+            f"{recipe}: ok; with {workers} workers here ({grid}), a step of {batch.global_batch_size} samples in "
             f"{batch.micro_batches} micro-batches of {batch.per_device_train_batch_size}"
         )
     elif what == "schema":

@@ -16,7 +16,9 @@ from torch import Tensor
 from shoal import mesh
 
 Work = dist.Work  # a started exchange: done after its `.wait()`
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
+# Renamed in torch 2.13.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 class Wire:
@@ -50,6 +52,11 @@ class Wire:
         """Begin to fill `whole` [world_size * n] with every rank's `part` [n], in the order of the ranks."""
         self.bytes_sent += (self.world_size - 1) * part.nbytes
         return _all_gather(whole, part, group=self.group, async_op=True)
+
+    def start_reduce_scatter(self, part: Tensor, whole: Tensor) -> Work:
+        """Begin to fill `part` [n] with the sum over the ranks of this rank's part of `whole` [world_size * n]."""
+        self.bytes_sent += self._others_part(whole)
+        return _reduce_scatter(part, whole, group=self.group, async_op=True)
 
     def start_send(self, tensor: Tensor, rank: int) -> Work:
         """Begin to send `tensor` to `rank`. It must not change before `.wait()`."""

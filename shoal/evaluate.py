@@ -8,17 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from shoal.data.batches import ABSENT, Samples
+from shoal.layouts.base import Loss
 from shoal.precision import Policy
-from shoal.replica import Loss
 
 
 @dataclass(frozen=True)
 class Team:
-    """Who evaluates together: this rank's place among `size`, and how they add up what each has found."""
+    """Who evaluates together: this rank's place among `size`, and how they add up what each has found.
+
+    So many neighbours do it `in_step`: each computes as often as the others, on nothing if need be.
+    """
 
     rank: int = 0
     size: int = 1
     agree: Callable[[Tensor], Tensor] = lambda numbers: numbers
+    in_step: int = 1
 
 
 @torch.no_grad()
@@ -39,9 +43,10 @@ def evaluate(
     does not depend on who computed them. What nobody answers for, because a rank has died, each computes again for
     itself. None if `stop()` came true on any rank.
     """
-    ids = np.full(-(-len(samples) // micro_batch_size) * micro_batch_size, ABSENT, dtype=np.int64)
-    ids[: len(samples)] = np.arange(len(samples))
-    micro_batches = ids.reshape(-1, micro_batch_size)
+    rows = -(-len(samples) // micro_batch_size)
+    rows += -rows % team.in_step  # the last ones without samples: as many for each of those in step
+    micro_batches = np.full((rows, micro_batch_size), ABSENT, dtype=np.int64)
+    micro_batches.flat[: len(samples)] = np.arange(len(samples))
 
     def measure(v: int) -> float:
         inputs = {k: t.to(device) for k, t in samples.collate(micro_batches[v]).items()}
@@ -51,14 +56,15 @@ def evaluate(
     told = torch.zeros(3, len(micro_batches), dtype=torch.float64)  # sums, which are known, who has stopped
     was_training = model.training
     model.eval()
-    for v in range(team.rank, len(micro_batches), team.size):
+    for v in range(team.rank, rows, team.size):
         if stop():
             told[2, 0] = 1
-            break
+            if team.in_step == 1:
+                break
         told[0, v], told[1, v] = measure(v), 1
     sums, known, stopped = team.agree(told.view(-1)).view(3, -1)
     if not stopped.any():
         for v in (known == 0).nonzero().flatten().tolist():
             sums[v] = measure(v)
     model.train(was_training)
-    return None if stopped.any() else (sums.sum().item(), int(samples.label_counts(ids).sum()))
+    return None if stopped.any() else (sums.sum().item(), int(samples.label_counts(micro_batches).sum()))

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 import transformers
 
-from shoal import checkpoint
+from shoal import checkpoint, layouts
 from shoal.config import Resolved, dump_yaml
 from shoal.cost import Sizes
 from shoal.errors import UserError
@@ -42,7 +42,7 @@ def train_job(resolved: Resolved, mesh: Mesh, data: Path, stop: Stop) -> None:
     run = assemble(resolved.config, mesh, data, screen)
     if mesh.is_first:
         _begin_folder(run, resolved)
-    run.wire.barrier()
+    run.everyone.barrier()
     screen.banner("Running training", _facts(run))
     stop.hold()
     metrics = train(run, stop)
@@ -87,23 +87,31 @@ def _facts(run: Run) -> dict[str, Any]:
     config, replica = run.config, run.replica
     accumulation = max(replica.shares.counts)
     return {
-        "Model": f"{config.model.name}, {sum(p.numel() for _, p in replica.params):,} trainable parameters",
+        "Model": f"{config.model.name}, {_trainable(run):,} trainable parameters",
         "Num examples": len(run.batches.samples),
         "Instantaneous batch size per device": run.batches.shape[1],
         "Total train batch size (w. parallel, distributed & accumulation)": run.batches.global_batch_size,
         "Gradient accumulation steps": accumulation,
         "Total optimization steps": run.total_steps,
         "Workers": f"{run.mesh.world_size} x {config.train.threads} threads on {run.mesh.device.type}",
+        "Layout": _layout(run),
         "Strategy": _strategy(run),
         "Precision": str(replica.policy),
         "Output": str(run.folder),
     }
 
 
+def _layout(run: Run) -> str:
+    """Where a replica lives, and what its workers are to send each other in a step."""
+    placed = run.replica.placed
+    sent = placed.cost(run.replica.turns)
+    return f"{placed}" + (f", {sent / 1e6:,.3g} MB sent by each within it in a step" if sent else "")
+
+
 def _strategy(run: Run) -> str:
     """How replicas agree, and what it is expected to cost a step; the summary tells what was really sent."""
     options = run.config.strategy
-    sizes = Sizes(tuple(p.shape for _, p in run.replica.params), run.mesh.world_size)
+    sizes = Sizes(tuple(p.shape for _, p in run.replica.params), run.mesh.replicate.size)
     cost = SYNCS[options.name].cost(run.config, sizes)
     words = [options.name, *(["exact"] if run.config.train.exact else [])]
     words += [f"codec {options.codec}"] if options.codec != "none" else []
@@ -111,6 +119,11 @@ def _strategy(run: Run) -> str:
     words += [f"{cost.held / 1e6:,.3g} MB held for it"] if cost.held else []
     words += [f"up to {cost.staleness} steps stale"] if cost.staleness else []
     return ", ".join(words)
+
+
+def _trainable(run: Run) -> int:
+    pieces = run.replica.placed.pieces
+    return sum(piece.shape.numel() for piece in pieces if piece.source.requires_grad)
 
 
 def _summary(run: Run, metrics: dict[str, float]) -> dict[str, Any]:
@@ -123,10 +136,10 @@ def _summary(run: Run, metrics: dict[str, float]) -> dict[str, Any]:
         "tokens_per_second": run.progress.tokens / max(run.progress.seconds, 1e-9),
         "workers": run.mesh.world_size,
         "cpu_seconds_per_worker": usage.ru_utime + usage.ru_stime,
-        "bytes_sent_per_worker": run.wire.bytes_sent,
+        "bytes_sent_per_worker": run.bytes_sent,
         "peak_rss_gib_per_worker": peak_rss_gib(),
         "skipped_steps": run.progress.nonfinite_total,
-        "parameters": sum(p.numel() for _, p in run.replica.params),
+        "parameters": _trainable(run),
         "strategy": run.config.strategy.name,
         "precision": run.replica.policy.name,
         "seed": run.config.train.seed,
@@ -135,12 +148,13 @@ def _summary(run: Run, metrics: dict[str, float]) -> dict[str, Any]:
 
 def _finish_folder(run: Run, resolved: Resolved, summary: dict[str, Any]) -> None:
     """Export, show a sample, and write the summary last: it marks the run as finished."""
-    sample = run.task.example(run.replica.model)
+    model = _whole_model(run) if run.is_cut else run.replica.model
+    sample = run.task.example(model)
     if sample:
         run.screen.say(f"***** A sample of generated text *****\n{sample}\n*****")
     chosen = {key: origin for key, origin in resolved.origins.items() if origin != "default"}
     settings = {key: _setting(resolved, key) for key in ("model.name", "data.path", *chosen)}
-    run.task.export(run.replica.model, run.folder / "final", {**summary, "Settings": settings})
+    run.task.export(model, run.folder / "final", {**summary, "Settings": settings})
     (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
     facts = {
         "Steps": summary["steps"],
@@ -153,6 +167,13 @@ def _finish_folder(run: Run, resolved: Resolved, summary: dict[str, Any]) -> Non
         "Model": str(run.folder / "final"),
     }
     run.screen.banner("Finished", facts)
+
+
+def _whole_model(run: Run) -> Any:
+    """What the ranks hold together, from the checkpoint that was saved last."""
+    placed = layouts.whole(run.task.model(), run.task.loss)
+    checkpoint.load_model(run.folder / f"checkpoint-{run.progress.step}", placed)
+    return placed.model
 
 
 def _setting(resolved: Resolved, key: str) -> Any:

@@ -64,8 +64,9 @@ def _agree(run: Run, losses: Tensor, stopping: bool) -> Tally:
     numbers = torch.zeros(len(losses) + run.mesh.world_size + 2, dtype=torch.float64)
     numbers[: len(losses)] = losses
     numbers[len(losses) + run.mesh.rank] = run.replica.seconds.compute
-    numbers[-2:] = torch.tensor([run.replica.own_labels, stopping])
-    numbers = run.sync.agree(numbers)
+    island = run.replica.island
+    numbers[-2:] = torch.tensor([run.replica.own_labels if island.is_first else 0, stopping])
+    numbers = run.agree(numbers)
     loss = numbers[: len(losses)].sum() / numbers[-2].clamp(min=1)
     return Tally(loss.item(), numbers[len(losses) : -2].tolist(), bool(numbers[-1] > 0))
 

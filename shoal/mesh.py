@@ -1,9 +1,10 @@
 """Ranks as a grid with named axes. The only maker of process groups."""
 
+import math
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -15,19 +16,61 @@ from shoal.placement import Placement
 TIMEOUT = timedelta(minutes=10)  # how long a collective waits for the slowest rank
 
 
+AXES = ("replicate", "shard")  # the outermost first: the ranks of an island, one replica, are neighbours
+ISLAND = AXES[1:]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The ranks that differ in one coordinate only: how many, which of them this is, and their process group."""
+
+    size: int
+    index: int
+    group: dist.ProcessGroup
+
+
 @dataclass(frozen=True)
 class Mesh:
-    """This process among the others. `group` is the process group of the `replicate` axis."""
+    """This process among the others. `group` has all of them; `axes` are the grid, at first `replicate` alone."""
 
     rank: int
     world_size: int
     device: torch.device
     group: dist.ProcessGroup
+    axes: Mapping[str, Axis]
 
     @property
     def is_first(self) -> bool:
         """Whether this rank is the one that speaks and writes."""
         return self.rank == 0
+
+    @property
+    def replicate(self) -> Axis:
+        """The ranks that hold the same part of the other replicas: those that agree."""
+        return self.axes["replicate"]
+
+    @property
+    def island(self) -> dist.ProcessGroup:
+        """The ranks that hold one replica together."""
+        return self.axes["shard"].group
+
+    def size(self, axis: str) -> int:
+        """How many ranks an axis has; 1 where it is not there."""
+        return self.axes[axis].size if axis in self.axes else 1
+
+    def cut(self, sizes: Mapping[str, int]) -> "Mesh":
+        """The same ranks as a grid of these sizes, which multiply to the world size. Every rank must call it."""
+        shape = [sizes.get(axis, 1) for axis in AXES]
+        assert math.prod(shape) == self.world_size, (sizes, self.world_size)
+        if shape[0] == self.world_size:
+            return self
+        grid = torch.arange(self.world_size).view(shape)
+        return replace(self, axes={axis: self._axis(grid, dim) for dim, axis in enumerate(AXES)})
+
+    def _axis(self, grid: torch.Tensor, dim: int) -> Axis:
+        lines = grid.movedim(dim, -1).reshape(-1, grid.shape[dim]).tolist()
+        (line,) = [line for line in lines if self.rank in line]
+        return Axis(len(line), line.index(self.rank), _group(line))
 
 
 @contextmanager
@@ -46,7 +89,9 @@ def join(placement: Placement) -> Iterator[Mesh]:
         timeout=TIMEOUT,
     )
     try:
-        yield Mesh(placement.rank, placement.world_size, device, dist.distributed_c10d._get_default_group())
+        group = dist.distributed_c10d._get_default_group()
+        axes = {"replicate": Axis(placement.world_size, placement.rank, group)}
+        yield Mesh(placement.rank, placement.world_size, device, group, axes)
     finally:
         dist.destroy_process_group()
 
@@ -54,9 +99,13 @@ def join(placement: Placement) -> Iterator[Mesh]:
 def neighbours(group: dist.ProcessGroup, size: int) -> dist.ProcessGroup:
     """Of the groups that cut `group` into runs of `size` ranks the one of this rank. Every rank must call it."""
     ranks = dist.get_process_group_ranks(group)
-    runs = [ranks[first : first + size] for first in range(0, len(ranks), size)]
-    groups = [dist.new_group(run) for run in runs]
-    return groups[dist.get_rank(group) // size]
+    first = dist.get_rank(group) // size * size
+    return _group(ranks[first : first + size])
+
+
+def _group(ranks: list[int]) -> dist.ProcessGroup:
+    """A group of these ranks, which they alone make: it goes by their names, whatever else others make meanwhile."""
+    return dist.new_group(ranks, timeout=TIMEOUT, use_local_synchronization=True)
 
 
 def _store(placement: Placement) -> dist.Store:

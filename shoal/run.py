@@ -9,18 +9,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shoal import checkpoint, codecs, optim, precision, shares
+from shoal import checkpoint, codecs, layouts, optim, precision, shares
 from shoal.buckets import Buckets
 from shoal.checkpoint import Checkpoints, Progress
 from shoal.collectives import Wire
-from shoal.config import RunConfig, resolve_batch
+from shoal.config import RunConfig, resolve_batch, resolve_grid
 from shoal.data.batches import Batch, Batches
 from shoal.errors import UserError, choose
 from shoal.evaluate import Team, evaluate
-from shoal.layouts import LAYOUTS
+from shoal.island import Island
+from shoal.layouts.base import Loss
 from shoal.mesh import Mesh
 from shoal.observe.console import Screen
-from shoal.replica import Loss, Replica
+from shoal.replica import Replica
+from shoal.stored import Places
 from shoal.sync import SYNCS, Sync
 from shoal.sync.guard import Guard
 from shoal.tasks import TASKS, Task
@@ -35,7 +37,10 @@ class Run:
     config: RunConfig
     folder: Path
     mesh: Mesh
-    wire: Wire
+    everyone: Wire  # all ranks
+    wire: (
+        Wire  # those of other replicas that hold the same pieces; the same wire where each rank is a replica
+    )
     screen: Screen
     task: Task
     batches: Batches
@@ -47,16 +52,31 @@ class Run:
     shared: checkpoint.Tensors | None = None  # `tensors()` after the steps done, once they were asked for
 
     def tensors(self) -> checkpoint.Tensors:
-        """What rank 0 saves of the one model: live tensors, but copies where the replicas differ."""
-        if not self.mesh.is_first:
+        """What this rank saves of the one model: live tensors, but copies where the replicas differ."""
+        if self.mesh.replicate.index:
             return {}
-        files = {
-            "model/model.safetensors": checkpoint.model_tensors(self.replica.model),
-            "optimizer/state.safetensors": dict(self.replica.optimizer_state.tensors()),
-        }
+        names = ["model/model.safetensors", "optimizer/state.safetensors"]
+        if self.is_cut:
+            names = [checkpoint.rank_file(folder, self.mesh.rank) for folder in ("model", "optimizer")]
+        model = checkpoint.model_tensors(self.replica.placed, buffers=self.mesh.is_first)
+        files = dict(zip(names, (model, dict(self.replica.optimizer_state.tensors())), strict=True))
         if self.sync.replicas_differ:
             files = {name: {n: t.clone() for n, t in held.items()} for name, held in files.items()}
-        return {name: held for name, held in files.items() if held}
+        return {name: held for name, held in files.items() if held or self.is_cut}
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a replica is held by several ranks."""
+        return len(self.replica.island) > 1
+
+    @property
+    def bytes_sent(self) -> int:
+        """By this rank so far: to other replicas, and within its own."""
+        return self.wire.bytes_sent + self.replica.placed.bytes_sent()
+
+    def agree(self, numbers: Tensor) -> Tensor:
+        """The sum of `numbers` over the ranks, as far as the strategy hears of them."""
+        return self.replica.island.agree(self.sync.agree, numbers)
 
     def part(self) -> dict[str, Tensor]:
         """The live tensors that only this rank holds; none where a save waits for nobody."""
@@ -65,7 +85,7 @@ class Run:
         kept = self.sync.state_dict()  # a codec's changes as soon as the next backward pass begins
         headings = {"sync": {name: tensor.clone() for name, tensor in kept.items()}}
         if self.sync.replicas_differ:
-            headings["model"] = checkpoint.model_tensors(self.replica.model)
+            headings["model"] = checkpoint.model_tensors(self.replica.placed)
             headings["optimizer"] = dict(self.replica.optimizer_state.tensors())
         return {f"{heading}/{name}": t for heading, held in headings.items() for name, t in held.items()}
 
@@ -96,21 +116,32 @@ class Run:
                 self.shared = self.tensors()
         model_config = getattr(self.replica.model, "config", None)
         config_json = model_config.to_json_string() if model_config is not None else None
-        self.checkpoints.save(self.shared, self.progress, config_json, part=self.part(), best=best)
+        self.checkpoints.save(
+            self.shared, self.progress, config_json, part=self.part(), places=self._places, best=best
+        )
+
+    @property
+    def _places(self) -> Places | None:
+        pieces = self.replica.placed.pieces if self.is_cut else []
+        return {piece.name: (tuple(piece.shape), piece.offset) for piece in pieces}
 
     def evaluate(self, stop: Callable[[], bool]) -> dict[str, float] | None:
         """The task's metrics over the whole "eval" split, {} if it is empty; None if `stop()` came true."""
         samples = self.task.samples("eval")
         alone = self.sync.evaluates_alone
-        if not len(samples) or (alone and not self.mesh.is_first):
+        if not len(samples) or (alone and self.mesh.replicate.index):
             return {}
         self.checkpoints.settle()  # the shared model may be written over what is being copied
-        team = Team() if alone else Team(self.mesh.rank, self.mesh.world_size, self.sync.agree)
+        island = self.replica.island
+        if alone:
+            team = Team(self.mesh.rank, len(island), island.sum, in_step=len(island))
+        else:
+            team = Team(self.mesh.rank, self.mesh.world_size, self.agree, in_step=len(island))
         with self.sync.shared_model(self.replica):
             self.shared = self.tensors()  # for a save of the same step
             measured = evaluate(
                 self.replica.model,
-                self.task.loss,  # never the compiled one: a second graph would cost more than it saves
+                self.replica.placed.loss,  # never the compiled one: a second graph would cost more than it saves
                 samples,
                 micro_batch_size=self.batches.shape[1],
                 team=team,
@@ -118,6 +149,7 @@ class Run:
                 device=self.mesh.device,
                 stop=stop,
             )
+            self.replica.placed.release()
         return None if measured is None else self.task.metrics(*measured)
 
 
@@ -128,22 +160,25 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
     or the checkpoint do not fit together.
     """
     torch.set_num_threads(config.train.threads)
-    wire = Wire(mesh.group)
-    _check_same_data(wire, data)
+    mesh = mesh.cut(resolve_grid(config, mesh.world_size))
+    everyone = Wire(mesh.group)
+    wire = Wire(mesh.replicate.group) if mesh.size("shard") > 1 else everyone
+    _check_same_data(everyone, data)
     task = choose("--task", config.train.task, TASKS)(config, data)
     policy = precision.resolve(config.train.precision, mesh.device)
     batches, total_steps, micro_batches = _batches(config, task, mesh.world_size)
-    model = LAYOUTS["replicated"](task.model(), mesh, policy)
-    params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    placed = layouts.place(task.model(), task.loss, mesh, policy, config.layout)
+    params = [(piece.name, piece.local) for piece in placed.trained]
     buckets = Buckets(
-        [p for _, p in params],
+        placed.trained,
         bucket_bytes=_bucket_bytes(config, params),
-        multiple=mesh.world_size,
+        multiple=mesh.replicate.size,
         exact=config.train.exact,
     )
     replica = Replica(
-        model=model,
-        loss=_compiled(task.loss) if config.train.compile else task.loss,
+        placed=placed,
+        island=Island(mesh),
+        loss=_compiled(placed.loss) if config.train.compile else placed.loss,
         buckets=buckets,
         optimizers=optim.of(config, params),
         policy=policy,
@@ -159,7 +194,6 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
         max_grad_norm=config.train.max_grad_norm,
         normalize=config.strategy.normalize == "sum",
         shares=_first_shares(config.strategy.balance, micro_batches, mesh.world_size),
-        rank=mesh.rank,
     )
     sync: Sync = choose("--strategy", config.strategy.name, SYNCS)(config, wire)
     if config.strategy.guard is not None:
@@ -172,11 +206,24 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
         keep=config.checkpoint.save_total_limit,
         rank=mesh.rank,
         world_size=mesh.world_size,
+        island_size=mesh.size("shard"),
         present=lambda: sync.present,
     )
-    progress = Progress(data=data.name, strategy=config.strategy.remembers)
+    progress = Progress(data=data.name, strategy=config.strategy.remembers, island_size=mesh.size("shard"))
     run = Run(
-        config, folder, mesh, wire, screen, task, batches, replica, sync, checkpoints, progress, total_steps
+        config,
+        folder,
+        mesh,
+        everyone,
+        wire,
+        screen,
+        task,
+        batches,
+        replica,
+        sync,
+        checkpoints,
+        progress,
+        total_steps,
     )
     found = _checkpoint(run) if config.checkpoint.resume_from_checkpoint else None
     if found is None:
@@ -242,7 +289,7 @@ def _checkpoint(run: Run) -> Path | None:
     """The checkpoint to go on from, which rank 0 chooses; None if "latest" was asked and there is none."""
     asked = run.config.checkpoint.resume_from_checkpoint
     found = checkpoint.find(asked, run.folder, run.screen.say) if run.mesh.is_first else None
-    chosen = run.wire.share_text(str(found or ""))
+    chosen = run.everyone.share_text(str(found or ""))
     if not chosen:
         run.screen.say(f"{run.folder} holds no checkpoint yet: starting anew")
     return Path(chosen) if chosen else None
@@ -255,20 +302,32 @@ def _resume(run: Run, folder: Path) -> None:
         raise UserError(
             f"resume from {folder}", "it was trained on other data", "give the same --data and tokenizer"
         )
-    models, optimizers, syncs = (
-        checkpoint.Parts(folder, heading) for heading in ("model", "optimizer", "sync")
+    line = partial(
+        checkpoint.Parts,
+        folder,
+        first=run.mesh.rank - run.replica.island.ranks.start,
+        every=len(run.replica.island),
     )
-    same_strategy = progress.strategy == run.config.strategy.remembers
-    same_ranks = len(models) == run.mesh.world_size and same_strategy and run.sync.replicas_differ
-    own = run.mesh.rank if same_ranks else None
-    checkpoint.load_model(folder, run.replica.model, None if own is None else models[own])
+    models, optimizers, syncs = (line(heading) for heading in ("model", "optimizer", "sync"))
+    same_strategy = (progress.strategy, progress.island_size) == (
+        run.progress.strategy,
+        run.progress.island_size,
+    )
+    same_ranks = len(models) == run.mesh.replicate.size and same_strategy and run.sync.replicas_differ
+    own = run.mesh.replicate.index if same_ranks else None
+    placed = run.replica.placed
+    checkpoint.load_model(folder, placed, None if own is None else models[own])
     run.sync.attach(run.replica)  # which may take copies of the model
-    checkpoint.load_optimizer(folder, run.replica.optimizer_state, None if own is None else optimizers[own])
+    checkpoint.load_optimizer(
+        folder, run.replica.optimizer_state, placed, None if own is None else optimizers[own]
+    )
+    now = run.progress
     if len(syncs) and same_strategy:
         run.sync.load_state_dict(syncs)
-    elif not same_strategy:
-        run.screen.say(f"strategy {run.progress.strategy} starts from the model of {progress.strategy}")
-    run.progress = replace(progress, strategy=run.progress.strategy)
+    elif len(syncs) or progress.strategy != now.strategy:
+        of = progress.strategy + (f", replicas of {progress.island_size} workers" if len(syncs) else "")
+        run.screen.say(f"strategy {now.strategy} starts from the model of {of}")
+    run.progress = replace(progress, strategy=now.strategy, island_size=now.island_size)
     run.replica.nonfinite_steps = progress.nonfinite_steps
     counts = progress.shares
     if counts and len(counts) == run.mesh.world_size and sum(counts) == sum(run.replica.shares.counts):

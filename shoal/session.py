@@ -17,6 +17,7 @@ from shoal.config import RunConfig
 from shoal.data.order import derive_seed
 from shoal.engines.environment import is_worker, placement
 from shoal.errors import UserError
+from shoal.island import Island
 from shoal.layouts import replicated
 from shoal.mesh import join
 from shoal.placement import Placement
@@ -90,12 +91,13 @@ class Session:
         Call it before the first step, with an optimizer over the model's own parameters.
         """
         policy = precision.resolve("32-true", self.mesh.device)
-        model = replicated.place(model, self.mesh, policy)
+        placed = replicated.place(model, _taken_by_the_caller, self.mesh, policy)
         self._replica = Replica(
-            model=model,
-            loss=_taken_by_the_caller,
+            placed=placed,
+            island=Island(self.mesh),
+            loss=placed.loss,
             buckets=Buckets(
-                [p for p in model.parameters() if p.requires_grad],
+                placed.trained,
                 bucket_bytes=25_000_000,
                 multiple=self.mesh.world_size,
                 exact=self.exact,
@@ -107,11 +109,10 @@ class Session:
             schedule=lambda step: float(optimizer.param_groups[0]["lr"]),
             max_grad_norm=self.max_grad_norm,
             shares=equal(self.micro_batches, self.mesh.world_size),
-            rank=self.mesh.rank,
         )
         self._sync = AllReduce(RunConfig(), self.wire)
         self._sync.attach(self._replica)
-        return model, optimizer
+        return placed.model, optimizer
 
     def share(self) -> Iterator[int]:
         """The micro-batches of this step that are this worker's, each with its own seed for dropout and the like."""
@@ -144,7 +145,7 @@ class Session:
         path = Path(folder) / f"checkpoint-{self.progress.step}"
         if self.mesh.is_first:
             files = {
-                "model/model.safetensors": checkpoint.model_tensors(self._replica.model),
+                "model/model.safetensors": checkpoint.model_tensors(self._replica.placed),
                 "optimizer/state.safetensors": dict(self._replica.optimizer_state.tensors()),
             }
             checkpoint.write(path, files, self.progress, None)
@@ -155,8 +156,8 @@ class Session:
         found = checkpoint.find("latest", Path(folder), print) if self.mesh.is_first else None
         chosen = self.wire.share_text(str(found or ""))
         if chosen:
-            checkpoint.load_model(Path(chosen), self._replica.model)
-            checkpoint.load_optimizer(Path(chosen), self._replica.optimizer_state)
+            checkpoint.load_model(Path(chosen), self._replica.placed)
+            checkpoint.load_optimizer(Path(chosen), self._replica.optimizer_state, self._replica.placed)
             self.progress = checkpoint.load_progress(Path(chosen))
         return bool(chosen)
 

@@ -17,8 +17,8 @@ PACKAGE = Path(__file__).parents[1] / "shoal"
 ORDER = """
     errors crew config
     data models tasks
-    precision placement mesh collectives cost summation buckets layouts codecs optim replica shares sync
-    checkpoint evaluate observe run observe.observer loop job
+    precision placement mesh collectives island cost summation piece buckets layouts codecs optim replica shares sync
+    stored checkpoint evaluate observe run observe.observer loop job
     engines session api
     serve probe doctor cli __main__
 """.split()  # noqa: SIM905

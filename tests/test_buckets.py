@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from shoal.buckets import Buckets
+from shoal.piece import whole
 
 
 def test_buckets_go_with_their_last_owner_and_leave_a_model_that_trains() -> None:
     model = nn.Linear(3, 2)
-    buckets = Buckets(list(model.parameters()), bucket_bytes=8)
+    buckets = Buckets(whole(model), bucket_bytes=8)
     heard: list[object] = []
     buckets.on_complete = heard.append
     buckets.begin(0, first=True, last=True)

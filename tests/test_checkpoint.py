@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,11 @@ from laws.pool import Pool
 from laws.rows import Net
 from safetensors import SafetensorError
 
-from shoal import checkpoint
+from shoal import checkpoint, layouts, stored
 from shoal.checkpoint import Checkpoints, Progress, Tensors, candidates, find, load_tensors, verify
 from shoal.errors import ShoalError, UserError
 
+alone = partial(layouts.whole, loss=lambda model, inputs: model(inputs))
 FILES = ("model/model.safetensors", "optimizer/state.safetensors")
 
 
@@ -76,7 +78,7 @@ def dying_at(call: int) -> Iterator[None]:
         if writes or event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir"):
             count()
 
-    fsync, save_file = os.fsync, checkpoint.save_file
+    fsync, save_file = os.fsync, stored.save_file
 
     def counted_fsync(descriptor: int) -> None:
         count()
@@ -88,7 +90,7 @@ def dying_at(call: int) -> Iterator[None]:
         count()
         save_file(part, path, **kwargs)
 
-    os.fsync, checkpoint.save_file = counted_fsync, torn_save_file
+    os.fsync, stored.save_file = counted_fsync, torn_save_file
     sys.addaudithook(heard)
     yield
 
@@ -265,7 +267,7 @@ def test_a_full_disk_is_one_line(
     def full(*args: object, **kwargs: object) -> None:
         raise error
 
-    monkeypatch.setattr(checkpoint, place, full)
+    monkeypatch.setattr(stored if place == "save_file" else checkpoint, place, full)
     with pytest.raises(UserError, match="the disk is full") as caught:
         save(tmp_path, 2)
     assert "\n" not in str(caught.value)
@@ -280,7 +282,7 @@ def test_another_failure_to_write_is_one_line_too(tmp_path: Path, monkeypatch: p
     def refused(*args: object, **kwargs: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(checkpoint, "save_file", refused)
+    monkeypatch.setattr(stored, "save_file", refused)
     with pytest.raises(ShoalError, match=r"Permission denied.*earlier checkpoints are intact"):
         save(tmp_path, 2)
     monkeypatch.undo()
@@ -328,11 +330,11 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
 
 def test_a_model_comes_back_and_what_is_tied_is_saved_once(tmp_path: Path) -> None:
     model, other = Net("tied", 0.0), Net("tied", 0.0)
-    tensors = checkpoint.model_tensors(model)
+    tensors = checkpoint.model_tensors(alone(model))
     assert len({tensor.data_ptr() for tensor in tensors.values()}) == len(tensors)
     checkpoint.write(tmp_path / "checkpoint-1", {FILES[0]: tensors}, Progress(step=1), None)
     with torch.no_grad():
-        checkpoint.load_model(tmp_path / "checkpoint-1", other)
+        checkpoint.load_model(tmp_path / "checkpoint-1", alone(other))
     assert other.head.weight is other.embed.weight
     for (name, a), (_, b) in zip(model.state_dict().items(), other.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
@@ -342,21 +344,21 @@ def test_a_model_comes_back_and_what_is_tied_is_saved_once(tmp_path: Path) -> No
     ("kind", "found"), [("unused", "no tensor unused"), ("tied", "a tensor head.weight")]
 )
 def test_another_model_is_refused(tmp_path: Path, kind: str, found: str) -> None:
-    tensors = {FILES[0]: checkpoint.model_tensors(Net("plain", 0.0))}
+    tensors = {FILES[0]: checkpoint.model_tensors(alone(Net("plain", 0.0)))}
     checkpoint.write(tmp_path / "checkpoint-1", tensors, Progress(step=1), None)
     other = Net(kind, 0.0)
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     with pytest.raises(UserError, match=found):
-        checkpoint.load_model(tmp_path / "checkpoint-1", other)
+        checkpoint.load_model(tmp_path / "checkpoint-1", alone(other))
     assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
 
 
 def test_a_model_of_another_shape_is_refused(tmp_path: Path) -> None:
-    tensors = checkpoint.model_tensors(Net("plain", 0.0))
+    tensors = checkpoint.model_tensors(alone(Net("plain", 0.0)))
     tensors["up.bias"] = torch.zeros(7)
     checkpoint.write(tmp_path / "checkpoint-1", {FILES[0]: tensors}, Progress(step=1), None)
     with pytest.raises(UserError, match=r"up\.bias has shape"):
-        checkpoint.load_model(tmp_path / "checkpoint-1", Net("plain", 0.0))
+        checkpoint.load_model(tmp_path / "checkpoint-1", alone(Net("plain", 0.0)))
 
 
 # Pickle

@@ -53,6 +53,7 @@ def another(fact) -> tuple[str, object]:
         "train.optim": ("muon", "muon"),
         "train.precision": ("bf16", "bf16-mixed"),
         "strategy.balance": ("3,1", "3,1"),
+        "layout.zero_stage": ("2", 2),
         "launch.nproc_per_node": ("3", 3),
         "data.eval_fraction": ("0.25", 0.25),
         "train.num_train_epochs": ("2.5", 2.5),

@@ -1,8 +1,10 @@
 """Options that no strategy or codec reads, or that contradict another, are refused before anything is launched."""
 
+from pathlib import Path
+
 import pytest
 
-from shoal.config import check_options, load_config
+from shoal.config import check_options, dump_yaml, load_config, resolve_grid
 from shoal.errors import UserError
 
 ONEBIT = "--optim onebit-adam --codec sign --codec-momentum 0.9 --codec-warmup 100 --max-grad-norm 0"
@@ -68,3 +70,50 @@ def test_what_makes_no_sense_is_refused_in_one_line(words: str) -> None:
 @pytest.mark.parametrize("words", TAKEN)
 def test_what_makes_sense_is_taken(words: str) -> None:
     check_options(load_config(None, words_of(words)))
+
+
+@pytest.mark.parametrize(
+    ("words", "workers", "grid"),
+    [
+        ("", 4, (4, 1)),
+        ("--strategy zero3", 4, (1, 4)),
+        ("--strategy fsdp --dp-replicate 2", 4, (2, 2)),
+        ("--dp-replicate 2", 4, (2, 2)),
+        ("--dp-replicate 4 --exact", 4, (4, 1)),
+        ("--dp-shard 3", 6, (2, 3)),
+        ("--strategy zero1 --dp-shard 1 --exact", 2, (2, 1)),
+        ("--strategy zero3 --exact --compile", 1, (1, 1)),
+    ],
+)
+def test_what_is_not_given_of_the_grid_follows(words: str, workers: int, grid: tuple[int, int]) -> None:
+    config = load_config(None, words_of(words), {}).config
+    assert tuple(resolve_grid(config, workers).values()) == grid
+
+
+@pytest.mark.parametrize(
+    ("words", "workers", "found"),
+    [
+        ("--dp-shard 3", 4, "--dp-shard 3: 4 workers do not divide by it; take one of 1, 2, 4"),
+        ("--dp-replicate 3", 4, "--dp-replicate 3: 4 workers do not divide by it"),
+        ("--dp-shard 2 --dp-replicate 3", 4, "3 replicas x 2 workers each = 6, and there are 4 workers"),
+        ("--strategy zero3 --exact", 2, "--exact: 2 workers hold a replica together"),
+        ("--dp-shard 2 --compile", 4, "--compile: 2 workers hold a replica together"),
+        ("--zero-stage 1 --optim muon", 3, "--optim muon: 3 workers hold a replica together"),
+        ("--strategy server --dp-shard 2", 4, "--strategy server: 2 workers hold a replica together"),
+        ("--strategy async --dp-replicate 2", 4, "--strategy async: 2 workers hold a replica together"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_refused(words: str, workers: int, found: str) -> None:
+    config = load_config(None, words_of(words), {}).config
+    with pytest.raises(UserError) as caught:
+        resolve_grid(config, workers)
+    assert found in str(caught.value)
+
+
+def test_the_name_of_a_stage_wins_over_what_a_recipe_says(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_yaml(load_config(None, ["--strategy", "zero3"], {})))
+    resolved = load_config(recipe, ["--strategy", "zero1"], {})
+    assert (resolved.config.strategy.name, resolved.config.layout.zero_stage) == ("allreduce", 1)
+    assert resolved.origins["layout.zero_stage"] == "flag --strategy"
+    assert load_config(recipe, [], {}).config.layout.zero_stage == 3

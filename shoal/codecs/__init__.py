@@ -1,4 +1,6 @@
-"""Codecs: what compression does to a tensor on the wire. A codec is one file here and one line in `CODECS`.
+"""Codecs: what compression does to a tensor on the wire.
+
+A codec is one file here, one line in `CODECS`, and its name in `shoal.config.strategy.Codec`.
 
 To add one: a class with `combine`, `encode`, `decode` and `nbytes` (see `shoal.codecs.base.Codec`), and a
 `biased` that says whether its error has to be fed back; in its docstring the update rule, its source, its bytes

@@ -1,6 +1,8 @@
 """The typed record of a run: one definition for file, flags, Python, docs and schema."""
 
 from shoal.config.batch import Batch, resolve_batch, resolve_workers, usable_cores
+from shoal.config.grid import resolve_grid
+from shoal.config.layout import LayoutConfig
 from shoal.config.options import check_options
 from shoal.config.record import (
     CheckpointConfig,
@@ -21,6 +23,7 @@ __all__ = [
     "DataConfig",
     "EvalConfig",
     "LaunchConfig",
+    "LayoutConfig",
     "LogConfig",
     "ModelConfig",
     "Resolved",
@@ -31,6 +34,7 @@ __all__ = [
     "dump_yaml",
     "load_config",
     "resolve_batch",
+    "resolve_grid",
     "resolve_workers",
     "usable_cores",
 ]

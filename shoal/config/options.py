@@ -21,7 +21,11 @@ def _unread(resolved: Resolved) -> Iterator[Refusal]:
     """Options of other strategies and codecs than the chosen: whoever gave one expects it to matter."""
     strategy = resolved.config.strategy
     for fact in facts():
-        read = not fact.readers or {strategy.name, strategy.codec} & set(fact.readers)
+        read = (
+            fact.section != "strategy"
+            or not fact.readers
+            or {strategy.name, strategy.codec} & set(fact.readers)
+        )
         if not read and getattr(strategy, fact.field) != fact.info.default:
             origin = resolved.origins[fact.key]
             asked = fact.flag if origin.startswith("flag") else f"{fact.flag} ({origin})"

@@ -4,6 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
+from shoal.config.layout import LayoutConfig
 from shoal.config.section import Section, fact
 from shoal.config.strategy import StrategyConfig
 from shoal.config.values import (
@@ -176,6 +177,7 @@ class RunConfig(BaseModel):
     data: Annotated[DataConfig, _opened_by(DataConfig)] = DataConfig.model_construct()
     train: Annotated[TrainConfig, _opened_by(TrainConfig)] = TrainConfig.model_construct()
     strategy: Annotated[StrategyConfig, _opened_by(StrategyConfig)] = StrategyConfig.model_construct()
+    layout: Annotated[LayoutConfig, _opened_by(LayoutConfig)] = LayoutConfig.model_construct()
     eval: Annotated[EvalConfig, _opened_by(EvalConfig)] = EvalConfig.model_construct()
     checkpoint: Annotated[CheckpointConfig, _opened_by(CheckpointConfig)] = CheckpointConfig.model_construct()
     log: Annotated[LogConfig, _opened_by(LogConfig)] = LogConfig.model_construct()

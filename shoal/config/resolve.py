@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from shoal.config.flags import flag_settings
+from shoal.config.layout import STAGES
 from shoal.config.names import Setting, sections, setting
 from shoal.config.record import RunConfig
 from shoal.config.sources import environment_settings, file_settings
@@ -40,7 +41,7 @@ def load_config(
     given += environment_settings(environ)
     given += flag_settings(flags or [])
     given += [_argument(name, value) for name, value in arguments.items()]
-    last = {entry.key: entry for entry in given}
+    last = {each.key: each for entry in given for each in _spelled_out(entry)}
     config = _validated(last)
     origins = {key: last[key].origin if key in last else "default" for key in _keys(config)}
     return _with_folders(Resolved(config, origins), environ)
@@ -61,6 +62,17 @@ def _yaml_entry(field: str, value: Any) -> str:
     import yaml
 
     return yaml.safe_dump({field: value}, default_flow_style=True, width=inf).strip()[1:-1]
+
+
+def _spelled_out(entry: Setting) -> list[Setting]:
+    """`strategy: zero3` is all-reduce between replicas that are each cut over workers."""
+    stage = STAGES.get(str(entry.value)) if entry.key == "strategy.name" else None
+    if stage is None:
+        return [entry]
+    return [
+        replace(entry, value="allreduce"),
+        replace(entry, section="layout", field="zero_stage", value=stage),
+    ]
 
 
 def _argument(name: str, value: Any) -> Setting:

@@ -151,7 +151,11 @@ class StrategyConfig(Section):
         """In words what decides what is remembered between steps: where it is another, that is of no use."""
         words = [self.name]
         words += [self.averaging] if self.averaging != "mean" else []
-        words += [f"with {self.codec} in {self.bucket_mb:g} MB"] if self.codec != "none" else []
+        words += [self.topology] if self.topology is not None else []
+        if self.codec != "none":
+            words.append(f"with {self.codec} in {self.bucket_mb:g} MB")
+            words += [f"of rank {self.rank}"] if self.codec == "powersgd" else []
+            words += [f"for {self.servers} servers"] if self.name in ("server", "async") else []
         words += ["under guard"] if self.guard is not None else []
         return " ".join(words)
 

@@ -38,6 +38,10 @@ class Batch:
         """The collated micro-batch `v`."""
         return self.samples.collate(self.ids[v])
 
+    def nothing(self) -> dict[str, Tensor]:
+        """A micro-batch without samples: what a rank computes that has none left, where others cannot go on alone."""
+        return self.samples.collate(np.full_like(self.ids[0], ABSENT))
+
 
 class Batches:
     """The batches of a run. Every epoch is its own permutation; a batch may straddle two epochs.

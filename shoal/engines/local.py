@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from shoal.config import Resolved, check_options, resolve_workers
+from shoal.config import Resolved, check_options, resolve_grid, resolve_workers
 from shoal.engines.environment import STORE_FD, is_worker
 from shoal.engines.worker import ERRORS, JOB, began, work
 from shoal.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, PREEMPTED, ShoalError, UserError
@@ -41,8 +41,9 @@ def launch(resolved: Resolved, verb: str = "train") -> int:
         work(verb, resolved)
         return DONE
     workers = resolve_workers(resolved.config)
+    grid = resolve_grid(resolved.config, workers)
     with tempfile.TemporaryDirectory(prefix="shoal-") as errors:
-        return Workers(resolved, verb, workers, Path(errors)).run()
+        return Workers(resolved, verb, workers, Path(errors), whole=grid["shard"] == 1).run()
 
 
 def check_folder(resolved: Resolved) -> None:
@@ -68,9 +69,12 @@ def check_folder(resolved: Resolved) -> None:
 class Workers:
     """The processes of one launch."""
 
-    def __init__(self, resolved: Resolved, verb: str, count: int, errors: Path) -> None:
+    def __init__(
+        self, resolved: Resolved, verb: str, count: int, errors: Path, *, whole: bool = True
+    ) -> None:
         self.config = resolved.config
         self.errors = errors
+        self.whole = whole  # whether each holds a replica of its own, and can be missed
         self.interrupted = False
         self.signals = 0
         self.spared: set[int] = set()  # ranks that were killed from outside, and that the others do without
@@ -151,7 +155,7 @@ class Workers:
         """Whether a worker was killed from outside, during training, under a strategy that goes on without it."""
         killed = code is not None and code < 0 and not self.signals
         training = (self.errors / began(rank)).exists()
-        return killed and training and self.config.strategy.can_lose(rank)
+        return killed and training and self.whole and self.config.strategy.can_lose(rank)
 
     def _verdict(self) -> int:
         """The exit code of the whole, after the root cause was raised or printed."""

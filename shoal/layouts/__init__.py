@@ -1,13 +1,21 @@
-"""Layouts: where the tensors of one replica live. A layout is one file here and one line in `LAYOUTS`."""
-
-from collections.abc import Callable
+"""Layouts: where the tensors of one replica live. A layout is one file here, and takes one axis of the mesh."""
 
 from torch import nn
 
-from shoal.layouts import replicated
+from shoal import piece
+from shoal.config import LayoutConfig
+from shoal.layouts import replicated, sharded
+from shoal.layouts.base import Loss, Placed
 from shoal.mesh import Mesh
 from shoal.precision import Policy
 
-Place = Callable[[nn.Module, Mesh, Policy], nn.Module]
 
-LAYOUTS: dict[str, Place] = {"replicated": replicated.place}
+def place(model: nn.Module, loss: Loss, mesh: Mesh, policy: Policy, options: LayoutConfig) -> Placed:
+    """Give every rank of `mesh` its part of `model`, with the parameters of rank 0."""
+    placed = replicated.place(model, loss, mesh, policy)
+    return sharded.cut(placed, mesh, options.zero_stage or 3) if mesh.size("shard") > 1 else placed
+
+
+def whole(model: nn.Module, loss: Loss) -> Placed:
+    """A replica in one process alone, as it is."""
+    return Placed(model, piece.whole(model), loss)

@@ -3,17 +3,19 @@
 from torch import nn
 
 from shoal.collectives import Wire
+from shoal.layouts.base import Loss, Placed
 from shoal.mesh import Mesh
+from shoal.piece import whole
 from shoal.precision import Policy
 
 
-def place(model: nn.Module, mesh: Mesh, policy: Policy) -> nn.Module:
+def place(model: nn.Module, loss: Loss, mesh: Mesh, policy: Policy) -> Placed:
     """Move `model` to the rank's device in the policy's dtype, with the parameters and buffers of rank 0."""
     model = model.to(device=mesh.device, dtype=policy.parameters)
     wire = Wire(mesh.group)
     for tensor in (*model.parameters(), *model.buffers()):
         wire.broadcast(tensor.data)
-    return model
+    return Placed(model, whole(model), loss)
 
 
 def cost(parameters: int, bytes_per_element: int, optimizer_moments: int) -> int:

@@ -33,7 +33,7 @@ class Observer:
     def __enter__(self) -> Self:
         self.run.screen.start_bar(self.run.total_steps, self.run.progress.step)
         self.started = self.last = time.perf_counter()
-        self.sent = self.run.wire.bytes_sent
+        self.sent = self.run.bytes_sent
         return self
 
     def __exit__(
@@ -52,8 +52,8 @@ class Observer:
             _check_policy(run)
         now = time.perf_counter()
         run.progress.seconds += now - self.last
-        record = _record(run, batch, loss, now - self.last, run.wire.bytes_sent - self.sent)
-        self.last, self.sent = now, run.wire.bytes_sent
+        record = _record(run, batch, loss, now - self.last, run.bytes_sent - self.sent)
+        self.last, self.sent = now, run.bytes_sent
         replica.seconds, run.checkpoints.stalled = Seconds(), 0.0
         self._write(record)
         done = batch.step + 1
@@ -72,7 +72,7 @@ class Observer:
             shown = " ".join(f"{name}: {shown_number(value)}" for name, value in metrics.items())
             self.run.screen.say(f"step: {self.run.progress.step} {shown}")
         # The next step does not pay for this.
-        self.last, self.sent = time.perf_counter(), self.run.wire.bytes_sent
+        self.last, self.sent = time.perf_counter(), self.run.bytes_sent
         return metrics
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -119,5 +119,5 @@ def _check_policy(run: Run) -> None:
 def _ledger(run: Run) -> Ledger:
     """This rank's ledger, under a number that is higher at each start of the run and the same on all ranks."""
     attempt = torch.tensor([time.time_ns()])
-    run.wire.broadcast(attempt)
+    run.everyone.broadcast(attempt)
     return Ledger(run.folder / "ledger", run.mesh.rank, int(attempt), run.batches)

@@ -78,7 +78,8 @@ class AllReduce(Sync):
     def _change_own(self, replica: Replica) -> None:
         """Clip or normalise this rank's gradient a label by its own norm. Not the same as doing so to the sum."""
         fraction = replica.own_labels / max(1, replica.step_labels)
-        norm = torch.stack([bucket.flat.norm() for bucket in replica.buckets]).norm() / (fraction or 1)
+        own = torch.stack([bucket.flat.norm() for bucket in replica.buckets]).norm()
+        norm = replica.island.norm(own) / (fraction or 1)
         scale = 1 / (norm + TINY)
         if self.options.clip_each:
             scale = (self.options.clip_each * scale).clamp(max=1.0)

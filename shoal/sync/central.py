@@ -25,6 +25,7 @@ from shoal.codecs.exchange import Exchange, warm
 from shoal.collectives import Visitor, Wire
 from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
+from shoal.errors import UserError
 from shoal.optim import NamedParams
 from shoal.replica import Replica
 from shoal.sync.base import State, Sync
@@ -44,7 +45,11 @@ class Central(Sync):
 
     def __init__(self, config: RunConfig, wire: Wire) -> None:
         super().__init__(config, wire)
-        self.count = min(config.strategy.servers, wire.world_size)  # of servers
+        servers, workers = config.strategy.servers, wire.world_size
+        if servers > workers and config.strategy.codec != "none":  # which remembers by server
+            found = f"each is beside a worker, and there are {workers}"
+            raise UserError(f"--servers {servers}", found, f"take at most {workers}")
+        self.count = min(servers, workers)
         self.config = config
         self.options = config.strategy
         self.exchange = Exchange(self.options, wire, config.train.seed)

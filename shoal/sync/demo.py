@@ -71,7 +71,8 @@ class DeMo(Sync):
     def step(self, replica: Replica, step: int) -> None:
         """Share the momentum of each bucket, and descend along the signs of what all have shared."""
         started, waited = time.perf_counter(), replica.seconds.communication
-        norm = self.wire.world_size * get_total_norm([bucket.flat for bucket in replica.buckets]).item()
+        own = replica.island.norm(get_total_norm([bucket.flat for bucket in replica.buckets]))
+        norm = self.wire.world_size * own.item()
         clip = min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm else 1.0
         rate = replica.schedule(step) * self.wire.world_size * clip
         gathers = [self._start_gather(momentum.add(rate)) for momentum in self.momenta]
@@ -79,7 +80,8 @@ class DeMo(Sync):
             momentum.unpack(self._finish(replica, *gather))
             for momentum, gather in zip(self.momenta, gathers, strict=True)
         ]
-        finite = all(bool(values.isfinite().all()) for values, _ in received)
+        broken = sum(not values.isfinite().all() for values, _ in received)
+        finite = not replica.island.sum(torch.tensor(float(broken)))
         for momentum, (values, indices) in zip(self.momenta, received, strict=True):
             if finite:
                 momentum.share(values, indices, self.wire.rank)

@@ -23,10 +23,11 @@ SYNCHRONOUS, GUARDED, FALLEN_BACK = range(3)
 class Guard(Sync):
     """A strategy under guard: synchronous for `guard_steps`, then watched by its loss.
 
-    When the running mean of the loss stands more than `guard` (a share) above the lowest it has reached, or is not
-    finite, or the replicas drift further apart than `guard_drift` (a share of their norm), the strategy is asked to
-    tighten its agreement; when it cannot any more, all-reduce takes over for good, from the mean of the replicas. All
-    ranks see the same loss, and so decide alike.
+    When the running mean of the loss stands more than `guard` (a share) above the lowest it has reached, or the loss
+    is not finite, or the replicas drift further apart than `guard_drift` (a share of their norm), the strategy is
+    asked to tighten its agreement; when it cannot any more, all-reduce takes over for good, from the mean of the
+    replicas. All ranks see the same loss, and so decide alike; under `async` each what it has heard, and rank 0
+    decides.
     """
 
     def __init__(self, config: RunConfig, wire: Wire, guarded: Sync, say: Callable[[str], None]) -> None:
@@ -73,7 +74,7 @@ class Guard(Sync):
 
     def agree(self, numbers: Tensor) -> Tensor:
         """As who trains now; along with them the mean of the replicas' drift."""
-        own = torch.tensor([self.acting.drift, 1.0], dtype=numbers.dtype)
+        own = self.replica.island.sum(torch.tensor([self.acting.drift, 1.0], dtype=numbers.dtype))
         told = self.acting.agree(torch.cat([numbers, own]))
         self.drift = (told[-2] / told[-1]).item()
         return told[:-2]

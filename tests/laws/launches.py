@@ -192,7 +192,7 @@ def insert(fault: Fault) -> None:
     before(CausalLM, "export", lambda *args: meet("export"))
     before(
         checkpoint, "write",  # in a thread, while the loop is at a later step
-        lambda folder, *args: meet("save", int(folder.name.removeprefix("checkpoint-")) - 1),
+        lambda folder, *args, **kwargs: meet("save", int(folder.name.removeprefix("checkpoint-")) - 1),
     )  # fmt: skip
 
 

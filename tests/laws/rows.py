@@ -54,6 +54,8 @@ class Net(nn.Module):
         self.up = nn.Linear(12, 18)
         self.down = nn.Linear(18, 12)
         self.sometimes = nn.Linear(12, 12) if kind == "sometimes" else None
+        self.layers = nn.ModuleList(nn.Linear(12, 12) for _ in range(3)) if kind == "stacked" else []
+        self.gate = nn.Parameter(torch.ones(1, 12)) if kind == "stacked" else 1.0  # one row for all ranks
         self.head = nn.Linear(12, VOCABULARY)
         if kind == "tied":
             self.head.weight = self.embed.weight
@@ -65,6 +67,8 @@ class Net(nn.Module):
         hidden = hidden + self.down(F.gelu(self.up(self.norm(hidden))))
         if self.sometimes is not None and tokens.sum() % 2:  # other parameters in other micro-batches
             hidden = hidden + self.sometimes(hidden)
+        for layer in self.layers:
+            hidden = hidden + self.gate * layer(F.gelu(hidden))
         return self.head(self.dropout(hidden))
 
 

@@ -1,0 +1,36 @@
+"""The ranks that hold one replica together, and so do everything in step with each other."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from shoal.collectives import Wire
+from shoal.mesh import Mesh
+
+
+class Island:
+    """Neighbouring ranks, `ranks` among all; one rank alone where each holds a whole replica."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        size = mesh.world_size // mesh.replicate.size
+        first = mesh.rank - mesh.rank % size
+        self.ranks = range(first, first + size)
+        self.rank = mesh.rank
+        self.is_first = mesh.rank == first
+        self._wire = Wire(mesh.island) if size > 1 else None
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """The sum of `numbers` over the island, in place."""
+        return self._wire.sum(numbers) if self._wire else numbers
+
+    def norm(self, own: Tensor) -> Tensor:
+        """The norm of what the ranks hold together, each its `own` part of it."""
+        return self.sum(own.square()).sqrt() if self._wire else own
+
+    def agree(self, with_others: Callable[[Tensor], Tensor], numbers: Tensor) -> Tensor:
+        """The sum of `numbers` over this island, and `with_others` over what is told of all; alike on its ranks."""
+        told = with_others(self.sum(numbers))
+        return self.sum(told if self.is_first else told.zero_()) if self._wire else told

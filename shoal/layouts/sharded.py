@@ -1,0 +1,230 @@
+"""Parameter-parallel: each rank of an island holds a part of every parameter, gradient and optimizer state.
+
+ZeRO (Rajbhandari et al. 2020) on torch's FSDP2: parameters are cut along their first dim, gathered for the block of
+the model that computes, and what the ranks find as gradients is summed into each rank's part. Per micro-batch, with P
+bytes of parameters and S ranks, a rank sends
+
+- stage 3  (S - 1) / S 3 P: gathered for the forward pass and again for the backward pass; gradients scattered
+- stage 2  (S - 1) / S P, the gradients; in a step once more P for the parameters, which stay until its end
+- stage 1  nothing; in a step (S - 1) / S 2 P: gradients stay whole until the last micro-batch too
+
+and holds of parameters, gradients and AdamW's moments 1 + 1 + 2 parts of P / S, beside what is whole at a time: one
+block in stage 3, all parameters in stage 2, all parameters and gradients in stage 1. Under bf16 autocast a backward
+pass reads the weights' bf16 copies, which autograd keeps from the forward pass: P / 2 more in stage 3.
+"""
+
+import time
+from collections.abc import Container, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.distributed.tensor import DTensor
+
+from shoal.collectives import Wire, Work
+from shoal.errors import UserError
+from shoal.layouts.base import Loss, Placed
+from shoal.mesh import Mesh
+from shoal.piece import Piece
+
+
+class Whole(nn.Module):
+    """Model and loss as one module: only within its forward pass are the parameters outside the blocks whole."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The summed loss of a micro-batch."""
+        return self.loss(self.model, inputs)
+
+
+class Sharded(Placed):
+    """One replica over the ranks of the `shard` axis, at a stage of ZeRO."""
+
+    def __init__(self, model: nn.Module, loss: Loss, mesh: Mesh, stage: int) -> None:
+        axis = mesh.axes["shard"]
+        _check(model, mesh)
+        self.stage = stage
+        self.wire = Wire(axis.group)
+        self.root = Whole(model, loss)
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        layers = list(blocks(model))
+        self._parts = [_part_bytes(module, axis.size) for module in layers]
+        inner = {id(p) for module in layers for p in module.parameters()}
+        self._parts.append(_part_bytes(model, axis.size, without=inner))
+        grid = DeviceMesh.from_group(axis.group, mesh.device.type, mesh_dim_names=("shard",))
+        for module in layers:
+            fully_shard(module, mesh=grid, reshard_after_forward=stage == 3)
+        fully_shard(self.root, mesh=grid, reshard_after_forward=False)  # its backward pass comes at once
+        self.parts = [module for module in self.root.modules() if isinstance(module, FSDPModule)]
+        gather, scatter = self._exchanges = (Gather(self.wire), Scatter(self.wire))
+        for part in self.parts:
+            part.set_gradient_divide_factor(1.0)  # losses are divided by the labels of the step already
+            part.set_force_sum_reduction_for_comms(True)  # else gloo is asked for a sum it does not have
+            part.set_reduce_scatter_unused_params(True)  # a rank may use a parameter that another does not
+            part.set_custom_all_gather(gather)
+            part.set_custom_reduce_scatter(scatter)
+        pieces = [
+            _piece(name, shape, model.get_parameter(name), axis.index) for name, shape in shapes.items()
+        ]
+        super().__init__(model, pieces, self._loss)
+        if not self.trained:
+            _refuse(
+                axis.size, f"worker {mesh.rank} would hold nothing of this model", "take a smaller number"
+            )
+
+    def _loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        loss: Tensor = self.root(inputs)
+        return loss
+
+    def begin(self, *, last: bool) -> None:
+        """Have parameters, and in stage 1 gradients, stay whole until the last micro-batch of a step."""
+        for part in self.parts:
+            part.set_is_last_backward(last)
+            part.set_reshard_after_backward(last or self.stage == 3, recurse=False)
+            part.set_requires_gradient_sync(last or self.stage > 1, recurse=False)
+
+    def release(self) -> None:
+        """Keep nothing but this rank's parts."""
+        for part in self.parts:
+            part.reshard()
+
+    def bytes_sent(self) -> int:
+        """By gathering and scattering."""
+        return self.wire.bytes_sent
+
+    def waited(self) -> float:
+        """For gathering and scattering."""
+        return sum(exchange.seconds for exchange in self._exchanges)
+
+    def cost(self, turns: int) -> float:
+        """As the head of this file has it; what stands outside the blocks is gathered once for both passes."""
+        *layers, rest = self._parts
+        scattered = turns if self.stage > 1 else 1
+        gathered = turns if self.stage == 3 else 1
+        again = gathered if self.stage == 3 else 0  # for the backward pass
+        sent = sum((gathered + again) * whole + scattered * trained for whole, trained in layers)
+        return (self.wire.world_size - 1) * (sent + gathered * rest[0] + scattered * rest[1])
+
+    def __str__(self) -> str:
+        what = {
+            1: "optimizer state",
+            2: "gradients and optimizer state",
+            3: "parameters, gradients and state",
+        }
+        return f"replicas of {self.wire.world_size} workers, each with its part of {what[self.stage]}"
+
+
+def cut(placed: Placed, mesh: Mesh, stage: int) -> Placed:
+    """The same replica, cut over the ranks of the `shard` axis."""
+    return Sharded(placed.model, placed.loss, mesh, stage)
+
+
+def blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The layers of a model: the members of its outermost module lists, gathered one at a time."""
+    for child in model.children():
+        if not isinstance(child, nn.ModuleList):
+            yield from blocks(child)
+        elif any(isinstance(layer, nn.ModuleList | nn.ModuleDict) for layer in child):
+            yield from blocks(child)  # no layers yet: lists of them
+        else:
+            yield from child
+
+
+def _check(model: nn.Module, mesh: Mesh) -> None:
+    """Raises UserError where FSDP2 cannot cut a model, or would cut it wrongly."""
+    size = mesh.size("shard")
+    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        _refuse(size, f"this is torch {torch.__version__}", "install torch 2.13 or later")
+    if any(p.dim() == 0 for p in model.parameters()):
+        _refuse(size, "the model has a parameter without a dim", "take another model")
+    if any(getattr(module, "layerdrop", 0) for module in model.modules()):
+        _refuse(size, "workers would leave out different layers (layerdrop)", "add --model.layerdrop 0")
+    if mesh.device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        _refuse(size, "cuDNN keeps the weights of a recurrent layer elsewhere", "leave it out")
+    layers = list(blocks(model))
+    inner = [id(p) for layer in layers for p in layer.parameters()]
+    below = {id(module) for layer in layers for module in layer.modules()}
+    outer = [id(p) for m in model.modules() if id(m) not in below for p in m.parameters(recurse=False)]
+    if len(set(inner)) < len(inner) or set(inner) & set(outer):
+        _refuse(size, "two layers of the model share a parameter", "take another model")
+
+
+def _refuse(size: int, found: str, change: str) -> None:
+    raise UserError(f"--dp-shard {size}", found, change)
+
+
+def _part_bytes(module: nn.Module, ranks: int, without: Container[int] = ()) -> tuple[int, int]:
+    """What a rank holds of all parameters, and of those that are trained, rows filled up to be even: in bytes."""
+    parts = [
+        (-(-p.shape[0] // ranks) * p[0].numel() * p.itemsize, p.requires_grad)
+        for p in module.parameters()
+        if id(p) not in without
+    ]
+    return sum(size for size, _ in parts), sum(size for size, trained in parts if trained)
+
+
+def _piece(name: str, shape: torch.Size, source: nn.Parameter, rank: int) -> Piece:
+    assert isinstance(source, DTensor)
+    mesh, placements = source.device_mesh, source.placements
+    rows = -(-shape[0] // mesh.size())
+
+    def wrap(view: Tensor) -> Tensor:
+        return DTensor.from_local(
+            view, mesh, placements, run_check=False, shape=source.shape, stride=source.stride()
+        )
+
+    return Piece(
+        name,
+        shape,
+        offset=(min(rank * rows, shape[0]), *(0 for _ in shape[1:])),
+        local=nn.Parameter(source.to_local().detach(), requires_grad=source.requires_grad),
+        source=source,
+        unwrap=lambda grad: grad.to_local() if isinstance(grad, DTensor) else grad,
+        wrap=wrap,
+    )
+
+
+class _Exchange:
+    """An exchange of FSDP over a wire, which counts its bytes; `seconds` is how long ranks waited for it."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+        self.seconds = 0.0
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A buffer for what is exchanged."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def finish(self, work: Work, async_op: bool) -> Work | None:
+        """Wait for it, unless FSDP wants to do so itself."""
+        if async_op:
+            return work
+        started = time.perf_counter()
+        work.wait()
+        self.seconds += time.perf_counter() - started
+        return None
+
+
+class Gather(_Exchange, AllGather):
+    """Of all ranks' parts of the parameters of a block."""
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
+    ) -> Work | None:
+        return self.finish(self.wire.start_all_gather(output_tensor, input_tensor), async_op)
+
+
+class Scatter(_Exchange, ReduceScatter):
+    """Of the sums of all ranks' gradients of a block."""
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
+    ) -> Work | None:
+        return self.finish(self.wire.start_reduce_scatter(output_tensor, input_tensor), async_op)

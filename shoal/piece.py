@@ -1,0 +1,33 @@
+"""What one rank holds of each parameter. Everything but the layouts sees a replica as these pieces alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A part of the parameter `name` of the whole model: a block, which begins at `offset` in its `shape`.
+
+    `local` holds the values, in the memory of the model's own `source`, to which gradients come. Where these are
+    tensors of another kind, `unwrap` gives the plain tensor of a gradient, and `wrap` undoes it.
+    """
+
+    name: str
+    shape: torch.Size
+    offset: tuple[int, ...]
+    local: nn.Parameter
+    source: nn.Parameter
+    unwrap: Callable[[Tensor], Tensor] = _itself
+    wrap: Callable[[Tensor], Tensor] = _itself
+
+
+def whole(model: nn.Module) -> list[Piece]:
+    """Every parameter once, tied ones under their first name, as the one piece of itself."""
+    return [Piece(name, p.shape, (0,) * p.dim(), p, p) for name, p in model.named_parameters()]

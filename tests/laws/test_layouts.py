@@ -1,0 +1,178 @@
+"""Laws 2, 3, 4 and 8 for replicas that several ranks hold together: they follow one process in float64."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from laws.pool import Pool
+from laws.rows import RowsTask
+from laws.worlds import Arrays, _after, first_difference, follow, run_of
+
+from shoal.loop import train
+from shoal.mesh import Mesh
+from shoal.run import Run
+
+Pieces = dict[str, tuple[tuple[int, ...], tuple[int, ...], np.ndarray]]
+STEPS = {"precision": "64-true", "max_steps": 6, "global_batch_size": 12, "per_device_train_batch_size": 2}
+# Of each layout how many ranks it is tried on, how many of them hold a replica, and how it is asked for.
+LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "zero1": (2, 2, {"zero_stage": 1}),
+    "zero2": (2, 2, {"zero_stage": 2}),
+    "zero3": (2, 2, {"zero_stage": 3}),
+    "zero3-of-3": (3, 3, {"dp_shard": 3}),
+    "hybrid": (4, 2, {"dp_replicate": 2, "zero_stage": 3}),
+    "hybrid-zero1": (4, 2, {"dp_shard": 2, "zero_stage": 1}),
+}
+
+
+def pieces_of(run: Run) -> Pieces:
+    return {
+        piece.name: (tuple(piece.shape), piece.offset, piece.local.detach().numpy().copy())
+        for piece in run.replica.placed.pieces
+    }
+
+
+def follow_in_pieces(
+    mesh: Mesh, row: str, task: RowsTask, **settings: Any
+) -> tuple[list[float], list[Pieces], dict[str, float]]:
+    """Train by the loop: the losses of the steps, this rank's pieces after each, and the last evaluation."""
+    run = run_of(mesh, row, task, **settings)
+    losses: list[float] = []
+    held: list[Pieces] = []
+    _after(run, "commit", lambda *_: held.append(pieces_of(run)))
+    original = run.commit
+
+    def commit(batch: Any, loss: float) -> None:
+        losses.append(loss)
+        original(batch, loss)
+
+    run.commit = commit  # type: ignore[method-assign]
+    metrics = train(run, lambda: False)
+    return losses, held, metrics
+
+
+def together(ranks: list[Pieces]) -> Arrays:
+    """The whole tensors of the pieces of one island; every element must be held once."""
+    found: dict[str, np.ndarray] = {}
+    for pieces in ranks:
+        for name, (shape, offset, values) in pieces.items():
+            whole = found.setdefault(name, np.full(shape, np.nan))
+            where = tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))
+            assert np.isnan(whole[where]).all(), f"{name} is held twice"
+            whole[where] = values
+    assert not any(np.isnan(whole).any() for whole in found.values())
+    return found
+
+
+@pytest.mark.parametrize("kind", ["stacked", "tied", "frozen", "unused", "sometimes"])
+def test_a_cut_replica_follows_one_process(pool: Pool, kind: str, tmp_path: Path) -> None:
+    task = RowsTask(kind, dropout=0.1)
+    (alone,) = pool.world(1, follow, "allreduce", task, output_dir=str(tmp_path / "alone"), **STEPS)
+    for layout, (ranks, island, settings) in LAYOUTS.items():
+        folder = str(tmp_path / layout)
+        cut = pool.world(ranks, follow_in_pieces, "allreduce", task, output_dir=folder, **STEPS, **settings)
+        for first in range(0, ranks, island):
+            on_island = cut[first : first + island]
+            whole = [together([held[step] for _, held, _ in on_island]) for step in range(6)]
+            trained = [{name: step[name] for name in alone.tensors[0]} for step in whole]
+            assert first_difference(alone.tensors, trained, 1e-10) is None, layout
+            for losses, _, _ in on_island:
+                assert np.allclose(losses, alone.losses, rtol=1e-11), layout
+        assert len({metrics["eval/loss"] for _, _, metrics in cut}) == 1, layout
+
+
+def test_the_pieces_do_not_fit_where_a_rank_computes_otherwise() -> None:
+    """The law above can fail: two ranks that hold the same rows are found."""
+    piece = ((4,), (0,), np.zeros(2))
+    with pytest.raises(AssertionError, match="twice"):
+        together([{"a": piece}, {"a": piece}])
+
+
+def sent_and_predicted(mesh: Mesh, task: RowsTask, **settings: Any) -> list[tuple[int, float]]:
+    """Of the first steps: the bytes that this rank sent within its island, and those that it was to send."""
+    run = run_of(mesh, "allreduce", task, **settings)
+    found = []
+    for step in range(3):
+        before = run.replica.placed.bytes_sent()
+        run.replica.gradients(run.batches.at(step))
+        run.sync.step(run.replica, step)
+        predicted = run.replica.placed.cost(run.replica.turns)
+        found.append((run.replica.placed.bytes_sent() - before, predicted))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["stacked", "tied", "frozen"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_predicted_bytes_are_sent(pool: Pool, layout: str, kind: str) -> None:
+    """Law 9, within an island."""
+    ranks, _, settings = LAYOUTS[layout]
+    for on_rank in pool.world(ranks, sent_and_predicted, RowsTask(kind), **STEPS, **settings):
+        for sent, predicted in on_rank:
+            assert sent == predicted > 0
+
+
+SYNCS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    **{
+        row: (row, 2, {})
+        for row in ("local", "local-slowmo", "diloco", "noloco", "gossip", "gossip-push-sum")
+    },
+    "clip-each": ("allreduce", 2, {"clip_each": 0.5}),
+    "normalize-each": ("allreduce", 2, {"normalize": "each", "learning_rate": 0.01}),
+    "guard-on-drift": ("local", 2, {"guard": 9.0, "guard_drift": 0.001, "sync_every": 2, "max_steps": 14}),
+    "groups": ("local", 4, {"group_size": 2, "global_every": 4, "sync_every": 2}),
+}
+
+
+@pytest.mark.parametrize("case", SYNCS)
+def test_strategies_between_islands(pool: Pool, case: str, tmp_path: Path) -> None:
+    """Replicas of two ranks each do what replicas of one rank each do: no strategy knows of the layout."""
+    task = RowsTask("stacked", dropout=0.1)
+    strategy, replicas, settings = SYNCS[case]
+    steps = {**STEPS, "global_batch_size": 16, **settings}
+    whole = pool.world(
+        replicas, follow_in_pieces, strategy, task, output_dir=str(tmp_path / "whole"), **steps
+    )
+    for stage in (1, 3):
+        islands = {"dp_replicate": replicas, "zero_stage": stage, "output_dir": str(tmp_path / str(stage))}
+        cut = pool.world(2 * replicas, follow_in_pieces, strategy, task, **steps, **islands)
+        for replica in range(replicas):
+            for step in range(steps["max_steps"]):
+                one = together([whole[replica][1][step]])
+                found = together([held[step] for _, held, _ in cut[2 * replica : 2 * replica + 2]])
+                assert first_difference([one], [found], 1e-10) is None, (stage, step)
+        assert np.allclose(cut[0][0], whole[0][0], rtol=1e-11)
+        assert np.isclose(cut[0][2]["eval/loss"], whole[0][2]["eval/loss"], rtol=1e-11)
+
+
+def resume_all(
+    mesh: Mesh, task: RowsTask, saved: list[str], folder: str, **settings: Any
+) -> list[tuple[Pieces, float]]:
+    """Go on from each of the runs that were saved, to the end: this rank's pieces and the last loss."""
+    found = []
+    for number, name in enumerate(saved):
+        resumed = {"resume_from_checkpoint": name, "output_dir": f"{folder}-{number}"}
+        losses, held, _ = follow_in_pieces(mesh, "allreduce", task, **STEPS, **settings, **resumed)
+        found.append((held[-1], losses[-1]))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["stacked", "tied"])
+def test_saved_under_one_and_loaded_under_another(pool: Pool, kind: str, tmp_path: Path) -> None:
+    """Law 8, for every ordered pair: the run ends as if it had never been cut otherwise."""
+    task = RowsTask(kind, dropout=0.1)
+    layouts = {"alone": (1, 1, {}), "replicated": (2, 1, {}), **LAYOUTS}
+    (whole,) = pool.world(1, follow, "allreduce", task, output_dir=str(tmp_path / "whole"), **STEPS)
+    saved = []
+    for name, (ranks, _, settings) in layouts.items():
+        first = {"output_dir": str(tmp_path / name), "save_steps": 3, "stop_after": 3}
+        pool.world(ranks, follow, "allreduce", task, **STEPS, **settings, **first)
+        saved.append(str(tmp_path / name / "checkpoint-3"))
+    for name, (ranks, island, settings) in layouts.items():
+        folder = str(tmp_path / f"from-{name}")
+        on_rank = pool.world(ranks, resume_all, task, saved, folder, **settings)
+        for number, start in enumerate(saved):
+            found = together([each[number][0] for each in on_rank[:island]])
+            trained = {tensor: found[tensor] for tensor in whole.tensors[-1]}
+            assert first_difference([whole.tensors[-1]], [trained], 1e-10) is None, (name, start)
+            assert np.isclose(on_rank[0][number][1], whole.losses[-1], rtol=1e-11), (name, start)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from laws.pool import Pool
 from laws.rows import RowsTask
-from laws.worlds import Arrays, _after, first_difference, follow, run_of
+from laws.worlds import Arrays, after, first_difference, follow, run_of
 
 from shoal.loop import train
 from shoal.mesh import Mesh
@@ -40,14 +40,8 @@ def follow_in_pieces(
     run = run_of(mesh, row, task, **settings)
     losses: list[float] = []
     held: list[Pieces] = []
-    _after(run, "commit", lambda *_: held.append(pieces_of(run)))
-    original = run.commit
-
-    def commit(batch: Any, loss: float) -> None:
-        losses.append(loss)
-        original(batch, loss)
-
-    run.commit = commit  # type: ignore[method-assign]
+    after(run, "commit", lambda *_: held.append(pieces_of(run)))
+    after(run, "commit", lambda batch, loss: losses.append(loss))
     metrics = train(run, lambda: False)
     return losses, held, metrics
 

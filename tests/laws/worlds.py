@@ -70,7 +70,7 @@ def follow(mesh: Mesh, row: str, task: RowsTask, *, stop_after: int | None = Non
     """Train by the loop itself, and record everything. `stop_after`: as if SIGTERM came during that step."""
     run = run_of(mesh, row, task, **settings)
     tensors: list[Arrays] = []
-    _after(run, "commit", lambda: tensors.append(parameters(run)))
+    after(run, "commit", lambda *_: tensors.append(parameters(run)))
 
     def stop() -> bool:
         return stop_after is not None and run.progress.step + 1 >= stop_after
@@ -85,12 +85,13 @@ def follow(mesh: Mesh, row: str, task: RowsTask, *, stop_after: int | None = Non
     return Record(losses, tensors, vars(run.progress), stopped)
 
 
-def _after(run: Run, method: str, then: Callable[[], None]) -> None:
+def after(run: Run, method: str, then: Callable[..., None]) -> None:
+    """Call `then` with the same arguments after each call of a method of `run`."""
     original = getattr(run, method)
 
     def both(*args: Any) -> None:
         original(*args)
-        then()
+        then(*args)
 
     setattr(run, method, both)
 

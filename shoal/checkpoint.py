@@ -86,9 +86,7 @@ class Checkpoints:
         self.rank = rank
         self.world_size = world_size
         self.island_size = island_size  # the first ranks, which together hold the first replica
-        self.present = present or (
-            lambda: range(world_size)
-        )  # the replicas that can still hand over their parts
+        self.present = present or (lambda: range(world_size))  # the replicas that still hand over parts
         self.newest_step = -1  # of those saved by this process
         self.stalled = 0.0  # seconds that the caller has waited in `save` and `settle`
         self._thread: threading.Thread | None = None
@@ -161,9 +159,7 @@ class Checkpoints:
                     _hand_over(parts / file, held, places)
                 return
             if not self._receive(parts, [f for f in copies if Path(f).stem.isdigit()]):
-                copies.pop(
-                    own, None
-                )  # a rank is gone: those that go on from here all start from the one model
+                copies.pop(own, None)  # a rank is gone: who goes on from here starts from the one model
             write(place, copies, progress, config_json, parts=parts, places=places)
             _point(self.folder / "latest", f"checkpoint-{progress.step}")
             if best:
@@ -194,9 +190,7 @@ class Checkpoints:
                     )
                 time.sleep(0.01)
         if not all_here:
-            shutil.rmtree(
-                parts / "ranks", ignore_errors=True
-            )  # only now: the others were still writing there
+            shutil.rmtree(parts / "ranks", ignore_errors=True)  # only now: others were still writing there
         return all_here
 
     def _rotate(self) -> None:

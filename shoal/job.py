@@ -11,10 +11,11 @@ from typing import Any, Protocol
 import torch
 import transformers
 
-from shoal import checkpoint, layouts
+from shoal import checkpoint
 from shoal.config import Resolved, dump_yaml
 from shoal.cost import Sizes
 from shoal.errors import UserError
+from shoal.layouts.base import Placed
 from shoal.loop import train
 from shoal.mesh import Mesh
 from shoal.observe.console import Screen, duration, shown_number
@@ -171,7 +172,7 @@ def _finish_folder(run: Run, resolved: Resolved, summary: dict[str, Any]) -> Non
 
 def _whole_model(run: Run) -> Any:
     """What the ranks hold together, from the checkpoint that was saved last."""
-    placed = layouts.whole(run.task.model(), run.task.loss)
+    placed = Placed.whole(run.task.model(), run.task.loss)
     checkpoint.load_model(run.folder / f"checkpoint-{run.progress.step}", placed)
     return placed.model
 

@@ -17,7 +17,6 @@ TIMEOUT = timedelta(minutes=10)  # how long a collective waits for the slowest r
 
 
 AXES = ("replicate", "shard")  # the outermost first: the ranks of an island, one replica, are neighbours
-ISLAND = AXES[1:]
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,8 @@ class Replica:
         of_island = batch.ids[together[0].start : together[-1].stop]
         self.step, self.step_labels = batch.step, batch.labels
         self.own_labels = int(batch.samples.label_counts(of_island).sum())
-        for turn in range(self.turns):
+        turns = self.turns
+        for turn in range(turns):
             v = share.start + turn if turn < len(share) else None
             started = time.perf_counter()
             taken = batch.nothing() if v is None else batch.micro_batch(v)
@@ -113,8 +114,8 @@ class Replica:
             self.seconds.data += time.perf_counter() - started
 
             started, waited = time.perf_counter(), self.placed.waited()
-            self.buckets.begin(v or 0, first=turn == 0, last=turn == self.turns - 1)
-            self.placed.begin(last=turn == self.turns - 1)
+            self.buckets.begin(v or 0, first=turn == 0, last=turn == turns - 1)
+            self.placed.begin(last=turn == turns - 1)
             torch.manual_seed(derive_seed(self.seed, "dropout", batch.step, v or 0))
             with self.policy.autocast(self.device):
                 loss = self.loss(self.model, inputs)

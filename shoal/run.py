@@ -165,40 +165,13 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
     wire = Wire(mesh.replicate.group) if mesh.size("shard") > 1 else everyone
     _check_same_data(everyone, data)
     task = choose("--task", config.train.task, TASKS)(config, data)
-    policy = precision.resolve(config.train.precision, mesh.device)
     batches, total_steps, micro_batches = _batches(config, task, mesh.world_size)
-    placed = layouts.place(task.model(), task.loss, mesh, policy, config.layout)
-    params = [(piece.name, piece.local) for piece in placed.trained]
-    buckets = Buckets(
-        placed.trained,
-        bucket_bytes=_bucket_bytes(config, params),
-        multiple=mesh.replicate.size,
-        exact=config.train.exact,
-    )
-    replica = Replica(
-        placed=placed,
-        island=Island(mesh),
-        loss=_compiled(placed.loss) if config.train.compile else placed.loss,
-        buckets=buckets,
-        optimizers=optim.of(config, params),
-        policy=policy,
-        device=mesh.device,
-        seed=config.train.seed,
-        schedule=partial(
-            optim.learning_rate,
-            peak=config.train.learning_rate,
-            total_steps=total_steps,
-            warmup_steps=config.train.warmup_steps,
-            kind=config.train.lr_scheduler_type,
-        ),
-        max_grad_norm=config.train.max_grad_norm,
-        normalize=config.strategy.normalize == "sum",
-        shares=_first_shares(config.strategy.balance, micro_batches, mesh.world_size),
-    )
+    first_shares = _first_shares(config.strategy.balance, micro_batches, mesh.world_size)
+    replica = _replica(config, mesh, task, total_steps, first_shares)
     sync: Sync = choose("--strategy", config.strategy.name, SYNCS)(config, wire)
     if config.strategy.guard is not None:
         sync = Guard(config, wire, sync, screen.say)
-    codecs.check(config.strategy, [p.shape for _, p in params])
+    codecs.check(config.strategy, [p.shape for _, p in replica.params])
     folder = Path(config.checkpoint.output_dir)
     checkpoints = Checkpoints(
         folder,
@@ -231,6 +204,41 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
     else:
         _resume(run, found)
     return run
+
+
+def _replica(
+    config: RunConfig, mesh: Mesh, task: Task, total_steps: int, first_shares: shares.Shares
+) -> Replica:
+    """The task's model in its place, with its buckets and optimizers."""
+    policy = precision.resolve(config.train.precision, mesh.device)
+    placed = layouts.place(task.model(), task.loss, mesh, policy, config.layout)
+    params = [(piece.name, piece.local) for piece in placed.trained]
+    buckets = Buckets(
+        placed.trained,
+        bucket_bytes=_bucket_bytes(config, params),
+        multiple=mesh.replicate.size,
+        exact=config.train.exact,
+    )
+    return Replica(
+        placed=placed,
+        island=Island(mesh),
+        loss=_compiled(placed.loss) if config.train.compile else placed.loss,
+        buckets=buckets,
+        optimizers=optim.of(config, params),
+        policy=policy,
+        device=mesh.device,
+        seed=config.train.seed,
+        schedule=partial(
+            optim.learning_rate,
+            peak=config.train.learning_rate,
+            total_steps=total_steps,
+            warmup_steps=config.train.warmup_steps,
+            kind=config.train.lr_scheduler_type,
+        ),
+        max_grad_norm=config.train.max_grad_norm,
+        normalize=config.strategy.normalize == "sum",
+        shares=first_shares,
+    )
 
 
 def _bucket_bytes(config: RunConfig, params: optim.NamedParams) -> int:

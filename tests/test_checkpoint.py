@@ -19,11 +19,12 @@ from laws.pool import Pool
 from laws.rows import Net
 from safetensors import SafetensorError
 
-from shoal import checkpoint, layouts, stored
+from shoal import checkpoint, stored
 from shoal.checkpoint import Checkpoints, Progress, Tensors, candidates, find, load_tensors, verify
 from shoal.errors import ShoalError, UserError
+from shoal.layouts.base import Placed
 
-alone = partial(layouts.whole, loss=lambda model, inputs: model(inputs))
+alone = partial(Placed.whole, loss=lambda model, inputs: model(inputs))
 FILES = ("model/model.safetensors", "optimizer/state.safetensors")
 
 

@@ -2,10 +2,10 @@
 
 from torch import nn
 
-from shoal import piece
 from shoal.config import LayoutConfig
-from shoal.layouts import replicated, sharded
+from shoal.layouts import replicated
 from shoal.layouts.base import Loss, Placed
+from shoal.layouts.sharded import Sharded
 from shoal.mesh import Mesh
 from shoal.precision import Policy
 
@@ -13,9 +13,4 @@ from shoal.precision import Policy
 def place(model: nn.Module, loss: Loss, mesh: Mesh, policy: Policy, options: LayoutConfig) -> Placed:
     """Give every rank of `mesh` its part of `model`, with the parameters of rank 0."""
     placed = replicated.place(model, loss, mesh, policy)
-    return sharded.cut(placed, mesh, options.zero_stage or 3) if mesh.size("shard") > 1 else placed
-
-
-def whole(model: nn.Module, loss: Loss) -> Placed:
-    """A replica in one process alone, as it is."""
-    return Placed(model, piece.whole(model), loss)
+    return Sharded(model, loss, mesh, options.zero_stage or 3) if mesh.size("shard") > 1 else placed

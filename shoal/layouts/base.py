@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shoal.piece import Piece
+from shoal.piece import Piece, whole
 
 Loss = Callable[[Any, dict[str, Tensor]], Tensor]  # (model, inputs) -> the sum over a micro-batch's labels
 
@@ -20,6 +20,11 @@ class Placed:
         self.model = model
         self.pieces = pieces
         self.loss = loss
+
+    @classmethod
+    def whole(cls, model: nn.Module, loss: Loss) -> "Placed":
+        """A model as it is, whole in this process."""
+        return cls(model, whole(model), loss)
 
     @property
     def trained(self) -> list[Piece]:

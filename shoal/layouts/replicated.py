@@ -5,7 +5,6 @@ from torch import nn
 from shoal.collectives import Wire
 from shoal.layouts.base import Loss, Placed
 from shoal.mesh import Mesh
-from shoal.piece import whole
 from shoal.precision import Policy
 
 
@@ -15,9 +14,4 @@ def place(model: nn.Module, loss: Loss, mesh: Mesh, policy: Policy) -> Placed:
     wire = Wire(mesh.group)
     for tensor in (*model.parameters(), *model.buffers()):
         wire.broadcast(tensor.data)
-    return Placed(model, whole(model), loss)
-
-
-def cost(parameters: int, bytes_per_element: int, optimizer_moments: int) -> int:
-    """Bytes held by a rank: parameters, gradients and the optimizer's moments, each of `parameters` elements."""
-    return parameters * bytes_per_element * (2 + optimizer_moments)
+    return Placed.whole(model, loss)

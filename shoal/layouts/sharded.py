@@ -49,12 +49,12 @@ class Sharded(Placed):
 
     def __init__(self, model: nn.Module, loss: Loss, mesh: Mesh, stage: int) -> None:
         axis = mesh.axes["shard"]
-        _check(model, mesh)
+        layers = list(blocks(model))
+        _check(model, layers, mesh)
         self.stage = stage
         self.wire = Wire(axis.group)
         self.root = Whole(model, loss)
         shapes = {name: p.shape for name, p in model.named_parameters()}
-        layers = list(blocks(model))
         self._parts = [_part_bytes(module, axis.size) for module in layers]
         inner = {id(p) for module in layers for p in module.parameters()}
         self._parts.append(_part_bytes(model, axis.size, without=inner))
@@ -121,11 +121,6 @@ class Sharded(Placed):
         return f"replicas of {self.wire.world_size} workers, each with its part of {what[self.stage]}"
 
 
-def cut(placed: Placed, mesh: Mesh, stage: int) -> Placed:
-    """The same replica, cut over the ranks of the `shard` axis."""
-    return Sharded(placed.model, placed.loss, mesh, stage)
-
-
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
     """The layers of a model: the members of its outermost module lists, gathered one at a time."""
     for child in model.children():
@@ -137,7 +132,7 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
             yield from child
 
 
-def _check(model: nn.Module, mesh: Mesh) -> None:
+def _check(model: nn.Module, layers: list[nn.Module], mesh: Mesh) -> None:
     """Raises UserError where FSDP2 cannot cut a model, or would cut it wrongly."""
     size = mesh.size("shard")
     if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
@@ -148,7 +143,6 @@ def _check(model: nn.Module, mesh: Mesh) -> None:
         _refuse(size, "workers would leave out different layers (layerdrop)", "add --model.layerdrop 0")
     if mesh.device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module in model.modules()):
         _refuse(size, "cuDNN keeps the weights of a recurrent layer elsewhere", "leave it out")
-    layers = list(blocks(model))
     inner = [id(p) for layer in layers for p in layer.parameters()]
     below = {id(module) for layer in layers for module in layer.modules()}
     outer = [id(p) for m in model.modules() if id(m) not in below for p in m.parameters(recurse=False)]

@@ -57,11 +57,18 @@ class Buckets:
     """All gradients of a replica, in the reverse order of its parameters: as the backward pass makes them.
 
     The layout depends on the parameters and `bucket_bytes` alone, and never changes during a run. In a step each
-    bucket is announced to `on_complete` exactly once, in their order, whichever parameters got a gradient.
+    bucket is announced to `on_complete` exactly once, in their order, whichever parameters got a gradient: within the
+    last backward pass, if there is one for each micro-batch (`listen`), else after it.
     """
 
     def __init__(
-        self, pieces: list[Piece], *, bucket_bytes: int, multiple: int = 1, exact: bool = False
+        self,
+        pieces: list[Piece],
+        *,
+        bucket_bytes: int,
+        multiple: int = 1,
+        exact: bool = False,
+        listen: bool = True,
     ) -> None:
         self.all = [Bucket(group, multiple) for group in _cut(list(reversed(pieces)), bucket_bytes)]
         self.exact = exact
@@ -73,7 +80,7 @@ class Buckets:
         self._places = {piece.source: (piece, bucket) for bucket in self.all for piece in bucket.pieces}
         # The garbage collector does not see into these hooks: held by one, this and the model would stay for ever.
         ours = weakref.ref(self)
-        for p in self._places:
+        for p in self._places if listen else ():
             p.register_post_accumulate_grad_hook(
                 lambda p: buckets._arrived(p) if (buckets := ours()) else None
             )

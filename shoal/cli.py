@@ -133,7 +133,15 @@ def config(words: list[str]) -> int:
     if not words or _asks_help(words):
         return _print_settings(config)
     what, rest = words[0], words[1:]
-    from shoal.config import check_options, dump_yaml, reference, resolve_batch, resolve_grid, resolve_workers
+    from shoal.config import (
+        check_options,
+        dump_yaml,
+        reference,
+        resolve_batch,
+        resolve_grid,
+        resolve_workers,
+        team_size,
+    )
 
     if what == "show":
         print(dump_yaml(_resolve(rest)), end="")
@@ -143,8 +151,9 @@ def config(words: list[str]) -> int:
         run = resolved.config
         check_options(resolved)
         workers = resolve_workers(run)
-        batch = resolve_batch(run, workers)
-        grid = " x ".join(f"{axis} {size}" for axis, size in resolve_grid(run, workers).items())
+        batch = resolve_batch(run, workers // team_size(run))
+        sizes = resolve_grid(run, workers).items()
+        grid = " x ".join(f"{axis} {size}" for axis, size in sizes if size > 1 or axis == "replicate")
         print(
             f"{recipe}: ok; with {workers} workers here ({grid}), a step of {batch.global_batch_size} samples in "
             f"{batch.micro_batches} micro-batches of {batch.per_device_train_batch_size}"

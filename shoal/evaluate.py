@@ -13,16 +13,18 @@ from shoal.precision import Policy
 
 
 @dataclass(frozen=True)
-class Team:
-    """Who evaluates together: this rank's place among `size`, and how they add up what each has found.
+class Evaluators:
+    """Those who evaluate together: this one's place among `size`, and how they add up what each has found.
 
-    So many neighbours do it `in_step`: each computes as often as the others, on nothing if need be.
+    So many neighbours do it `in_step`: each computes as often as the others, on nothing if need be. What several
+    ranks compute together only some of them answer for (`reports`).
     """
 
-    rank: int = 0
+    index: int = 0
     size: int = 1
     agree: Callable[[Tensor], Tensor] = lambda numbers: numbers
     in_step: int = 1
+    reports: bool = True
 
 
 @torch.no_grad()
@@ -32,19 +34,19 @@ def evaluate(
     samples: Samples,
     *,
     micro_batch_size: int,
-    team: Team,
+    among: Evaluators,
     policy: Policy,
     device: torch.device,
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[float, int] | None:
     """The summed loss over all of `samples` and the number of their labels.
 
-    Rank r takes every size-th micro-batch; the sums of the micro-batches are added up in their order, so the result
+    Each takes every size-th micro-batch; the sums of the micro-batches are added up in their order, so the result
     does not depend on who computed them. What nobody answers for, because a rank has died, each computes again for
     itself. None if `stop()` came true on any rank.
     """
     rows = -(-len(samples) // micro_batch_size)
-    rows += -rows % team.in_step  # the last ones without samples: as many for each of those in step
+    rows += -rows % among.in_step  # the last ones without samples: as many for each of those in step
     micro_batches = np.full((rows, micro_batch_size), ABSENT, dtype=np.int64)
     micro_batches.flat[: len(samples)] = np.arange(len(samples))
 
@@ -56,13 +58,14 @@ def evaluate(
     told = torch.zeros(3, len(micro_batches), dtype=torch.float64)  # sums, which are known, who has stopped
     was_training = model.training
     model.eval()
-    for v in range(team.rank, rows, team.size):
+    for v in range(among.index, rows, among.size):
         if stop():
             told[2, 0] = 1
-            if team.in_step == 1:
+            if among.in_step == 1:
                 break
-        told[0, v], told[1, v] = measure(v), 1
-    sums, known, stopped = team.agree(told.view(-1)).view(3, -1)
+        found = measure(v)
+        told[0, v], told[1, v] = found if among.reports else 0.0, 1
+    sums, known, stopped = among.agree(told.view(-1)).view(3, -1)
     if not stopped.any():
         for v in (known == 0).nonzero().flatten().tolist():
             sums[v] = measure(v)

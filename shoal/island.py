@@ -9,15 +9,19 @@ from shoal.mesh import Mesh
 
 
 class Island:
-    """Neighbouring ranks, `ranks` among all; one rank alone where each holds a whole replica."""
+    """Neighbouring ranks, `ranks` among all; one rank alone where each holds a whole replica.
+
+    They are `teams`, which share the micro-batches of a step with those of the other islands.
+    """
 
     def __init__(self, mesh: Mesh) -> None:
-        size = mesh.world_size // mesh.replicate.size
+        size = mesh.size("island")
         first = mesh.rank - mesh.rank % size
         self.ranks = range(first, first + size)
-        self.rank = mesh.rank
         self.is_first = mesh.rank == first
-        self._wire = Wire(mesh.island) if size > 1 else None
+        self.teams = range(first // mesh.size("team"), (first + size) // mesh.size("team"))
+        self.team = mesh.team
+        self._wire = Wire(mesh.axes["island"].group) if size > 1 else None
 
     def __len__(self) -> int:
         return len(self.ranks)

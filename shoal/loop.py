@@ -52,7 +52,7 @@ def train(run: Run, stop: Stop) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Tally:
-    """What all ranks know after a step: its loss a label, each rank's seconds of computing, whether to stop."""
+    """What all ranks know after a step: its loss a label, each team's seconds of computing, whether to stop."""
 
     loss: float
     seconds: list[float]
@@ -61,9 +61,9 @@ class Tally:
 
 def _agree(run: Run, losses: Tensor, stopping: bool) -> Tally:
     """One small sum tells every rank the same. The losses add up in the order of their micro-batches."""
-    numbers = torch.zeros(len(losses) + run.mesh.world_size + 2, dtype=torch.float64)
+    numbers = torch.zeros(len(losses) + run.mesh.teams + 2, dtype=torch.float64)
     numbers[: len(losses)] = losses
-    numbers[len(losses) + run.mesh.rank] = run.replica.seconds.compute
+    numbers[len(losses) + run.mesh.team] = run.replica.seconds.compute / run.mesh.size("team")
     island = run.replica.island
     numbers[-2:] = torch.tensor([run.replica.own_labels if island.is_first else 0, stopping])
     numbers = run.agree(numbers)

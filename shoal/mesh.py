@@ -16,7 +16,11 @@ from shoal.placement import Placement
 TIMEOUT = timedelta(minutes=10)  # how long a collective waits for the slowest rank
 
 
-AXES = ("replicate", "shard")  # the outermost first: the ranks of an island, one replica, are neighbours
+# The outermost first: the ranks of an island, which hold one replica, are neighbours, and among them those of a team,
+# which compute a micro-batch together.
+AXES = ("replicate", "shard", "pipeline", "context", "tensor")
+# Axes taken as one. What is cut by ZeRO is cut over all ranks that compute other tokens with the same weights.
+MERGED = {"island": AXES[1:], "team": AXES[2:], "zero": ("shard", "context")}
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,10 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process among the others. `group` has all of them; `axes` are the grid, at first `replicate` alone."""
+    """This process among the others. `group` has all of them; `axes` has the grid, as far as it has several ranks.
+
+    `replicate` is always there, and at first alone.
+    """
 
     rank: int
     world_size: int
@@ -49,13 +56,22 @@ class Mesh:
         return self.axes["replicate"]
 
     @property
-    def island(self) -> dist.ProcessGroup:
-        """The ranks that hold one replica together."""
-        return self.axes["shard"].group
+    def teams(self) -> int:
+        """How many share the micro-batches of a step: each team computes its own ones."""
+        return self.world_size // self.size("team")
+
+    @property
+    def team(self) -> int:
+        """The team of this rank."""
+        return self.rank // self.size("team")
 
     def size(self, axis: str) -> int:
-        """How many ranks an axis has; 1 where it is not there."""
+        """How many ranks an axis has, or several taken as one; 1 where it is not there."""
         return self.axes[axis].size if axis in self.axes else 1
+
+    def index(self, axis: str) -> int:
+        """Which of them this rank is."""
+        return self.axes[axis].index if axis in self.axes else 0
 
     def cut(self, sizes: Mapping[str, int]) -> "Mesh":
         """The same ranks as a grid of these sizes, which multiply to the world size. Every rank must call it."""
@@ -64,12 +80,20 @@ class Mesh:
         if shape[0] == self.world_size:
             return self
         grid = torch.arange(self.world_size).view(shape)
-        return replace(self, axes={axis: self._axis(grid, dim) for dim, axis in enumerate(AXES)})
+        named = {axis: (axis,) for axis in AXES} | MERGED
+        lines = {name: self._line(grid, axes) for name, axes in named.items()}
+        lines = {name: ranks for name, ranks in lines.items() if len(ranks) > 1 or name == "replicate"}
+        groups = {ranks: _group(list(ranks)) for ranks in dict.fromkeys(lines.values())}
+        axes = {name: Axis(len(r), r.index(self.rank), groups[r]) for name, r in lines.items()}
+        return replace(self, axes=axes)
 
-    def _axis(self, grid: torch.Tensor, dim: int) -> Axis:
-        lines = grid.movedim(dim, -1).reshape(-1, grid.shape[dim]).tolist()
-        (line,) = [line for line in lines if self.rank in line]
-        return Axis(len(line), line.index(self.rank), _group(line))
+    def _line(self, grid: torch.Tensor, axes: tuple[str, ...]) -> tuple[int, ...]:
+        """The ranks that differ from this one along these axes only, in their order."""
+        dims = [AXES.index(axis) for axis in axes]
+        moved = grid.movedim(dims, list(range(-len(dims), 0)))
+        lines = moved.reshape(-1, math.prod(grid.shape[dim] for dim in dims)).tolist()
+        (line,) = [tuple(line) for line in lines if self.rank in line]
+        return line
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +13,7 @@ from shoal.buckets import Buckets
 from shoal.data.batches import Batch
 from shoal.data.order import derive_seed
 from shoal.island import Island
-from shoal.layouts.base import Loss, Placed
+from shoal.layouts.base import MicroBatch, Placed
 from shoal.optim import NamedState
 from shoal.precision import Policy
 
@@ -21,14 +22,14 @@ TINY = 1e-6  # beside a norm that divides, as in torch's clipping
 
 @dataclass
 class Shares:
-    """Which micro-batches of a step each rank computes: `counts[r]` of them, contiguous, in the order of ranks."""
+    """Which micro-batches of a step each team of ranks computes: `counts[t]` of them, contiguous, in their order."""
 
     counts: list[int]
 
-    def of(self, rank: int) -> range:
-        """The micro-batches of `rank`."""
-        first = sum(self.counts[:rank])
-        return range(first, first + self.counts[rank])
+    def of(self, team: int) -> range:
+        """The micro-batches of `team`."""
+        first = sum(self.counts[:team])
+        return range(first, first + self.counts[team])
 
 
 @dataclass
@@ -47,7 +48,6 @@ class Replica:
 
     placed: Placed
     island: Island
-    loss: Loss  # that of `placed`, or what was compiled of it
     buckets: Buckets
     optimizers: list[torch.optim.Optimizer]
     policy: Policy
@@ -67,14 +67,9 @@ class Replica:
     own_labels: int = 0  # of these, the ones of this replica
 
     @property
-    def rank(self) -> int:
-        """Of those that share the micro-batches."""
-        return self.island.rank
-
-    @property
     def turns(self) -> int:
-        """How many micro-batches each rank of the island computes in a step, those without samples too."""
-        return max(self.shares.counts[rank] for rank in self.island.ranks)
+        """How many micro-batches each team of the island computes in a step, those without samples too."""
+        return max(self.shares.counts[team] for team in self.island.teams)
 
     @property
     def model(self) -> nn.Module:
@@ -94,39 +89,46 @@ class Replica:
     def gradients(self, batch: Batch) -> Tensor:
         """Forward and backward over this rank's share of `batch`, into the buckets.
 
-        Returns the summed loss of each micro-batch of the step, float64 [V], zero where others compute it.
+        Returns the summed loss of each micro-batch of the step, float64 [V], zero where others report it.
         Each loss is divided by the labels of the whole step, so the gradients only need to be added up.
         Dropout is seeded by (seed, step, micro-batch). Buckets are announced during the last backward pass. The
-        ranks of an island take equally many turns: who has no micro-batch left takes one without samples.
+        teams of an island take equally many turns: who has no micro-batch left takes one without samples.
         """
         losses = torch.zeros(len(batch.ids), dtype=torch.float64)
-        share = self.shares.of(self.rank)
-        together = [self.shares.of(rank) for rank in self.island.ranks]
+        share = self.shares.of(self.island.team)
+        together = [self.shares.of(team) for team in self.island.teams]
         of_island = batch.ids[together[0].start : together[-1].stop]
         self.step, self.step_labels = batch.step, batch.labels
         self.own_labels = int(batch.samples.label_counts(of_island).sum())
-        turns = self.turns
-        for turn in range(turns):
-            v = share.start + turn if turn < len(share) else None
+        numbers = [share.start + turn if turn < len(share) else None for turn in range(self.turns)]
+        turns = [[v] for v in numbers] if self.placed.one_by_one else [numbers]
+        self.placed.refresh()
+        for turn in turns:
             started = time.perf_counter()
-            taken = batch.nothing() if v is None else batch.micro_batch(v)
-            inputs = {k: t.to(self.device) for k, t in taken.items()}
+            taken = [self._micro_batch(batch, v) for v in turn]
             self.seconds.data += time.perf_counter() - started
 
             started, waited = time.perf_counter(), self.placed.waited()
-            self.buckets.begin(v or 0, first=turn == 0, last=turn == turns - 1)
-            self.placed.begin(last=turn == turns - 1)
-            torch.manual_seed(derive_seed(self.seed, "dropout", batch.step, v or 0))
-            with self.policy.autocast(self.device):
-                loss = self.loss(self.model, inputs)
-            (loss / max(1, batch.labels)).backward()
-            if v is not None:
-                losses[v] = loss.item()
+            last = turn is turns[-1]
+            self.buckets.begin(turn[0] or 0, first=turn is turns[0], last=last)
+            self.placed.begin(last=last)
+            found = self.placed.learn(taken, 1 / max(1, batch.labels), self._arithmetic)
+            for v, loss in zip(turn, found, strict=True):
+                if v is not None:
+                    losses[v] = loss
             self.buckets.end()
             waited = self.placed.waited() - waited
             self.seconds.compute += time.perf_counter() - started - waited
             self.seconds.communication += waited
         return losses
+
+    def _micro_batch(self, batch: Batch, v: int | None) -> MicroBatch:
+        taken = batch.nothing() if v is None else batch.micro_batch(v)
+        inputs = {name: tensor.to(self.device) for name, tensor in taken.items()}
+        return MicroBatch(inputs, derive_seed(self.seed, "dropout", batch.step, v or 0))
+
+    def _arithmetic(self) -> AbstractContextManager[object]:
+        return self.policy.autocast(self.device)
 
     def update(self, step: int) -> None:
         """Clip the summed gradients by their one global norm, set the rate of `step`, and step the optimizers.

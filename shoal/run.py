@@ -16,7 +16,7 @@ from shoal.collectives import Wire
 from shoal.config import RunConfig, resolve_batch, resolve_grid
 from shoal.data.batches import Batch, Batches
 from shoal.errors import UserError, choose
-from shoal.evaluate import Team, evaluate
+from shoal.evaluate import Evaluators, evaluate
 from shoal.island import Island
 from shoal.layouts.base import Loss
 from shoal.mesh import Mesh
@@ -132,24 +132,28 @@ class Run:
         if not len(samples) or (alone and self.mesh.replicate.index):
             return {}
         self.checkpoints.settle()  # the shared model may be written over what is being copied
-        island = self.replica.island
-        if alone:
-            team = Team(self.mesh.rank, len(island), island.sum, in_step=len(island))
-        else:
-            team = Team(self.mesh.rank, self.mesh.world_size, self.agree, in_step=len(island))
+        island, placed = self.replica.island, self.replica.placed
+        among = Evaluators(
+            self.mesh.team,
+            len(island.teams) if alone else self.mesh.teams,
+            island.sum if alone else self.agree,
+            in_step=len(island.teams),
+            reports=placed.reports,
+        )
         with self.sync.shared_model(self.replica):
             self.shared = self.tensors()  # for a save of the same step
+            placed.refresh()
             measured = evaluate(
                 self.replica.model,
-                self.replica.placed.loss,  # never the compiled one: a second graph would cost more than it saves
+                placed.loss,  # never the compiled one: a second graph would cost more than it saves
                 samples,
                 micro_batch_size=self.batches.shape[1],
-                team=team,
+                among=among,
                 policy=self.replica.policy,
                 device=self.mesh.device,
                 stop=stop,
             )
-            self.replica.placed.release()
+            placed.release()
         return None if measured is None else self.task.metrics(*measured)
 
 
@@ -162,11 +166,11 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
     torch.set_num_threads(config.train.threads)
     mesh = mesh.cut(resolve_grid(config, mesh.world_size))
     everyone = Wire(mesh.group)
-    wire = Wire(mesh.replicate.group) if mesh.size("shard") > 1 else everyone
+    wire = Wire(mesh.replicate.group) if mesh.size("island") > 1 else everyone
     _check_same_data(everyone, data)
     task = choose("--task", config.train.task, TASKS)(config, data)
-    batches, total_steps, micro_batches = _batches(config, task, mesh.world_size)
-    first_shares = _first_shares(config.strategy.balance, micro_batches, mesh.world_size)
+    batches, total_steps, micro_batches = _batches(config, task, mesh.teams)
+    first_shares = _first_shares(config.strategy.balance, micro_batches, mesh.teams)
     replica = _replica(config, mesh, task, total_steps, first_shares)
     sync: Sync = choose("--strategy", config.strategy.name, SYNCS)(config, wire)
     if config.strategy.guard is not None:
@@ -179,10 +183,10 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
         keep=config.checkpoint.save_total_limit,
         rank=mesh.rank,
         world_size=mesh.world_size,
-        island_size=mesh.size("shard"),
+        island_size=mesh.size("island"),
         present=lambda: sync.present,
     )
-    progress = Progress(data=data.name, strategy=config.strategy.remembers, island_size=mesh.size("shard"))
+    progress = Progress(data=data.name, strategy=config.strategy.remembers, island_size=mesh.size("island"))
     run = Run(
         config,
         folder,
@@ -218,11 +222,13 @@ def _replica(
         bucket_bytes=_bucket_bytes(config, params),
         multiple=mesh.replicate.size,
         exact=config.train.exact,
+        listen=placed.one_by_one,
     )
+    if config.train.compile:
+        placed.learnt = _compiled(placed.loss)
     return Replica(
         placed=placed,
         island=Island(mesh),
-        loss=_compiled(placed.loss) if config.train.compile else placed.loss,
         buckets=buckets,
         optimizers=optim.of(config, params),
         policy=policy,
@@ -247,9 +253,9 @@ def _bucket_bytes(config: RunConfig, params: optim.NamedParams) -> int:
     return max(1, min(round(config.strategy.bucket_mb * 1e6), whole // config.strategy.fragments))
 
 
-def _batches(config: RunConfig, task: Task, world_size: int) -> tuple[Batches, int, int]:
+def _batches(config: RunConfig, task: Task, teams: int) -> tuple[Batches, int, int]:
     """The batches, how many steps there are in all, and the micro-batches of a step."""
-    batch = resolve_batch(config, world_size)
+    batch = resolve_batch(config, teams)
     samples = task.samples("train")
     by_steps = config.train.max_steps > 0
     batches = Batches(
@@ -287,10 +293,10 @@ def _epochs(config: RunConfig) -> float:
     return given or (BUILTIN_EPOCHS if config.data.path == ["builtin"] else 1.0)
 
 
-def _first_shares(balance: str, micro_batches: int, world_size: int) -> shares.Shares:
+def _first_shares(balance: str, micro_batches: int, teams: int) -> shares.Shares:
     if balance in ("auto", "off"):
-        return shares.equal(micro_batches, world_size)
-    return shares.fixed(balance, micro_batches, world_size)
+        return shares.equal(micro_batches, teams)
+    return shares.fixed(balance, micro_batches, teams)
 
 
 def _checkpoint(run: Run) -> Path | None:
@@ -338,6 +344,6 @@ def _resume(run: Run, folder: Path) -> None:
     run.progress = replace(progress, strategy=now.strategy, island_size=now.island_size)
     run.replica.nonfinite_steps = progress.nonfinite_steps
     counts = progress.shares
-    if counts and len(counts) == run.mesh.world_size and sum(counts) == sum(run.replica.shares.counts):
+    if counts and len(counts) == run.mesh.teams and sum(counts) == sum(run.replica.shares.counts):
         run.replica.shares = shares.Shares(counts)
     run.screen.say(f"resumed from {folder}: {progress.step} steps, {progress.tokens:,} tokens")

@@ -95,7 +95,6 @@ class Session:
         self._replica = Replica(
             placed=placed,
             island=Island(self.mesh),
-            loss=placed.loss,
             buckets=Buckets(
                 placed.trained,
                 bucket_bytes=25_000_000,

@@ -1,4 +1,4 @@
-"""Unequal machines: which share of a step's micro-batches each rank takes, by its measured speed."""
+"""Unequal machines: which share of a step's micro-batches each team of ranks takes, by its measured speed."""
 
 from statistics import median
 
@@ -11,21 +11,21 @@ WORTH = (
 )
 
 
-def equal(micro_batches: int, world_size: int) -> Shares:
-    """As even as can be; the first ranks take the remainder."""
-    each, more = divmod(micro_batches, world_size)
-    return Shares([each + (rank < more) for rank in range(world_size)])
+def equal(micro_batches: int, teams: int) -> Shares:
+    """As even as can be; the first teams take the remainder."""
+    each, more = divmod(micro_batches, teams)
+    return Shares([each + (team < more) for team in range(teams)])
 
 
-def fixed(text: str, micro_batches: int, world_size: int) -> Shares:
+def fixed(text: str, micro_batches: int, teams: int) -> Shares:
     """Shares as the user gave them, for example "3,1"; raises UserError if they do not fit."""
     counts = [int(part) for part in text.split(",") if part.strip().isdigit()]
-    if len(counts) != world_size or sum(counts) != micro_batches or min(counts) < 1:
+    if len(counts) != teams or sum(counts) != micro_batches or min(counts) < 1:
         raise UserError(
             f"--balance {text}",
-            f"{world_size} workers share {micro_batches} micro-batches a step",
-            f"give {world_size} positive numbers that add up to {micro_batches}, for example "
-            + ",".join(map(str, equal(micro_batches, world_size).counts)),
+            f"{teams} workers share {micro_batches} micro-batches a step",
+            f"give {teams} positive numbers that add up to {micro_batches}, for example "
+            + ",".join(map(str, equal(micro_batches, teams).counts)),
         )
     return Shares(counts)
 

@@ -75,17 +75,20 @@ def test_what_makes_sense_is_taken(words: str) -> None:
 @pytest.mark.parametrize(
     ("words", "workers", "grid"),
     [
-        ("", 4, (4, 1)),
-        ("--strategy zero3", 4, (1, 4)),
-        ("--strategy fsdp --dp-replicate 2", 4, (2, 2)),
-        ("--dp-replicate 2", 4, (2, 2)),
-        ("--dp-replicate 4 --exact", 4, (4, 1)),
-        ("--dp-shard 3", 6, (2, 3)),
-        ("--strategy zero1 --dp-shard 1 --exact", 2, (2, 1)),
-        ("--strategy zero3 --exact --compile", 1, (1, 1)),
+        ("", 4, (4, 1, 1, 1, 1)),
+        ("--strategy zero3", 4, (1, 4, 1, 1, 1)),
+        ("--strategy fsdp --dp-replicate 2", 4, (2, 2, 1, 1, 1)),
+        ("--dp-replicate 2", 4, (2, 2, 1, 1, 1)),
+        ("--dp-replicate 4 --exact", 4, (4, 1, 1, 1, 1)),
+        ("--dp-shard 3", 6, (2, 3, 1, 1, 1)),
+        ("--strategy zero1 --dp-shard 1 --exact", 2, (2, 1, 1, 1, 1)),
+        ("--strategy zero3 --exact --compile", 1, (1, 1, 1, 1, 1)),
+        ("--tp 2", 4, (2, 1, 1, 1, 2)),
+        ("--tp 2 --pp 2 --cp 2 --dp-replicate 2", 32, (2, 2, 2, 2, 2)),
+        ("--cp 2 --zero-stage 1", 8, (1, 4, 1, 2, 1)),
     ],
 )
-def test_what_is_not_given_of_the_grid_follows(words: str, workers: int, grid: tuple[int, int]) -> None:
+def test_what_is_not_given_of_the_grid_follows(words: str, workers: int, grid: tuple[int, ...]) -> None:
     config = load_config(None, words_of(words), {}).config
     assert tuple(resolve_grid(config, workers).values()) == grid
 
@@ -93,9 +96,12 @@ def test_what_is_not_given_of_the_grid_follows(words: str, workers: int, grid: t
 @pytest.mark.parametrize(
     ("words", "workers", "found"),
     [
-        ("--dp-shard 3", 4, "--dp-shard 3: 4 workers do not divide by it; take one of 1, 2, 4"),
-        ("--dp-replicate 3", 4, "--dp-replicate 3: 4 workers do not divide by it"),
-        ("--dp-shard 2 --dp-replicate 3", 4, "3 replicas x 2 workers each = 6, and there are 4 workers"),
+        ("--dp-shard 3", 4, "--dp-shard 3: 4 workers do not divide by 3; take one of 1, 2, 4"),
+        ("--dp-replicate 3", 4, "--dp-replicate 3: 4 workers do not divide by 3"),
+        ("--dp-shard 2 --dp-replicate 3", 4, "3 replicas x 2 each = 6, and there are 4 workers"),
+        ("--tp 2 --pp 2", 6, "--pp 2 --tp 2: 6 workers do not divide by 4"),
+        ("--dp-shard 2 --dp-replicate 3 --cp 2", 8, "= 6, and there are 4 teams of 2 workers"),
+        ("--tp 2 --exact", 2, "--exact: 2 workers hold a replica together"),
         ("--strategy zero3 --exact", 2, "--exact: 2 workers hold a replica together"),
         ("--dp-shard 2 --compile", 4, "--compile: 2 workers hold a replica together"),
         ("--zero-stage 1 --optim muon", 3, "--optim muon: 3 workers hold a replica together"),

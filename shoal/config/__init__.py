@@ -1,7 +1,7 @@
 """The typed record of a run: one definition for file, flags, Python, docs and schema."""
 
 from shoal.config.batch import Batch, resolve_batch, resolve_workers, usable_cores
-from shoal.config.grid import resolve_grid
+from shoal.config.grid import resolve_grid, team_size
 from shoal.config.layout import LayoutConfig
 from shoal.config.options import check_options
 from shoal.config.record import (
@@ -36,5 +36,6 @@ __all__ = [
     "resolve_batch",
     "resolve_grid",
     "resolve_workers",
+    "team_size",
     "usable_cores",
 ]

@@ -5,6 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
 
+from shoal.config.grid import grid_sizes, team_size
 from shoal.config.record import RunConfig
 from shoal.errors import UserError
 
@@ -30,7 +31,7 @@ class Batch:
 
 
 def resolve_batch(config: RunConfig, workers: int) -> Batch:
-    """The batch of `config` on `workers` workers.
+    """The batch of `config` on `workers` workers, of which a team that computes a micro-batch together counts as one.
 
     Without accumulation the batch is a function of the configuration alone: the curve does not depend on the
     worker count. Raises UserError with the equation in numbers where it has no solution in whole numbers.
@@ -70,16 +71,22 @@ def resolve_workers(config: RunConfig, devices: int | None = None) -> int:
     A number is taken as it stands (more than cores is allowed, more than micro-batches is not); `auto`, `cpu`
     and `gpu` mean the most workers that the devices and the batch allow, `threads` cores each.
     """
-    asked = config.launch.nproc_per_node
+    asked, together = config.launch.nproc_per_node, team_size(config)
     if isinstance(asked, int):
-        resolve_batch(config, asked)
+        _check_workers(config, asked)
         return asked
-    for workers in range(max(1, (devices or usable_cores()) // config.train.threads), 0, -1):
+    most = max(together, (devices or usable_cores()) // config.train.threads)
+    for workers in range(most, 0, -1):
         with suppress(UserError):
-            resolve_batch(config, workers)
+            _check_workers(config, workers)
             return workers
-    resolve_batch(config, 1)
-    raise AssertionError("unreachable: one worker was refused above")
+    _check_workers(config, most)
+    raise AssertionError("unreachable: so many workers were refused above")
+
+
+def _check_workers(config: RunConfig, workers: int) -> None:
+    grid_sizes(config, workers)
+    resolve_batch(config, workers // team_size(config))
 
 
 def _cut(total: int, each: int, workers: int) -> Batch:

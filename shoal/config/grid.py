@@ -7,37 +7,54 @@ from shoal.errors import UserError
 
 
 def resolve_grid(config: RunConfig, workers: int) -> dict[str, int]:
-    """The size of each axis of the mesh on so many workers: {"replicate": 2, "shard": 2}.
+    """The size of each axis of the mesh on so many workers: {"replicate": 2, "shard": 2, "pipeline": 1, ...}.
 
     Raises UserError, with the equation in numbers, where the sizes do not multiply to the workers, and where a
     replica would be cut that must be whole.
     """
+    grid = grid_sizes(config, workers)
+    if grid["replicate"] < workers:
+        for refusal in _must_be_whole(config, workers // grid["replicate"]):
+            raise UserError(*refusal)
+    return grid
+
+
+def grid_sizes(config: RunConfig, workers: int) -> dict[str, int]:
+    """`resolve_grid`, whatever else the run asks for."""
     layout = config.layout
+    team = {"pipeline": layout.pp, "context": layout.cp, "tensor": layout.tp}
+    flags = {"--pp": layout.pp, "--cp": layout.cp, "--tp": layout.tp}
+    teams = _divide(
+        workers, team_size(config), " ".join(f"{f} {size}" for f, size in flags.items() if size > 1)
+    )
     replicate, shard = layout.dp_replicate, layout.dp_shard
     if shard is None:
         cut = layout.zero_stage or replicate
-        shard = _other(workers, replicate, "--dp-replicate") if cut else 1
+        shard = _divide(teams, replicate or 1, f"--dp-replicate {replicate}") if cut else 1
     if replicate is None:
-        replicate = _other(workers, shard, "--dp-shard")
-    if replicate * shard != workers:
-        found = f"{replicate} replicas x {shard} workers each = {replicate * shard}, and there are {workers} workers"
+        replicate = _divide(teams, shard, f"--dp-shard {shard}")
+    if replicate * shard != teams:
+        there = "workers" if teams == workers else f"teams of {workers // teams} workers"
+        found = f"{replicate} replicas x {shard} each = {replicate * shard}, and there are {teams} {there}"
         asked = f"--dp-replicate {replicate} --dp-shard {shard}"
         raise UserError(asked, found, "give one of the two, or sizes that multiply to the workers")
-    if shard > 1:
-        for refusal in _must_be_whole(config, shard):
-            raise UserError(*refusal)
-    return {"replicate": replicate, "shard": shard}
+    return {"replicate": replicate, "shard": shard, **team}
 
 
-def _must_be_whole(config: RunConfig, shard: int) -> Iterator[tuple[str, str, str]]:
+def team_size(config: RunConfig) -> int:
+    """How many workers compute a micro-batch together."""
+    return config.layout.tp * config.layout.pp * config.layout.cp
+
+
+def _must_be_whole(config: RunConfig, island: int) -> Iterator[tuple[str, str, str]]:
     """What cannot be had of a replica that is cut over workers: what was asked, what was found, what to change."""
     train, strategy = config.train, config.strategy.name
-    cut = f"{shard} workers hold a replica together"
+    cut = f"{island} workers hold a replica together"
     leave = "leave one of the two out"
     if train.exact:
         yield "--exact", f"{cut}, and sum gradients within it first", leave
     if train.compile:
-        yield "--compile", f"{cut}, and gather each block as it computes", leave
+        yield "--compile", f"{cut}, and talk to each other as it computes", leave
     if train.optim == "muon":
         yield "--optim muon", f"{cut}, and it needs whole matrices", "take adamw, or " + leave
     if strategy in ("server", "async"):
@@ -48,12 +65,13 @@ def _must_be_whole(config: RunConfig, shard: int) -> Iterator[tuple[str, str, st
         )
 
 
-def _other(workers: int, size: int | None, flag: str) -> int:
-    if workers % (size or 1):
-        divisors = [each for each in range(1, workers + 1) if workers % each == 0]
-        raise UserError(
-            f"{flag} {size}",
-            f"{workers} workers do not divide by it",
-            f"take one of {', '.join(map(str, divisors))}, or another --nproc-per-node",
+def _divide(workers: int, size: int, asked: str) -> int:
+    """Raises UserError, which names what was `asked`, where `size` does not divide the workers."""
+    if workers % size:
+        divisors = ", ".join(str(each) for each in range(1, workers + 1) if workers % each == 0)
+        found, change = (
+            f"{workers} workers do not divide by {size}",
+            f"take one of {divisors}, or another --nproc-per-node",
         )
-    return workers // (size or 1)
+        raise UserError(asked, found, change)
+    return workers // size

@@ -18,8 +18,29 @@ class LayoutConfig(Section):
     )
     dp_shard: Whole | None = fact(
         None,
-        "workers that hold a replica together; empty = 1, at a stage of ZeRO all",
+        "workers, or groups of them by tp, pp and cp, that cut a replica; empty = 1, at a stage of ZeRO all",
         of=" ".join(STAGES),
+        ge=1,
+    )
+    tp: Whole = fact(
+        1,
+        "workers that cut every layer among them: tensor parallel, with sequence parallel",
+        "tensor_parallel_size",
+        "tp_size",
+        ge=1,
+    )
+    pp: Whole = fact(
+        1,
+        "workers in a line that hold the layers one after the other: pipeline parallel",
+        "pipeline_parallel_size",
+        "pp_size",
+        ge=1,
+    )
+    cp: Whole = fact(
+        1,
+        "workers that cut every sequence among them: context parallel",
+        "context_parallel_size",
+        "cp_size",
         ge=1,
     )
     zero_stage: Whole | None = fact(

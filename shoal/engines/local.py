@@ -43,7 +43,7 @@ def launch(resolved: Resolved, verb: str = "train") -> int:
     workers = resolve_workers(resolved.config)
     grid = resolve_grid(resolved.config, workers)
     with tempfile.TemporaryDirectory(prefix="shoal-") as errors:
-        return Workers(resolved, verb, workers, Path(errors), whole=grid["shard"] == 1).run()
+        return Workers(resolved, verb, workers, Path(errors), whole=grid["replicate"] == workers).run()
 
 
 def check_folder(resolved: Resolved) -> None:

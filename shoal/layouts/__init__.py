@@ -1,8 +1,9 @@
-"""Layouts: where the tensors of one replica live. A layout is one file here, and takes one axis of the mesh."""
+"""Layouts: where the tensors of one replica live. A layout is one file here, and stands on the one before it."""
 
 from torch import nn
 
 from shoal.config import LayoutConfig
+from shoal.errors import UserError
 from shoal.layouts import replicated
 from shoal.layouts.base import Loss, Placed
 from shoal.layouts.sharded import Sharded
@@ -12,5 +13,10 @@ from shoal.precision import Policy
 
 def place(model: nn.Module, loss: Loss, mesh: Mesh, policy: Policy, options: LayoutConfig) -> Placed:
     """Give every rank of `mesh` its part of `model`, with the parameters of rank 0."""
+    for axis in ("pipeline", "context", "tensor"):
+        if mesh.size(axis) > 1:
+            raise UserError(f"--{axis[0]}p {mesh.size(axis)}", "this layout is not there yet", "leave it out")
     placed = replicated.place(model, loss, mesh, policy)
-    return Sharded(model, loss, mesh, options.zero_stage or 3) if mesh.size("shard") > 1 else placed
+    if mesh.size("zero") > 1:
+        placed = Sharded(placed, mesh, options.zero_stage or 3)
+    return placed

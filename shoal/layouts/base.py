@@ -1,25 +1,44 @@
 """What every layout gives: the pieces that a rank holds of one replica, and how that replica computes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from shoal.piece import Piece, whole
 
 Loss = Callable[[Any, dict[str, Tensor]], Tensor]  # (model, inputs) -> the sum over a micro-batch's labels
+Arithmetic = Callable[[], AbstractContextManager[object]]  # the context in which forward passes run
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward pass computes, on the rank's device; `seed` is that of its dropout."""
+
+    inputs: dict[str, Tensor]
+    seed: int
 
 
 class Placed:
     """A model in its place. The rest of the program sees `pieces`, of every parameter one that may be empty here.
 
-    `loss` is called in step with the whole island.
+    `loss` is called in step with the whole island. A layout may stand on another one, its `inner`: what it has no
+    word on is as it is there.
     """
 
-    def __init__(self, model: nn.Module, pieces: list[Piece], loss: Loss) -> None:
+    one_by_one = True  # micro-batches are learnt from one after the other, each by one backward pass
+
+    def __init__(
+        self, model: nn.Module, pieces: list[Piece], loss: Loss, inner: "Placed | None" = None
+    ) -> None:
         self.model = model
         self.pieces = pieces
         self.loss = loss
+        self.learnt = loss  # `loss`, or what was compiled of it
+        self.inner = inner
 
     @classmethod
     def whole(cls, model: nn.Module, loss: Loss) -> "Placed":
@@ -31,25 +50,51 @@ class Placed:
         """Those that gradients come to."""
         return [piece for piece in self.pieces if piece.source.requires_grad and piece.local.numel()]
 
+    @property
+    def reports(self) -> bool:
+        """Whether the losses of this rank count: those of all ranks that report add up to the micro-batch's."""
+        return self.inner is None or self.inner.reports
+
+    def learn(self, taken: Sequence[MicroBatch], scale: float, arithmetic: Arithmetic) -> list[float]:
+        """Forward and backward over micro-batches, of each the loss times `scale`; returns the losses that count.
+
+        It is called with one of them, or, where they are not taken one by one, with all that this rank has in a step.
+        """
+        found = []
+        for each in taken:
+            torch.manual_seed(each.seed)
+            with arithmetic():
+                loss = self.learnt(self.model, each.inputs)
+            (loss * scale).backward()
+            found.append(loss.item() if self.reports else 0.0)
+        return found
+
+    def refresh(self) -> None:
+        """Before the first forward pass after parameters have changed: have what other ranks train."""
+        if self.inner is not None:
+            self.inner.refresh()
+
     def begin(self, *, last: bool) -> None:
-        """Before each forward pass of a step; `last`: the gradients of the step are to be there after it."""
-        return
+        """Before each call of `learn` in a step; `last`: the gradients of the step are to be there after it."""
+        if self.inner is not None:
+            self.inner.begin(last=last)
 
     def release(self) -> None:
         """Free what forward passes without a backward pass have left, before parameters change."""
-        return
+        if self.inner is not None:
+            self.inner.release()
 
     def bytes_sent(self) -> int:
         """By this rank, within the island, so far."""
-        return 0
+        return 0 if self.inner is None else self.inner.bytes_sent()
 
     def waited(self) -> float:
         """The seconds that this rank has waited for the others of its island, so far."""
-        return 0.0
+        return 0.0 if self.inner is None else self.inner.waited()
 
     def cost(self, turns: int) -> float:
         """The bytes that it sends there in a step of so many micro-batches each, as arithmetic."""
-        return 0.0
+        return 0.0 if self.inner is None else self.inner.cost(turns)
 
     def __str__(self) -> str:
         return "every worker holds a whole replica"

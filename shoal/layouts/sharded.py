@@ -45,19 +45,18 @@ class Whole(nn.Module):
 
 
 class Sharded(Placed):
-    """One replica over the ranks of the `shard` axis, at a stage of ZeRO."""
+    """The pieces of another layout cut over the ranks that compute other tokens, at a stage of ZeRO."""
 
-    def __init__(self, model: nn.Module, loss: Loss, mesh: Mesh, stage: int) -> None:
-        axis = mesh.axes["shard"]
+    def __init__(self, inner: Placed, mesh: Mesh, stage: int) -> None:
+        axis, model = mesh.axes["zero"], inner.model
         layers = list(blocks(model))
         _check(model, layers, mesh)
         self.stage = stage
         self.wire = Wire(axis.group)
-        self.root = Whole(model, loss)
-        shapes = {name: p.shape for name, p in model.named_parameters()}
+        self.root = Whole(model, inner.loss)
         self._parts = [_part_bytes(module, axis.size) for module in layers]
-        inner = {id(p) for module in layers for p in module.parameters()}
-        self._parts.append(_part_bytes(model, axis.size, without=inner))
+        below = {id(p) for module in layers for p in module.parameters()}
+        self._parts.append(_part_bytes(model, axis.size, without=below))
         grid = DeviceMesh.from_group(axis.group, mesh.device.type, mesh_dim_names=("shard",))
         for module in layers:
             fully_shard(module, mesh=grid, reshard_after_forward=stage == 3)
@@ -70,10 +69,8 @@ class Sharded(Placed):
             part.set_reduce_scatter_unused_params(True)  # a rank may use a parameter that another does not
             part.set_custom_all_gather(gather)
             part.set_custom_reduce_scatter(scatter)
-        pieces = [
-            _piece(name, shape, model.get_parameter(name), axis.index) for name, shape in shapes.items()
-        ]
-        super().__init__(model, pieces, self._loss)
+        pieces = [_cut(piece, model, axis.index) for piece in inner.pieces]
+        super().__init__(model, pieces, self._loss, inner)
         if not self.trained:
             _refuse(
                 axis.size, f"worker {mesh.rank} would hold nothing of this model", "take a smaller number"
@@ -85,6 +82,7 @@ class Sharded(Placed):
 
     def begin(self, *, last: bool) -> None:
         """Have parameters, and in stage 1 gradients, stay whole until the last micro-batch of a step."""
+        super().begin(last=last)
         for part in self.parts:
             part.set_is_last_backward(last)
             part.set_reshard_after_backward(last or self.stage == 3, recurse=False)
@@ -92,16 +90,17 @@ class Sharded(Placed):
 
     def release(self) -> None:
         """Keep nothing but this rank's parts."""
+        super().release()
         for part in self.parts:
             part.reshard()
 
     def bytes_sent(self) -> int:
         """By gathering and scattering."""
-        return self.wire.bytes_sent
+        return super().bytes_sent() + self.wire.bytes_sent
 
     def waited(self) -> float:
         """For gathering and scattering."""
-        return sum(exchange.seconds for exchange in self._exchanges)
+        return super().waited() + sum(exchange.seconds for exchange in self._exchanges)
 
     def cost(self, turns: int) -> float:
         """As the head of this file has it; what stands outside the blocks is gathered once for both passes."""
@@ -110,7 +109,8 @@ class Sharded(Placed):
         gathered = turns if self.stage == 3 else 1
         again = gathered if self.stage == 3 else 0  # for the backward pass
         sent = sum((gathered + again) * whole + scattered * trained for whole, trained in layers)
-        return (self.wire.world_size - 1) * (sent + gathered * rest[0] + scattered * rest[1])
+        sent += gathered * rest[0] + scattered * rest[1]
+        return super().cost(turns) + (self.wire.world_size - 1) * sent
 
     def __str__(self) -> str:
         what = {
@@ -164,10 +164,12 @@ def _part_bytes(module: nn.Module, ranks: int, without: Container[int] = ()) -> 
     return sum(size for size, _ in parts), sum(size for size, trained in parts if trained)
 
 
-def _piece(name: str, shape: torch.Size, source: nn.Parameter, rank: int) -> Piece:
+def _cut(piece: Piece, model: nn.Module, rank: int) -> Piece:
+    """What this rank holds of a piece, all of whose rows are in the model."""
+    source = model.get_parameter(piece.name)
     assert isinstance(source, DTensor)
     mesh, placements = source.device_mesh, source.placements
-    rows = -(-shape[0] // mesh.size())
+    rows = -(-source.shape[0] // mesh.size())
 
     def wrap(view: Tensor) -> Tensor:
         return DTensor.from_local(
@@ -175,9 +177,9 @@ def _piece(name: str, shape: torch.Size, source: nn.Parameter, rank: int) -> Pie
         )
 
     return Piece(
-        name,
-        shape,
-        offset=(min(rank * rows, shape[0]), *(0 for _ in shape[1:])),
+        piece.name,
+        piece.shape,
+        offset=(piece.offset[0] + min(rank * rows, source.shape[0]), *piece.offset[1:]),
         local=nn.Parameter(source.to_local().detach(), requires_grad=source.requires_grad),
         source=source,
         unwrap=lambda grad: grad.to_local() if isinstance(grad, DTensor) else grad,

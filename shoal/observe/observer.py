@@ -46,8 +46,8 @@ class Observer:
     def step(self, batch: Batch, loss: float) -> None:
         """Record a step that has been taken, before it is committed."""
         run, replica = self.run, self.run.replica
-        if self.ledger is not None:
-            self.ledger.write(batch, replica.shares.of(run.mesh.rank))
+        if self.ledger is not None and not run.mesh.index("team"):
+            self.ledger.write(batch, replica.shares.of(run.mesh.team))
         if batch.step == self.first_step:
             _check_policy(run)
         now = time.perf_counter()

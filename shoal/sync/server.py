@@ -106,7 +106,7 @@ class Server(Central):
         behind = step < self.round
         if behind and self.shares is None:
             self.shares = replica.shares
-            counts = [0 if rank == replica.rank else c for rank, c in enumerate(replica.shares.counts)]
+            counts = [0 if team == replica.island.team else c for team, c in enumerate(replica.shares.counts)]
             replica.shares = Shares(counts)
         elif not behind and self.shares is not None:
             replica.shares, self.shares = self.shares, None

@@ -21,7 +21,13 @@ class Island:
         self.is_first = mesh.rank == first
         self.teams = range(first // mesh.size("team"), (first + size) // mesh.size("team"))
         self.team = mesh.team
+        self._rank = mesh.rank
         self._wire = Wire(mesh.axes["island"].group) if size > 1 else None
+
+    @property
+    def place(self) -> int:
+        """Which of them this rank is: those with the same place hold the same pieces of their replicas."""
+        return self._rank - self.ranks.start
 
     def __len__(self) -> int:
         return len(self.ranks)

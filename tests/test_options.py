@@ -105,8 +105,7 @@ def test_what_is_not_given_of_the_grid_follows(words: str, workers: int, grid: t
         ("--strategy zero3 --exact", 2, "--exact: 2 workers hold a replica together"),
         ("--dp-shard 2 --compile", 4, "--compile: 2 workers hold a replica together"),
         ("--zero-stage 1 --optim muon", 3, "--optim muon: 3 workers hold a replica together"),
-        ("--strategy server --dp-shard 2", 4, "--strategy server: 2 workers hold a replica together"),
-        ("--strategy async --dp-replicate 2", 4, "--strategy async: 2 workers hold a replica together"),
+        ("--strategy server --quorum 2 --dp-shard 2", 4, "--quorum 2: 2 workers hold a replica together"),
     ],
 )
 def test_a_grid_that_cannot_be_is_refused(words: str, workers: int, found: str) -> None:

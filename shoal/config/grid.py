@@ -48,7 +48,7 @@ def team_size(config: RunConfig) -> int:
 
 def _must_be_whole(config: RunConfig, island: int) -> Iterator[tuple[str, str, str]]:
     """What cannot be had of a replica that is cut over workers: what was asked, what was found, what to change."""
-    train, strategy = config.train, config.strategy.name
+    train = config.train
     cut = f"{island} workers hold a replica together"
     leave = "leave one of the two out"
     if train.exact:
@@ -57,11 +57,11 @@ def _must_be_whole(config: RunConfig, island: int) -> Iterator[tuple[str, str, s
         yield "--compile", f"{cut}, and talk to each other as it computes", leave
     if train.optim == "muon":
         yield "--optim muon", f"{cut}, and it needs whole matrices", "take adamw, or " + leave
-    if strategy in ("server", "async"):
+    if config.strategy.quorum is not None:
         yield (
-            f"--strategy {strategy}",
-            f"{cut}, and servers hold whole parameters",
-            "take another strategy, or " + leave,
+            f"--quorum {config.strategy.quorum}",
+            f"{cut}, whose servers would each go on without other workers",
+            leave,
         )
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -181,7 +182,8 @@ class Async(Central):
     def _take(self, replica: Replica) -> bool:
         """The gradients, clipped by their own norm a label, for they are an update alone; whether they are finite."""
         share = replica.own_labels / max(1, replica.step_labels)
-        norm = self.servers.take() / (share or 1.0)
+        own = torch.tensor(self.servers.take(), dtype=torch.float64)
+        norm = replica.island.norm(own).item() / (share or 1.0)
         replica.grad_norm = norm
         finite = math.isfinite(norm)
         replica.nonfinite_steps = 0 if finite else replica.nonfinite_steps + 1

@@ -72,7 +72,8 @@ class Central(Sync):
     def attach(self, replica: Replica) -> None:
         """Open the doors of the servers, and have a line to each."""
         ranges = cut(replica.params, self.count)
-        doors = f"servers/{next(_DOORS)}"
+        # Ranks that hold other pieces of a replica have servers of their own.
+        doors = f"servers/{next(_DOORS)}/{replica.island.place}"
         if self.wire.rank < len(ranges):
             params = ranges[self.wire.rank]
             server = ParameterServer(params, self.build, self.policy(replica))

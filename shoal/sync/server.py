@@ -8,6 +8,7 @@ sources in `parameter_server.policies` and `parameter_server.merge`.
 
 import math
 
+import torch
 from torch import Tensor
 
 from shoal.collectives import Wire
@@ -55,11 +56,12 @@ class Server(Central):
         """Push, hear of the norm, and pull what has become of it."""
         if step >= self.round:
             self.servers.take()
-            if len(self.servers.links) == 1:
+            if len(self.servers.links) == len(replica.island) == 1:
                 reply = self.servers.exchange(replica, step, step + 1, self.told)()
                 norm = norm_of(reply.squares)
             else:  # the norm to clip by is that over all servers
-                norm = norm_of(self.servers.push(replica, step, self.told).squares)
+                own = norm_of(self.servers.push(replica, step, self.told).squares)
+                norm = replica.island.norm(torch.tensor(own, dtype=torch.float64)).item()
                 reply = self.servers.pull(step + 1, norm)
             self.round = reply.clock
             self.servers.load()

@@ -114,6 +114,10 @@ SYNCS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "clip-each": ("allreduce", 2, {"clip_each": 0.5}),
     "normalize-each": ("allreduce", 2, {"normalize": "each", "learning_rate": 0.01}),
     "guard-on-drift": ("local", 2, {"guard": 9.0, "guard_drift": 0.001, "sync_every": 2, "max_steps": 14}),
+    "server": ("server", 2, {}),
+    "servers": ("server", 2, {"servers": 2, "share_memory": False}),
+    "server-median": ("server", 2, {"aggregation": "median"}),
+    "async-in-step": ("async", 2, {"max_staleness": 0, "collect": 2}),
     "groups": ("local", 4, {"group_size": 2, "global_every": 4, "sync_every": 2}),
 }
 

@@ -3,12 +3,11 @@
 import math
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from shoal.config import RunConfig
 from shoal.data import prepare, tokenizer
@@ -20,6 +19,9 @@ from shoal.models.isolation import check_isolation, packed_inputs
 from shoal.models.loading import check_name, load
 from shoal.models.loss import IGNORED, summed_cross_entropy
 from shoal.models.presets import PRESETS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class CausalLM:
@@ -49,7 +51,7 @@ class CausalLM:
         """The tokenizer that made the shards."""
         return tokenizer.load(str(self.folder / "tokenizer"))
 
-    def model(self) -> PreTrainedModel:
+    def model(self) -> "PreTrainedModel":
         """The causal language model of the configuration; refused if packed documents see each other in it."""
         model = load(
             self.config.model,
@@ -66,7 +68,7 @@ class CausalLM:
         """The windows of a split."""
         return Windows(TokenStream(self.folder, split), self.config.data.sequence_length)
 
-    def loss(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    def loss(self, model: "PreTrainedModel", inputs: dict[str, Tensor]) -> Tensor:
         """Summed cross entropy over the labels, logits never whole in memory."""
         packed = packed_inputs(inputs["input_ids"], inputs["documents"])
         return summed_cross_entropy(model, packed, inputs["labels"], chunked=self._chunked)
@@ -97,7 +99,7 @@ class CausalLM:
             )  # fmt: skip
         return str(self.tokenizer.decode(tokens[0], skip_special_tokens=True))
 
-    def export(self, model: PreTrainedModel, folder: Path, summary: dict[str, Any]) -> None:
+    def export(self, model: "PreTrainedModel", folder: Path, summary: dict[str, Any]) -> None:
         """A Hugging Face folder with tokenizer and model card, loaded again and compared."""
         export(model, self.tokenizer, folder, summary)
 

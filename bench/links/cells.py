@@ -47,6 +47,9 @@ CELLS = {
     "gossip-int8": Cell("shoal", "--strategy gossip --codec int8"),
     "demo": Cell("shoal", "--strategy demo"),
     "ddp-compile": Cell("ddp", "--compile"),
+    "allreduce-compile": Cell("shoal", "--strategy allreduce --compile"),
+    "allreduce-int8-compile": Cell("shoal", "--strategy allreduce --codec int8 --compile"),
+    "allreduce-powersgd-compile": Cell("shoal", "--strategy allreduce --codec powersgd --compile"),
     "local-compile": Cell("shoal", f"--strategy local --sync-every {ROUND} --compile"),
 }
 

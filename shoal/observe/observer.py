@@ -107,8 +107,18 @@ def _record(run: Run, batch: Batch, loss: float, seconds: float, sent: int) -> d
         "perf/comm_bytes": sent,
         "perf/micro_batches": run.replica.shares.counts,
         "mem/peak_rss_gib": peak_rss_gib(),
+        **_device_memory(run.mesh.device),
         **run.sync.metrics(),
     }
+
+
+def _device_memory(device: torch.device) -> dict[str, float]:
+    """The most memory that tensors have held on a GPU."""
+    return (
+        {"mem/peak_device_gib": torch.cuda.max_memory_allocated(device) / GIB}
+        if device.type == "cuda"
+        else {}
+    )
 
 
 def _check_policy(run: Run) -> None:

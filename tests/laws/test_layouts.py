@@ -143,6 +143,33 @@ def test_strategies_between_islands(pool: Pool, case: str, tmp_path: Path) -> No
         assert np.isclose(cut[0][2]["eval/loss"], whole[0][2]["eval/loss"], rtol=1e-11)
 
 
+CODECS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{codec: ("allreduce", {"codec": codec}) for codec in ("fp16", "int8", "int4", "sign")},
+    "powersgd": ("allreduce", {"codec": "powersgd", "rank": 1}),
+    **{codec: ("allreduce", {"codec": codec, "density": 0.3}) for codec in ("topk", "randomk")},
+    "diloco-int4": ("diloco", {"codec": "int4", "sync_every": 3}),
+    "server-topk": ("server", {"codec": "topk", "density": 0.3}),
+}
+
+
+@pytest.mark.parametrize("case", CODECS)
+def test_codecs_between_islands(pool: Pool, case: str, tmp_path: Path) -> None:
+    """Law 4: after a sync the ranks that hold the same pieces of two replicas hold the same bits; and it learns."""
+    strategy, settings = CODECS[case]
+    steps = {**STEPS, "max_steps": 9, "global_batch_size": 16, "output_dir": str(tmp_path)}
+    grid = {"dp_replicate": 2, "zero_stage": 3}
+    ranks = pool.world(
+        4, follow_in_pieces, strategy, RowsTask("stacked", full=True), **steps, **grid, **settings
+    )
+    for place in range(2):
+        for name, (shape, offset, values) in ranks[place][1][-1].items():
+            other = ranks[2 + place][1][-1][name]
+            assert other[:2] == (shape, offset)
+            assert np.array_equal(values, other[2]), name
+    losses = ranks[0][0]
+    assert losses[-1] < losses[0]
+
+
 def resume_all(
     mesh: Mesh, task: RowsTask, saved: list[str], folder: str, **settings: Any
 ) -> list[tuple[Pieces, float]]:

@@ -21,8 +21,10 @@ CASES: dict[str, tuple[str, float | None]] = {
     BASELINE: ("--strategy allreduce", None),
     **{
         f"allreduce-{codec}": (f"--strategy allreduce --codec {codec}", None if codec in ("bf16", "fp16") else 0.02)
-        for codec in ("bf16", "fp16", "int8", "int4", "sign", "topk", "randomk", "powersgd")
+        for codec in ("bf16", "fp16", "int8", "int4", "sign", "topk", "randomk")
     },
+    "allreduce-powersgd": ("--strategy allreduce --codec powersgd --rank 16 --codec-warmup 100", 0.02),
+    "allreduce-powersgd-4": ("--strategy allreduce --codec powersgd", None),
     "onebit-adam": (
         "--optim onebit-adam --codec sign --codec-momentum 0.9 --codec-warmup 100 --max-grad-norm 0", None
     ),

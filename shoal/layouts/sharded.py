@@ -170,6 +170,9 @@ def _cut(piece: Piece, model: nn.Module, rank: int) -> Piece:
     assert isinstance(source, DTensor)
     mesh, placements = source.device_mesh, source.placements
     rows = -(-source.shape[0] // mesh.size())
+    local, first = source.to_local().detach(), min(rank * rows, source.shape[0])
+    held = len(local) if piece.local.numel() else 0  # another rank trains it, or this one its rows
+    blocks = (block.rows(first, first + held) for block in piece.parts)
 
     def wrap(view: Tensor) -> Tensor:
         return DTensor.from_local(
@@ -179,11 +182,12 @@ def _cut(piece: Piece, model: nn.Module, rank: int) -> Piece:
     return Piece(
         piece.name,
         piece.shape,
-        offset=(piece.offset[0] + min(rank * rows, source.shape[0]), *piece.offset[1:]),
-        local=nn.Parameter(source.to_local().detach(), requires_grad=source.requires_grad),
+        offset=(piece.offset[0] + first, *piece.offset[1:]),
+        local=nn.Parameter(local[:held], requires_grad=source.requires_grad),
         source=source,
         unwrap=lambda grad: grad.to_local() if isinstance(grad, DTensor) else grad,
         wrap=wrap,
+        parts=tuple(block for block in blocks if 0 not in block.size),
     )
 
 

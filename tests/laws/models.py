@@ -37,16 +37,19 @@ DROPOUT: dict[str, tuple[str, ...]] = {
 def build(kind: str, dropout: float) -> nn.Module:
     """A model of a Hugging Face type; llama and qwen3 with fewer key and value heads, bert reads both ways."""
     rates = dict.fromkeys(DROPOUT.get(kind, ("attention_dropout",)), dropout)
-    heads = {"num_key_value_heads": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}
     configs: dict[str, Any] = {
-        "llama": lambda: LlamaConfig(**SHAPE, **heads, **rates),
-        "qwen3": lambda: Qwen3Config(**SHAPE, **heads, **rates, tie_word_embeddings=True),
+        "llama": lambda: LlamaConfig(**SHAPE | heads | rates),
+        "qwen3": lambda: Qwen3Config(**SHAPE | heads | rates, tie_word_embeddings=True),
         "gpt_neox": lambda: GPTNeoXConfig(**SHAPE, **rates),
         "bert": lambda: BertConfig(**SHAPE, **rates),
         "gpt2": lambda: GPT2Config(**SHAPE, **rates),
     }
     config = configs[kind]()
     model = BertForMaskedLM(config) if kind == "bert" else AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for p in model.parameters():  # else biases are zero, and a key's stays so
+            p.add_(torch.randn_like(p), alpha=0.02)
     attention.use_fastest(model)
     norm.use_fastest(model)
     return model.train()

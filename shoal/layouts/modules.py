@@ -11,26 +11,21 @@ from shoal.errors import UserError
 from shoal.layouts.tokens import Columns, Enter, Gather, Leave, Line, Scatter, Share, Sum, Tokens
 
 
-class Stack:
-    """A run of layers: within it each rank has a part of the tokens. `seen` are those that it has learnt from."""
+def cut_tokens_within(layers: list[nn.Module], line: Line) -> None:
+    """Have each rank with a part of the tokens from the first of the layers to the last."""
 
-    def __init__(self, layers: list[nn.Module], line: Line) -> None:
-        self.line = line
-        self.seen: list[Tokens] = []
-        layers[0].register_forward_pre_hook(self._enter, with_kwargs=True)
-        layers[-1].register_forward_hook(self._leave)
-
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        self.line.tokens = Tokens(self.line, *hidden.shape[:2])
-        if torch.is_grad_enabled():
-            self.seen.append(self.line.tokens)
-        return _with_hidden(Enter.apply(hidden, self.line.tokens), args, kwargs)
+        line.tokens = Tokens(line, *hidden.shape[:2])
+        return _with_hidden(Enter.apply(hidden, line.tokens), args, kwargs)
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def leave(module: nn.Module, args: Any, output: Any) -> Any:
         if isinstance(output, tuple):
-            return (Leave.apply(output[0], self.line.tokens), *output[1:])
-        return Leave.apply(output, self.line.tokens)
+            return (Leave.apply(output[0], line.tokens), *output[1:])
+        return Leave.apply(output, line.tokens)
+
+    layers[0].register_forward_pre_hook(enter, with_kwargs=True)
+    layers[-1].register_forward_hook(leave)
 
 
 def gather_for(module: nn.Module, line: Line) -> None:

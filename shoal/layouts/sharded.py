@@ -102,7 +102,7 @@ class Sharded(Placed):
         """For gathering and scattering."""
         return super().waited() + sum(exchange.seconds for exchange in self._exchanges)
 
-    def cost(self, turns: int) -> float:
+    def cost(self, turns: int, shape: tuple[int, int]) -> float:
         """As the head of this file has it; what stands outside the blocks is gathered once for both passes."""
         *layers, rest = self._parts
         scattered = turns if self.stage > 1 else 1
@@ -110,7 +110,7 @@ class Sharded(Placed):
         again = gathered if self.stage == 3 else 0  # for the backward pass
         sent = sum((gathered + again) * whole + scattered * trained for whole, trained in layers)
         sent += gathered * rest[0] + scattered * rest[1]
-        return super().cost(turns) + (self.wire.world_size - 1) * sent
+        return super().cost(turns, shape) + (self.wire.world_size - 1) * sent
 
     def __str__(self) -> str:
         what = {

@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from shoal.collectives import Wire
 from shoal.errors import UserError
 from shoal.layouts.base import Placed
-from shoal.layouts.modules import Common, Dropout, Embedding, Head, Stack, SummedUp, gather_for
+from shoal.layouts.modules import Common, Dropout, Embedding, Head, SummedUp, cut_tokens_within, gather_for
 from shoal.layouts.sharded import blocks
 from shoal.layouts.tokens import Line, Tokens
 from shoal.mesh import Axis, Mesh
@@ -56,7 +56,7 @@ class TensorParallel(Placed):
         self._common = [piece.name for piece in inner.pieces if piece.source not in cuts]
         pieces = [_part(piece, cuts.get(piece.source), axis) for piece in inner.pieces]
         new = {old.source: piece.source for old, piece in zip(inner.pieces, pieces, strict=True)}
-        self._stack = Stack(layers, self.line)
+        cut_tokens_within(layers, self.line)
         for layer in layers:
             _share(layer, cuts, self.line)
         for module in model.modules():
@@ -74,7 +74,6 @@ class TensorParallel(Placed):
     def refresh(self) -> None:
         """Have of the first rank what is not cut."""
         super().refresh()
-        self._stack.seen.clear()
         params = [self.model.get_parameter(name) for name in self._common]
         held = [_local(p) for p in params]
         if not held:
@@ -94,11 +93,11 @@ class TensorParallel(Placed):
         """For all of these."""
         return super().waited() + self.line.seconds
 
-    def cost(self, turns: int) -> float:
-        """As the head of this file has it, of the tokens that the step had."""
+    def cost(self, turns: int, shape: tuple[int, int]) -> float:
+        """As the head of this file has it."""
         told = sum(_local(self.model.get_parameter(name)).nbytes for name in self._common)
-        sent = sum(self._sizes.sent(tokens) for tokens in self._stack.seen)
-        return super().cost(turns) + sent + (told if self.is_first else 0)
+        sent = turns * self._sizes.sent(Tokens(self.line, *shape))
+        return super().cost(turns, shape) + sent + (told if self.is_first else 0)
 
     def __str__(self) -> str:
         return f"replicas of {self.line.size} workers, each with its part of every layer"

@@ -91,9 +91,11 @@ def sent_and_predicted(mesh: Mesh, task: RowsTask, **settings: Any) -> list[tupl
     found = []
     for step in range(3):
         before = run.replica.placed.bytes_sent()
-        run.replica.gradients(run.batches.at(step))
+        batch = run.batches.at(step)
+        rows, length = next(iter(batch.micro_batch(0).values())).shape
+        run.replica.gradients(batch)
         run.sync.step(run.replica, step)
-        predicted = run.replica.placed.cost(run.replica.turns)
+        predicted = run.replica.placed.cost(run.replica.turns, (rows, length))
         found.append((run.replica.placed.bytes_sent() - before, predicted))
     return found
 

@@ -60,7 +60,7 @@ def test_a_team_follows_one_process(pool: Pool, kind: str, tmp_path: Path) -> No
 def test_predicted_bytes_are_sent(pool: Pool, kind: str, layout: str) -> None:
     """Law 9, within an island."""
     ranks, _, settings = LAYOUTS[layout]
-    for on_rank in pool.world(ranks, sent_and_predicted, ModelTask(kind), **STEPS, **settings):
+    for on_rank in pool.world(ranks, sent_and_predicted, ModelTask(kind, full=True), **STEPS, **settings):
         for sent, predicted in on_rank:
             assert sent == predicted > 0
 

@@ -26,6 +26,11 @@ MODEL = [
     *("--model", "llama-tiny", "--model.hidden-size", "256", "--model.num-hidden-layers", "6"),
     *("--model.num-attention-heads", "4", "--model.intermediate-size", "688"),
 ]
+LAYOUTS = {  # how shoal is asked for them
+    "zero2": ["--strategy", "zero2"],
+    "zero3": ["--strategy", "zero3"],
+    "tp": ["--tp", str(WORKERS)],
+}
 POLL = 0.02
 PATIENCE = 900.0  # seconds without the steps asked for
 SHOAL = str(Path(sys.executable).with_name("shoal"))
@@ -39,7 +44,7 @@ class Job:
     precision: str = "bf16"
     compile: bool = False
     exact: bool = False
-    layout: str = ""  # "zero2" or "zero3"; empty: whole replicas
+    layout: str = ""  # one of `LAYOUTS`; empty: whole replicas
     defaults: str = ""  # nothing set but model, data and batch; the value says how it is launched
 
     def __str__(self) -> str:
@@ -121,7 +126,7 @@ def _shoal(job: Job, corpus: Corpus, folder: Path) -> list[Command]:
         words += ["--nproc-per-node", str(WORKERS), "--threads", "1", "--sequence-length", str(WINDOW)]
         words += ["--bf16" if job.precision == "bf16" else "--no-bf16"]
         words += ["--compile"] * job.compile + ["--exact"] * job.exact
-        words += ["--strategy", job.layout] if job.layout else []
+        words += LAYOUTS[job.layout] if job.layout else []
     return [(words, _environment(job, corpus))]
 
 

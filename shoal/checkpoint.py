@@ -396,13 +396,14 @@ def load_model(folder: Path, placed: Placed, part: dict[str, Tensor] | None = No
         raise UserError(
             f"resume from {folder}", f"it {found} tensor {name}", "use the --model it was saved from"
         )
-    offsets = {piece.name: piece.offset for piece in placed.pieces}
+    pieces = {piece.name: piece for piece in placed.pieces}
     for name, tensor in own.items():
         if saved.shapes[name] != wanted[name]:
             found = f"{name} has shape {saved.shapes[name]}, the model's is {wanted[name]}"
             raise UserError(f"resume from {folder}", found, "use the --model it was saved from")
         if tensor.numel():
-            tensor.copy_(saved.read(name, offsets.get(name), tensor.shape))
+            held = pieces.get(name)
+            tensor.copy_(saved.piece(name, held.blocks, tensor.shape) if held else saved.read(name))
 
 
 def load_optimizer(
@@ -420,7 +421,7 @@ def load_optimizer(
             return part[name]
         if saved.shapes[name] != tuple(piece.shape):  # a count of steps is not cut
             return saved.read(name)
-        return saved.read(name, piece.offset, piece.local.shape)
+        return saved.piece(name, piece.blocks, piece.local.shape)
 
     state.load(
         lambda param: {name.rsplit("/", 1)[1]: read(name, held[param]) for name in by_param.get(param, [])}

@@ -105,7 +105,8 @@ def _facts(run: Run) -> dict[str, Any]:
 def _layout(run: Run) -> str:
     """Where a replica lives, and what its workers are to send each other in a step."""
     placed = run.replica.placed
-    sent = placed.cost(run.replica.turns)
+    first = next(iter(run.batches.at(0).micro_batch(0).values()))
+    sent = placed.cost(run.replica.turns, (first.shape[0], first.shape[1]))
     return f"{placed}" + (f", {sent / 1e6:,.3g} MB sent by each within it in a step" if sent else "")
 
 

@@ -11,10 +11,34 @@ def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
+@dataclass(frozen=True)
+class Block:
+    """Values that lie together in a piece as in the whole: they begin `at` in the one and `offset` in the other."""
+
+    at: tuple[int, ...]
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @property
+    def where(self) -> tuple[slice, ...]:
+        """The block in the piece."""
+        return tuple(slice(begin, begin + n) for begin, n in zip(self.at, self.size, strict=True))
+
+    def rows(self, first: int, stop: int) -> "Block":
+        """What of it stands in the rows from `first` to `stop` of the piece, as a block of these alone."""
+        begin, end = max(self.at[0], first), min(self.at[0] + self.size[0], stop)
+        return Block(
+            (begin - first, *self.at[1:]),
+            (self.offset[0] + begin - self.at[0], *self.offset[1:]),
+            (max(0, end - begin), *self.size[1:]),
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Piece:
     """A part of the parameter `name` of the whole model: a block, which begins at `offset` in its `shape`.
 
+    Where it is several blocks of the whole (of a matrix of queries, keys and values), `parts` are these.
     `local` holds the values, in the memory of the model's own `source`, to which gradients come. Where these are
     tensors of another kind, `unwrap` gives the plain tensor of a gradient, and `wrap` undoes it.
     """
@@ -26,6 +50,12 @@ class Piece:
     source: nn.Parameter
     unwrap: Callable[[Tensor], Tensor] = _itself
     wrap: Callable[[Tensor], Tensor] = _itself
+    parts: tuple[Block, ...] = ()
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """What it holds of the whole."""
+        return self.parts or (Block((0,) * self.local.dim(), self.offset, tuple(self.local.shape)),)
 
 
 def whole(model: nn.Module) -> list[Piece]:

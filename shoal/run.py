@@ -123,7 +123,7 @@ class Run:
     @property
     def _places(self) -> Places | None:
         pieces = self.replica.placed.pieces if self.is_cut else []
-        return {piece.name: (tuple(piece.shape), piece.offset) for piece in pieces}
+        return {piece.name: (tuple(piece.shape), piece.blocks) for piece in pieces}
 
     def evaluate(self, stop: Callable[[], bool]) -> dict[str, float] | None:
         """The task's metrics over the whole "eval" split, {} if it is empty; None if `stop()` came true."""

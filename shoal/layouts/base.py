@@ -92,9 +92,12 @@ class Placed:
         """The seconds that this rank has waited for the others of its island, so far."""
         return 0.0 if self.inner is None else self.inner.waited()
 
-    def cost(self, turns: int) -> float:
-        """The bytes that it sends there in a step of so many micro-batches each, as arithmetic."""
-        return 0.0 if self.inner is None else self.inner.cost(turns)
+    def cost(self, turns: int, shape: tuple[int, int]) -> float:
+        """The bytes that it sends there in a step of so many micro-batches each, as arithmetic.
+
+        `shape` is that of a micro-batch: rows, and tokens in each.
+        """
+        return 0.0 if self.inner is None else self.inner.cost(turns, shape)
 
     def __str__(self) -> str:
         return "every worker holds a whole replica"

@@ -102,7 +102,7 @@ class Sharded(Placed):
         """For gathering and scattering."""
         return super().waited() + sum(exchange.seconds for exchange in self._exchanges)
 
-    def cost(self, turns: int) -> float:
+    def cost(self, turns: int, shape: tuple[int, int]) -> float:
         """As the head of this file has it; what stands outside the blocks is gathered once for both passes."""
         *layers, rest = self._parts
         scattered = turns if self.stage > 1 else 1
@@ -110,7 +110,7 @@ class Sharded(Placed):
         again = gathered if self.stage == 3 else 0  # for the backward pass
         sent = sum((gathered + again) * whole + scattered * trained for whole, trained in layers)
         sent += gathered * rest[0] + scattered * rest[1]
-        return super().cost(turns) + (self.wire.world_size - 1) * sent
+        return super().cost(turns, shape) + (self.wire.world_size - 1) * sent
 
     def __str__(self) -> str:
         what = {
@@ -170,6 +170,9 @@ def _cut(piece: Piece, model: nn.Module, rank: int) -> Piece:
     assert isinstance(source, DTensor)
     mesh, placements = source.device_mesh, source.placements
     rows = -(-source.shape[0] // mesh.size())
+    local, first = source.to_local().detach(), min(rank * rows, source.shape[0])
+    held = len(local) if piece.local.numel() else 0  # another rank trains it, or this one its rows
+    blocks = (block.rows(first, first + held) for block in piece.parts)
 
     def wrap(view: Tensor) -> Tensor:
         return DTensor.from_local(
@@ -179,11 +182,12 @@ def _cut(piece: Piece, model: nn.Module, rank: int) -> Piece:
     return Piece(
         piece.name,
         piece.shape,
-        offset=(piece.offset[0] + min(rank * rows, source.shape[0]), *piece.offset[1:]),
-        local=nn.Parameter(source.to_local().detach(), requires_grad=source.requires_grad),
+        offset=(piece.offset[0] + first, *piece.offset[1:]),
+        local=nn.Parameter(local[:held], requires_grad=source.requires_grad),
         source=source,
         unwrap=lambda grad: grad.to_local() if isinstance(grad, DTensor) else grad,
         wrap=wrap,
+        parts=tuple(block for block in blocks if 0 not in block.size),
     )
 
 

@@ -16,6 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "shoal"
 MOST_TOKENS = 512
+HEADS = "part_of_heads"  # on a module that holds a part of the heads: which, of how many
 
 
 def use_fastest(model: PreTrainedModel) -> None:
@@ -39,24 +40,28 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """Heads' outputs [B, T, heads, D] of query [B, heads, T, D], key and value [B, key heads, T, D].
 
-    `attention_mask` [B, 1, T, T] is true where a query may look, None is causal.
+    `attention_mask` [B, 1, T, T] is true where a query may look, None is causal. Of a part of the heads the dropout
+    is that of all heads together, and its kernel therefore ours.
     """
     kind = query.device.type
     compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     short = query.shape[2] == key.shape[2] <= MOST_TOKENS
     masked = attention_mask is not None and attention_mask.dtype == torch.bool
     causal = attention_mask is None and options.get("is_causal") is not False and module.is_causal
-    if not (kind == "cpu" and compute == torch.bfloat16 and short and (masked or causal)):
+    part = getattr(module, HEADS, (0, 1))
+    draws = dropout > 0 and part != (0, 1)
+    if not draws and not (kind == "cpu" and compute == torch.bfloat16 and short and (masked or causal)):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
     if attention_mask is None:
         length = query.shape[2]
-        attention_mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+        attention_mask = torch.ones(length, length, dtype=torch.bool, device=query.device)
+        attention_mask = attention_mask.tril() if causal else attention_mask
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast(kind, enabled=False):
         out = _by_products(
-            query.to(compute), key.to(compute), value.to(compute), attention_mask, dropout, scale
+            query.to(compute), key.to(compute), value.to(compute), attention_mask, dropout, scale, part
         )
     return out.transpose(1, 2).contiguous(), None
 
@@ -71,7 +76,9 @@ def _in_compute_dtype(module: nn.Module, inputs: Any, turned: tuple[Tensor, ...]
     return tuple(each.to(torch.get_autocast_dtype("cpu")) for each in turned) if narrow else turned
 
 
-def _by_products(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, dropout: float, scale: float) -> Tensor:
+def _by_products(
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, dropout: float, scale: float, part: tuple[int, int]
+) -> Tensor:
     batch, heads, length, _ = q.shape
     shared = heads // k.shape[1]
     if shared > 1:
@@ -80,8 +87,18 @@ def _by_products(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, dropout: floa
     bias = blocked.expand(batch, heads, length, length).flatten(0, 1)
     # The mask is what the product is added to: one pass over the scores less, forward and backward.
     scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale)
-    seen = F.dropout(scores.softmax(-1), dropout)
+    seen = _dropped(scores.softmax(-1), heads, dropout, part)
     return (seen @ v.flatten(0, 1)).unflatten(0, (batch, heads))
+
+
+def _dropped(seen: Tensor, heads: int, dropout: float, part: tuple[int, int]) -> Tensor:
+    """Dropout over [B * heads, T, T], as it would be if the other parts of the heads were here."""
+    index, parts = part
+    if not dropout or parts == 1:
+        return F.dropout(seen, dropout)
+    batch = len(seen) // heads
+    drawn = F.dropout(seen.new_ones(batch, parts * heads, *seen.shape[1:]), dropout)
+    return seen * drawn[:, index * heads : (index + 1) * heads].flatten(0, 1)
 
 
 AttentionInterface.register(NAME, attention_forward)

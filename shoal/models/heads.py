@@ -3,7 +3,7 @@
 They are used apart so that the loss can be taken in chunks, with logits never whole in memory.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROBE_TOKENS = 4
+
+
+class Vocabulary(Protocol):
+    """The part of an output embedding that this process holds; others, with the same hidden states, hold the rest."""
+
+    first: int  # of its rows
+
+    def gather(self, numbers: Tensor) -> Tensor:
+        """What each of them has found, [...]: [ranks, ...]."""
+        ...
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """The sum of what they have found, in place."""
+        ...
 
 
 def final_hidden(model: "PreTrainedModel", inputs: dict[str, Any]) -> Tensor:
@@ -28,6 +42,11 @@ def head(model: "PreTrainedModel") -> tuple[Tensor, Tensor | None]:
     """The output embedding: its weight [V, H] and bias [V] or None."""
     layer = model.get_output_embeddings()
     return layer.weight, layer.bias
+
+
+def vocabulary(model: "PreTrainedModel") -> Vocabulary | None:
+    """Which rows of the output embedding are here; None: all of them."""
+    return getattr(model.get_output_embeddings(), "vocabulary", None)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shoal.models.heads import final_hidden, head, logits
+from shoal.models.heads import Vocabulary, final_hidden, head, logits, vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,7 +24,7 @@ def summed_cross_entropy(
     `isolation.packed_inputs`. `chunked` needs a model with `heads.has_plain_head`.
     """
     if chunked:
-        return linear_cross_entropy(final_hidden(model, inputs), *head(model), labels)
+        return linear_cross_entropy(final_hidden(model, inputs), *head(model), labels, vocabulary(model))
     return cross_entropy(logits(model, inputs), labels)
 
 
@@ -34,17 +34,22 @@ def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(wide, labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cut: Vocabulary | None = None
+) -> Tensor:
     """`cross_entropy(F.linear(hidden, weight, bias), labels)` without the logits whole in memory.
 
     hidden [..., H], weight [V, H], bias [V] or None, labels [...]. Matrix products run in the autocast dtype
     where autocast is on, sums over tokens in at least float32.
+
+    Where the vocabulary is `cut`, weight and bias are this process's rows, of which the gradients are; the loss and
+    the gradient of the hidden states are whole. Processes tell each other three numbers a token, and the latter.
     """
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
     kind = hidden.device.type
     compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     with torch.autocast(kind, enabled=False):
-        return _LinearCrossEntropy.apply(hidden, weight, bias, labels, compute)
+        return _LinearCrossEntropy.apply(hidden, weight, bias, labels, compute, cut)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -52,7 +57,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, compute: torch.dtype
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        compute: torch.dtype,
+        cut: Vocabulary | None,
     ) -> Tensor:
         wide = _wide(hidden.dtype)
         low_hidden, low_weight = hidden.to(compute), weight.to(compute)
@@ -65,13 +76,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             scores = F.linear(low_hidden[part], low_weight)
             if bias is not None:
                 scores = scores + bias
-            loss, error = _loss_and_error(scores, labels[part], wide)
+            if cut is None:
+                loss, error = _loss_and_error(scores, labels[part], wide)
+            else:
+                loss, error = _loss_and_error_of_part(scores, labels[part], wide, cut)
             total += loss
             low_error = error.to(compute)
             grad_hidden[part] = low_error @ low_weight
             grad_weight += low_error.T @ low_hidden[part]
             if grad_bias is not None:
                 grad_bias += error.sum(0)
+        if cut is not None and ctx.needs_input_grad[0]:
+            cut.sum(grad_hidden)
         grads = [grad_hidden, grad_weight.to(weight.dtype)]
         ctx.has_bias = grad_bias is not None
         ctx.save_for_backward(*grads, *([grad_bias] if grad_bias is not None else []))
@@ -80,7 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [(saved * grad).to(saved.dtype) for saved in ctx.saved_tensors]
-        return (*scaled, None, None) if ctx.has_bias else (*scaled, None, None, None)
+        return (*scaled, None, None, None) if ctx.has_bias else (*scaled, None, None, None, None)
 
 
 def _loss_and_error(scores: Tensor, labels: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -91,6 +107,29 @@ def _loss_and_error(scores: Tensor, labels: Tensor, wide: torch.dtype) -> tuple[
     loss = -(log_probability.gather(1, at)[:, 0] * used).sum()
     error = log_probability.exp_()
     error.scatter_add_(1, at, torch.full_like(at, -1, dtype=wide))
+    return loss, error.mul_(used[:, None])
+
+
+def _loss_and_error_of_part(
+    scores: Tensor, labels: Tensor, wide: torch.dtype, cut: Vocabulary
+) -> tuple[Tensor, Tensor]:
+    """The same of the logits [N, part of V] of some rows, together with those who have the others.
+
+    Of a token each tells its largest logit, the sum of the exponentials below it, and the label's logit if it has it
+    (Shoeybi et al. 2019, section 3).
+    """
+    used, local = labels != IGNORED, labels - cut.first
+    here = used & (local >= 0) & (local < scores.shape[1])
+    at = local.where(here, 0)[:, None]
+    error = scores.to(wide)
+    highest, label = error.amax(-1), error.gather(1, at)[:, 0] * here
+    error = error.sub_(highest[:, None]).exp_()
+    tops, sums, of_label = cut.gather(torch.stack([highest, error.sum(-1), label])).unbind(1)
+    top = tops.amax(0)
+    total = (sums * (tops - top).exp()).sum(0)
+    loss = ((top + total.log() - of_label.sum(0)) * used).sum()
+    error.mul_(((highest - top).exp() / total)[:, None])
+    error.scatter_add_(1, at, -here.to(wide)[:, None])
     return loss, error.mul_(used[:, None])
 
 

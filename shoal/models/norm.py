@@ -26,7 +26,8 @@ class _Forward:
         self.eps = float(vars(module)["variance_epsilon"])
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        weight = self.module.get_parameter("weight")
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
         ours = hidden.device.type == "cpu" and hidden.dtype == weight.dtype == torch.float32
         if not ours or torch.compiler.is_compiling():
             result: Tensor = self.own(self.module, hidden)

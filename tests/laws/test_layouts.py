@@ -11,9 +11,10 @@ from laws.worlds import Arrays, after, first_difference, follow, run_of
 
 from shoal.loop import train
 from shoal.mesh import Mesh
+from shoal.piece import Block
 from shoal.run import Run
 
-Pieces = dict[str, tuple[tuple[int, ...], tuple[int, ...], np.ndarray]]
+Pieces = dict[str, tuple[tuple[int, ...], tuple[Block, ...], np.ndarray]]
 STEPS = {"precision": "64-true", "max_steps": 6, "global_batch_size": 12, "per_device_train_batch_size": 2}
 # Of each layout how many ranks it is tried on, how many of them hold a replica, and how it is asked for.
 LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -28,7 +29,7 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 def pieces_of(run: Run) -> Pieces:
     return {
-        piece.name: (tuple(piece.shape), piece.offset, piece.local.detach().numpy().copy())
+        piece.name: (tuple(piece.shape), piece.blocks, piece.local.detach().numpy().copy())
         for piece in run.replica.placed.pieces
     }
 
@@ -50,11 +51,12 @@ def together(ranks: list[Pieces]) -> Arrays:
     """The whole tensors of the pieces of one island; every element must be held once."""
     found: dict[str, np.ndarray] = {}
     for pieces in ranks:
-        for name, (shape, offset, values) in pieces.items():
+        for name, (shape, blocks, values) in pieces.items():
             whole = found.setdefault(name, np.full(shape, np.nan))
-            where = tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))
-            assert np.isnan(whole[where]).all(), f"{name} is held twice"
-            whole[where] = values
+            for block in blocks:
+                where = tuple(slice(o, o + n) for o, n in zip(block.offset, block.size, strict=True))
+                assert np.isnan(whole[where]).all(), f"{name} is held twice"
+                whole[where] = values[block.where]
     assert not any(np.isnan(whole).any() for whole in found.values())
     return found
 
@@ -78,7 +80,7 @@ def test_a_cut_replica_follows_one_process(pool: Pool, kind: str, tmp_path: Path
 
 def test_the_pieces_do_not_fit_where_a_rank_computes_otherwise() -> None:
     """The law above can fail: two ranks that hold the same rows are found."""
-    piece = ((4,), (0,), np.zeros(2))
+    piece = ((4,), (Block((0,), (0,), (2,)),), np.zeros(2))
     with pytest.raises(AssertionError, match="twice"):
         together([{"a": piece}, {"a": piece}])
 
@@ -89,9 +91,11 @@ def sent_and_predicted(mesh: Mesh, task: RowsTask, **settings: Any) -> list[tupl
     found = []
     for step in range(3):
         before = run.replica.placed.bytes_sent()
-        run.replica.gradients(run.batches.at(step))
+        batch = run.batches.at(step)
+        rows, length = next(iter(batch.micro_batch(0).values())).shape
+        run.replica.gradients(batch)
         run.sync.step(run.replica, step)
-        predicted = run.replica.placed.cost(run.replica.turns)
+        predicted = run.replica.placed.cost(run.replica.turns, (rows, length))
         found.append((run.replica.placed.bytes_sent() - before, predicted))
     return found
 

@@ -1,0 +1,312 @@
+"""Tensor-parallel with sequence parallel: each rank of a team has a part of every layer, and computes all tokens.
+
+Of a pair of linear layers the first is cut by its outputs (some of the heads, a part of the MLP's width), the second
+by its inputs; what the ranks find is summed (Shoeybi et al. 2019, "Megatron-LM"). Between such pairs, where norms,
+residuals and dropout are, each rank has a part of the tokens (Korthikanti et al. 2022, "Reducing Activation
+Recomputation in Large Transformer Models"): they are gathered before a pair, once for queries, keys and values
+together, and the sum is scattered after it. Embedding, head and loss are cut by rows of the vocabulary; logits are
+never whole. Parameters are plain tensors, so that ZeRO cuts them further as it cuts any others.
+
+With t ranks, per micro-batch of N tokens with H numbers each, a rank sends
+
+- for a layer of two pairs  8 (t - 1) / t N H, forward and backward, in the dtype of the matrix products
+- before and after the layers  6 (t - 1) / t N H: a sum of the embeddings, a gather each way, a sum for the head
+- for the loss  3 (t - 1) N numbers, and for norms and biases within the layers 2 (t - 1) / t of their gradients
+
+and holds of linear layers, embedding and head, their gradients and moments 1 / t. What is not cut every rank has,
+but the first alone trains it: the others follow, by one broadcast a step. Copies never part, whatever strategy runs.
+"""
+
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
+
+from shoal.collectives import Wire
+from shoal.errors import UserError
+from shoal.layouts.base import Placed
+from shoal.layouts.modules import Common, Dropout, Embedding, Head, SummedUp, cut_tokens_within, gather_for
+from shoal.layouts.sharded import blocks
+from shoal.layouts.tokens import Line, Tokens
+from shoal.mesh import Axis, Mesh
+from shoal.models import attention, plans
+from shoal.models.heads import has_plain_head
+from shoal.piece import Block, Piece
+from shoal.precision import Policy
+
+Styles = dict[nn.Module, plans.Style]
+
+
+class TensorParallel(Placed):
+    """The layers, embedding and head of another layout's model cut over the ranks of a team."""
+
+    def __init__(self, inner: Placed, mesh: Mesh, policy: Policy) -> None:
+        axis, model = mesh.axes["tensor"], inner.model
+        self.line = Line(Wire(axis.group))
+        self.is_first = axis.index == 0
+        layers = list(blocks(model))
+        styles = _styles(model, layers, axis.size)
+        cuts = _cuts(model, styles)
+        self._sizes = _Sizes.of(model, layers, styles, cuts, policy, axis.size)
+        self._common = [piece.name for piece in inner.pieces if piece.source not in cuts]
+        pieces = [_part(piece, cuts.get(piece.source), axis) for piece in inner.pieces]
+        new = {old.source: piece.source for old, piece in zip(inner.pieces, pieces, strict=True)}
+        cut_tokens_within(layers, self.line)
+        for layer in layers:
+            _share(layer, cuts, self.line)
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                module._parameters[name] = new.get(p) if p is not None else None
+        _compute_in_part(model, styles, self.line)
+        _cut_vocabulary(model, self._sizes.vocabulary, axis, self.line)
+        super().__init__(model, pieces, inner.loss, inner)
+
+    @property
+    def reports(self) -> bool:
+        """All ranks of a team find the same loss."""
+        return self.is_first and super().reports
+
+    def refresh(self) -> None:
+        """Have of the first rank what is not cut."""
+        super().refresh()
+        params = [self.model.get_parameter(name) for name in self._common]
+        held = [_local(p) for p in params]
+        if not held:
+            return
+        flat = torch.cat([each.flatten() for each in held])
+        self.line.broadcast(flat)
+        if not self.is_first:
+            for p, own, told in zip(params, held, flat.split([each.numel() for each in held]), strict=True):
+                own.copy_(told.view_as(own))
+                p.grad = None
+
+    def bytes_sent(self) -> int:
+        """By gathering, scattering and summing."""
+        return super().bytes_sent() + self.line.wire.bytes_sent
+
+    def waited(self) -> float:
+        """For all of these."""
+        return super().waited() + self.line.seconds
+
+    def cost(self, turns: int, shape: tuple[int, int]) -> float:
+        """As the head of this file has it."""
+        told = sum(_local(self.model.get_parameter(name)).nbytes for name in self._common)
+        sent = turns * self._sizes.sent(Tokens(self.line, *shape))
+        return super().cost(turns, shape) + sent + (told if self.is_first else 0)
+
+    def __str__(self) -> str:
+        return f"replicas of {self.line.size} workers, each with its part of every layer"
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Along which dim a parameter is cut; `parts` as large as each other lie end to end there, each cut alike."""
+
+    dim: int
+    parts: int = 1
+
+
+def _cuts(model: Any, styles: Styles) -> dict[Tensor, _Cut]:
+    """Of every parameter that is cut, how."""
+    cuts: dict[Tensor, _Cut] = {}
+    for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+        cuts |= {p: _Cut(0) for p in embedding.parameters()}
+    for module, style in styles.items():
+        out = plans.out_dim(module)
+        cuts[plans.weight_of(module)] = _Cut(out if style.side == "out" else 1 - out, style.parts)
+        if style.side == "out" and isinstance(module.bias, Tensor):
+            cuts[module.bias] = _Cut(0, style.parts)
+    return cuts
+
+
+def _part(piece: Piece, cut: _Cut | None, axis: Axis) -> Piece:
+    """What this rank holds of a whole piece; nothing of what another one trains."""
+    source = piece.source
+    if cut is None:
+        empty = nn.Parameter(source.detach()[:0], requires_grad=source.requires_grad)
+        return piece if axis.index == 0 else Piece(piece.name, piece.shape, piece.offset, empty, source)
+    length = source.shape[cut.dim] // cut.parts
+    first, count = _span(length, axis)
+    at = [0] * source.dim()
+    offset, size = list(at), list(source.shape)
+    blocks, held = [], []
+    for part in range(cut.parts):
+        at[cut.dim], offset[cut.dim], size[cut.dim] = part * count, part * length + first, count
+        blocks.append(Block(tuple(at), tuple(offset), tuple(size)))
+        held.append(source.detach().narrow(cut.dim, offset[cut.dim], count))
+    local = nn.Parameter(torch.cat(held, cut.dim), requires_grad=source.requires_grad)
+    return Piece(piece.name, piece.shape, blocks[0].offset, local, local, parts=tuple(blocks))
+
+
+def _span(length: int, axis: Axis) -> tuple[int, int]:
+    """Of so many rows the first of this rank, and how many it has: as many as the others, the last one fewer."""
+    most = -(-length // axis.size)
+    first = axis.index * most
+    return first, min(most, length - first)
+
+
+def _local(p: Tensor) -> Tensor:
+    """What this rank holds of a parameter, however it is cut further."""
+    return p.to_local().detach() if isinstance(p, DTensor) else p.detach()
+
+
+def _share(layer: nn.Module, cuts: dict[Tensor, _Cut], line: Line) -> None:
+    common = [name for name, p in layer.named_parameters() if p.requires_grad and p not in cuts]
+    if common:
+        Common(layer, common, line)
+    dropouts: list[Any] = [module for module in layer.modules() if isinstance(module, nn.Dropout)]
+    for dropout in dropouts:
+        dropout.forward = Dropout(dropout, line)
+
+
+def _compute_in_part(model: Any, styles: Styles, line: Line) -> None:
+    """Have linear layers, and the modules around them, compute with a part of heads and widths."""
+    for module, style in styles.items():
+        if style.side == "in":
+            module.forward = SummedUp(module, line)
+        elif isinstance(module, Conv1D):
+            module.nf //= line.size
+    for parent in _pairs(model, styles):
+        gather_for(parent, line)
+        setattr(parent, attention.HEADS, (line.index, line.size))
+        for width in plans.WIDTHS.get(model.config.model_type, ()):
+            if hasattr(parent, width):
+                setattr(parent, width, getattr(parent, width) // line.size)
+
+
+def _pairs(model: nn.Module, styles: Styles) -> dict[nn.Module, nn.Module]:
+    """The modules that hold linear layers cut by their outputs, each with one of these."""
+    names = {module: name for name, module in model.named_modules()}
+    return {
+        model.get_submodule(names[module].rpartition(".")[0]): module
+        for module, style in styles.items()
+        if style.side == "out"
+    }
+
+
+def _cut_vocabulary(model: Any, rows: int, axis: Axis, line: Line) -> None:
+    first, _ = _span(rows, axis)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding.forward = Embedding(embedding, line, first)
+    head.forward = Head(head, line, first, rows)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Of a model: what a rank's bytes depend on."""
+
+    ranks: int
+    width: int  # of hidden states
+    between: int  # numbers of a token that are gathered or scattered in all layers, one way
+    common: tuple[int, ...]  # numbers of each layer that are trained and not cut
+    vocabulary: int
+    logits: bool  # whether they are gathered, where no loss can be taken without
+    wide: int  # bytes of a number, where they are not those of matrix products:
+    narrow: int
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        layers: list[nn.Module],
+        styles: Styles,
+        cuts: dict[Tensor, _Cut],
+        policy: Policy,
+        ranks: int,
+    ) -> "_Sizes":
+        """Those of a model that is still whole."""
+        inputs = sum(plans.sizes(module)[0] for module in _pairs(model, styles).values())
+        outputs = sum(plans.sizes(module)[1] for module, style in styles.items() if style.side == "in")
+        embedding = model.get_input_embeddings().weight
+        return cls(
+            ranks,
+            width=embedding.shape[1],
+            between=inputs + outputs,
+            common=tuple(
+                sum(p.numel() for p in layer.parameters() if p.requires_grad and p not in cuts)
+                for layer in layers
+            ),
+            vocabulary=embedding.shape[0],
+            logits=not has_plain_head(model),
+            wide=policy.parameters.itemsize,
+            narrow=policy.compute.itemsize,
+        )
+
+    def sent(self, tokens: Tokens) -> int:
+        """By a rank for the forward and backward pass of a micro-batch."""
+        count, others = tokens.rows * tokens.length, self.ranks - 1
+        shares = others * tokens.share
+        layers = 2 * shares * self.between * self.narrow + sum(map(self._summed, self.common))
+        around = 2 * shares * self.width * self.wide + 2 * self._summed(count * self.width)
+        rows = -(-self.vocabulary // self.ranks)
+        loss = others * count * (rows * self.narrow if self.logits else 3 * self.wide)
+        return layers + around + loss
+
+    def _summed(self, numbers: int) -> int:
+        return 2 * (numbers * self.wide * (self.ranks - 1) // self.ranks)
+
+
+def _styles(model: Any, layers: list[nn.Module], ranks: int) -> Styles:
+    """How each linear layer is cut. Raises UserError where a model cannot be."""
+    try:
+        styles = plans.plan(model, layers)
+    except plans.Unknown as error:
+        known = ", ".join(sorted(plans.PLANS))
+        _refuse(
+            ranks, str(error), f"take {known}, or a model that carries a plan (llama, qwen3, gpt_neox, ...)"
+        )
+    _check_sizes(model, styles, ranks)
+    _check_embeddings(model, ranks)
+    _check_dropout(model, layers, ranks)
+    return styles
+
+
+def _check_sizes(model: Any, styles: Styles, ranks: int) -> None:
+    config, names = model.config, {module: name for name, module in model.named_modules()}
+    sizes = {
+        "attention heads": config.num_attention_heads,
+        "key and value heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+    }
+    for module, style in styles.items():
+        width = plans.sizes(module)[style.side == "out"] // style.parts
+        sizes[f"{style.side}puts of {names[module]}"] = width
+    common = math.gcd(*sizes.values())
+    for what, size in sizes.items():
+        if size % ranks:
+            choices = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+            _refuse(ranks, f"{size} {what} do not divide by it", f"take one of {choices}")
+
+
+def _check_embeddings(model: Any, ranks: int) -> None:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    rows = embedding.weight.shape[0]
+    if not isinstance(head, nn.Linear) or head.weight.shape[0] != rows:
+        _refuse(ranks, "the model has no head as large as its vocabulary", "take another model")
+    if -(-rows // ranks) * (ranks - 1) >= rows:
+        _refuse(ranks, f"of {rows} tokens the last worker would have none", "take a smaller number")
+    if any(p.dim() == 0 for p in model.parameters()):
+        _refuse(ranks, "the model has a parameter without a dim", "take another model")
+
+
+def _check_dropout(model: Any, layers: list[nn.Module], ranks: int) -> None:
+    """The masks are those that one process would draw: where a model draws them by itself they would be others."""
+    config = model.config.to_dict()
+    rates = {
+        name: rate for name, rate in config.items() if "drop" in name and isinstance(rate, float) and rate
+    }
+    kinds = {type(module) for layer in layers for module in layer.modules()}
+    own = [kind.__name__ for kind in kinds if "functional.dropout" in inspect.getsource(kind.forward)]
+    if model.config._attn_implementation != attention.NAME:
+        own.append(f"attention of the kind {model.config._attn_implementation}")
+    if rates and own:
+        zero = " ".join(f"--model.{name} 0" for name in rates)
+        _refuse(ranks, f"{own[0]} would draw other dropout masks than one worker", f"add {zero}")
+
+
+def _refuse(ranks: int, found: str, change: str) -> NoReturn:
+    raise UserError(f"--tp {ranks}", found, change)

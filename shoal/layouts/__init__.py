@@ -1,25 +1,37 @@
 """Layouts: where the tensors of one replica live. A layout is one file here, and stands on the one before it."""
 
-from torch import nn
+from torch import Tensor, nn
 
 from shoal.config import LayoutConfig
 from shoal.errors import UserError
 from shoal.layouts import replicated
 from shoal.layouts.base import Loss, Placed
+from shoal.layouts.context import Context
 from shoal.layouts.sharded import Sharded
 from shoal.layouts.tensor import TensorParallel
 from shoal.mesh import Mesh
 from shoal.precision import Policy
 
 
-def place(model: nn.Module, loss: Loss, mesh: Mesh, policy: Policy, options: LayoutConfig) -> Placed:
-    """Give every rank of `mesh` its part of `model`, with the parameters of rank 0."""
-    for axis in ("pipeline", "context"):
-        if mesh.size(axis) > 1:
-            raise UserError(f"--{axis[0]}p {mesh.size(axis)}", "this layout is not there yet", "leave it out")
+def place(
+    model: nn.Module,
+    loss: Loss,
+    mesh: Mesh,
+    policy: Policy,
+    options: LayoutConfig,
+    nothing: dict[str, Tensor],
+) -> Placed:
+    """Give every rank of `mesh` its part of `model`, with the parameters of rank 0.
+
+    `nothing` is a micro-batch without samples, of the shape that all have.
+    """
+    if mesh.size("pipeline") > 1:
+        raise UserError(f"--pp {mesh.size('pipeline')}", "this layout is not there yet", "leave it out")
     placed = replicated.place(model, loss, mesh, policy)
     if mesh.size("tensor") > 1:
         placed = TensorParallel(placed, mesh, policy)
+    if mesh.size("context") > 1:
+        placed = Context(placed, mesh, policy, nothing)
     if mesh.size("zero") > 1:
         placed = Sharded(placed, mesh, options.zero_stage or 3)
     return placed

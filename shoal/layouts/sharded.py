@@ -72,9 +72,7 @@ class Sharded(Placed):
         pieces = [_cut(piece, model, axis.index) for piece in inner.pieces]
         super().__init__(model, pieces, self._loss, inner)
         if not self.trained:
-            _refuse(
-                axis.size, f"worker {mesh.rank} would hold nothing of this model", "take a smaller number"
-            )
+            _refuse(mesh, f"worker {mesh.rank} would hold nothing of this model", "take a smaller number")
 
     def _loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         loss: Tensor = self.root(inputs)
@@ -118,7 +116,8 @@ class Sharded(Placed):
             2: "gradients and optimizer state",
             3: "parameters, gradients and state",
         }
-        return f"replicas of {self.wire.world_size} workers, each with its part of {what[self.stage]}"
+        cut = f"replicas of {self.wire.world_size} workers, each with its part of {what[self.stage]}"
+        return f"{cut}; {self.inner}" if self.inner and self.inner.inner else cut
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
@@ -134,24 +133,24 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 def _check(model: nn.Module, layers: list[nn.Module], mesh: Mesh) -> None:
     """Raises UserError where FSDP2 cannot cut a model, or would cut it wrongly."""
-    size = mesh.size("shard")
     if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
-        _refuse(size, f"this is torch {torch.__version__}", "install torch 2.13 or later")
+        _refuse(mesh, f"this is torch {torch.__version__}", "install torch 2.13 or later")
     if any(p.dim() == 0 for p in model.parameters()):
-        _refuse(size, "the model has a parameter without a dim", "take another model")
+        _refuse(mesh, "the model has a parameter without a dim", "take another model")
     if any(getattr(module, "layerdrop", 0) for module in model.modules()):
-        _refuse(size, "workers would leave out different layers (layerdrop)", "add --model.layerdrop 0")
+        _refuse(mesh, "workers would leave out different layers (layerdrop)", "add --model.layerdrop 0")
     if mesh.device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module in model.modules()):
-        _refuse(size, "cuDNN keeps the weights of a recurrent layer elsewhere", "leave it out")
+        _refuse(mesh, "cuDNN keeps the weights of a recurrent layer elsewhere", "leave it out")
     inner = [id(p) for layer in layers for p in layer.parameters()]
     below = {id(module) for layer in layers for module in layer.modules()}
     outer = [id(p) for m in model.modules() if id(m) not in below for p in m.parameters(recurse=False)]
     if len(set(inner)) < len(inner) or set(inner) & set(outer):
-        _refuse(size, "two layers of the model share a parameter", "take another model")
+        _refuse(mesh, "two layers of the model share a parameter", "take another model")
 
 
-def _refuse(size: int, found: str, change: str) -> None:
-    raise UserError(f"--dp-shard {size}", found, change)
+def _refuse(mesh: Mesh, found: str, change: str) -> None:
+    flag, axis = ("--dp-shard", "shard") if mesh.size("shard") > 1 else ("--cp", "context")
+    raise UserError(f"{flag} {mesh.size(axis)}", found, change)
 
 
 def _part_bytes(module: nn.Module, ranks: int, without: Container[int] = ()) -> tuple[int, int]:

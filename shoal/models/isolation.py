@@ -36,12 +36,20 @@ def document_positions(documents: Tensor) -> Tensor:
     return index - torch.where(starts, index, 0).cummax(dim=-1).values
 
 
-def packed_inputs(input_ids: Tensor, documents: Tensor) -> dict[str, Tensor | None]:
+def packed_inputs(
+    input_ids: Tensor, documents: Tensor, position_ids: Tensor | None = None
+) -> dict[str, Tensor | None]:
     """The model's inputs for packed windows: input_ids, position_ids [B, T] and attention_mask [B, 1, T, T].
 
     The mask is None when no window holds a boundary: plain causal attention then isolates already. A compiled
     graph cannot ask that of its data, and has the mask always.
+
+    Of a part of each window, which comes with its `position_ids`, the mask is the `documents` of the whole window,
+    as [B, 1, 1, T]: for an attention that knows which part it is.
     """
+    if position_ids is not None:
+        mask = documents[:, None, None]
+        return {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": mask}
     bounded = torch.compiler.is_compiling() or bool((documents[:, 1:] != documents[:, :-1]).any())
     return {
         "input_ids": input_ids,

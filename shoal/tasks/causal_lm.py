@@ -70,7 +70,7 @@ class CausalLM:
 
     def loss(self, model: "PreTrainedModel", inputs: dict[str, Tensor]) -> Tensor:
         """Summed cross entropy over the labels, logits never whole in memory."""
-        packed = packed_inputs(inputs["input_ids"], inputs["documents"])
+        packed = packed_inputs(inputs["input_ids"], inputs["documents"], inputs.get("position_ids"))
         return summed_cross_entropy(model, packed, inputs["labels"], chunked=self._chunked)
 
     def metrics(self, loss_sum: float, labels: int) -> dict[str, float]:

@@ -171,7 +171,7 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
     task = choose("--task", config.train.task, TASKS)(config, data)
     batches, total_steps, micro_batches = _batches(config, task, mesh.teams)
     first_shares = _first_shares(config.strategy.balance, micro_batches, mesh.teams)
-    replica = _replica(config, mesh, task, total_steps, first_shares)
+    replica = _replica(config, mesh, task, total_steps, first_shares, batches.nothing())
     sync: Sync = choose("--strategy", config.strategy.name, SYNCS)(config, wire)
     if config.strategy.guard is not None:
         sync = Guard(config, wire, sync, screen.say)
@@ -211,11 +211,16 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
 
 
 def _replica(
-    config: RunConfig, mesh: Mesh, task: Task, total_steps: int, first_shares: shares.Shares
+    config: RunConfig,
+    mesh: Mesh,
+    task: Task,
+    total_steps: int,
+    first_shares: shares.Shares,
+    nothing: dict[str, Tensor],
 ) -> Replica:
-    """The task's model in its place, with its buckets and optimizers."""
+    """The task's model in its place, with its buckets and optimizers; `nothing` is a micro-batch without samples."""
     policy = precision.resolve(config.train.precision, mesh.device)
-    placed = layouts.place(task.model(), task.loss, mesh, policy, config.layout)
+    placed = layouts.place(task.model(), task.loss, mesh, policy, config.layout, nothing)
     params = [(piece.name, piece.local) for piece in placed.trained]
     buckets = Buckets(
         placed.trained,

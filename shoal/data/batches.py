@@ -40,7 +40,7 @@ class Batch:
 
     def nothing(self) -> dict[str, Tensor]:
         """A micro-batch without samples: what a rank computes that has none left, where others cannot go on alone."""
-        return self.samples.collate(np.full_like(self.ids[0], ABSENT))
+        return _nothing(self.samples, self.ids.shape[1])
 
 
 class Batches:
@@ -69,6 +69,10 @@ class Batches:
         """How many steps the data lasts, or None where the run is bounded by its steps."""
         return None if self.end is None else -(-self.end // self.global_batch_size)
 
+    def nothing(self) -> dict[str, Tensor]:
+        """A micro-batch without samples, of the shape of all."""
+        return _nothing(self.samples, self.shape[1])
+
     def at(self, step: int) -> Batch:
         """The batch of `step` (from 0): a function of (seed, step), whatever was asked before."""
         first = step * self.global_batch_size
@@ -84,3 +88,7 @@ class Batches:
             rows = inside & (positions // size == epoch)
             ids[rows] = permute(positions[rows] % size, size, derive_seed(self.seed, "epoch", int(epoch)))
         return ids
+
+
+def _nothing(samples: Samples, rows: int) -> dict[str, Tensor]:
+    return samples.collate(np.full(rows, ABSENT, dtype=np.int64))

@@ -1,22 +1,40 @@
 """Layouts: where the tensors of one replica live. A layout is one file here, and stands on the one before it."""
 
-from torch import nn
+from torch import Tensor, nn
 
 from shoal.config import LayoutConfig
 from shoal.errors import UserError
 from shoal.layouts import replicated
 from shoal.layouts.base import Loss, Placed
+from shoal.layouts.pipelined import Pipelined
+from shoal.layouts.schedule import owners
 from shoal.layouts.sharded import Sharded
+from shoal.layouts.stages import Stages
 from shoal.mesh import Mesh
 from shoal.precision import Policy
 
 
-def place(model: nn.Module, loss: Loss, mesh: Mesh, policy: Policy, options: LayoutConfig) -> Placed:
-    """Give every rank of `mesh` its part of `model`, with the parameters of rank 0."""
-    for axis in ("pipeline", "context", "tensor"):
+def place(
+    model: nn.Module,
+    loss: Loss,
+    mesh: Mesh,
+    policy: Policy,
+    options: LayoutConfig,
+    nothing: dict[str, Tensor],
+) -> Placed:
+    """Give every rank of `mesh` its part of `model`, with the parameters of rank 0.
+
+    `nothing` is a micro-batch without samples, of the shape that all have.
+    """
+    for axis in ("context", "tensor"):
         if mesh.size(axis) > 1:
             raise UserError(f"--{axis[0]}p {mesh.size(axis)}", "this layout is not there yet", "leave it out")
     placed = replicated.place(model, loss, mesh, policy)
+    stages = None
+    if mesh.size("pipeline") > 1:
+        placed = stages = Stages(placed, mesh, policy, owners(options, mesh.size("pipeline")))
     if mesh.size("zero") > 1:
         placed = Sharded(placed, mesh, options.zero_stage or 3)
+    if stages is not None:
+        placed = Pipelined(placed, stages, mesh, options, nothing)
     return placed

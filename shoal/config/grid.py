@@ -64,7 +64,7 @@ def _no_pipeline(layout: LayoutConfig, grid: dict[str, int]) -> Iterator[tuple[s
     for right in (right for right, is_wrong in wrong.items() if is_wrong):
         found = f"{schedule} has {right} on each worker"
         yield f"--pp-virtual-stages {stages}", found, "leave it out, or take another --pp-schedule"
-    if layout.pp > 1 and stages > 1 and grid["shard"] > 1:
+    if layout.pp > 1 and stages > 1 and grid["shard"] * grid["context"] > 1:
         found = f"{stages} stages on each worker, and FSDP2 cannot tell which backward pass is a stage's last"
         yield f"--pp-schedule {schedule}", found, "take gpipe or 1f1b, or leave --dp-shard out"
 

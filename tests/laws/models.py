@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from laws.rows import IGNORED, RowsTask
+from laws.rows import IGNORED, Rows, RowsTask
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -11,11 +12,26 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 SHAPE = {"vocab_size": 37, "max_position_embeddings": 16, "hidden_size": 32, "num_attention_heads": 4}
 
 
+class Windows(Rows):
+    """Rows that are filled up: every micro-batch has the same shape."""
+
+    def collate(self, ids: np.ndarray) -> dict[str, Tensor]:
+        narrow = super().collate(ids)
+        more = self.tokens.shape[1] - 1 - narrow["tokens"].shape[1]
+        filler = {"tokens": 0, "labels": IGNORED}
+        return {name: F.pad(tensor, (0, more), value=filler[name]) for name, tensor in narrow.items()}
+
+
 @dataclass(frozen=True)
 class ModelTask(RowsTask):
-    """`kind` is "llama" or "gpt2" (tied, dropout everywhere)."""
+    """`kind` is "llama" or "gpt2" (tied, dropout everywhere). Rows may be `filled` up."""
 
     layers: int = 4
+    filled: bool = False
+
+    def samples(self, split: str) -> Rows:
+        rows = super().samples(split)
+        return Windows(self.size, self.length, seed=len(split)) if self.filled else rows
 
     def model(self) -> PreTrainedModel:
         torch.manual_seed(self.seed)

@@ -19,6 +19,7 @@ import psutil
 
 WORKERS = 2
 MICRO_BATCH = 8
+PIPELINED_MICRO_BATCH = 2
 GLOBAL_BATCH = 16
 WINDOW = 256
 WARM_UP, TIMED = 3, 6  # steps
@@ -39,8 +40,13 @@ class Job:
     precision: str = "bf16"
     compile: bool = False
     exact: bool = False
-    layout: str = ""  # "zero2" or "zero3"; empty: whole replicas
+    layout: str = ""  # "zero2", "zero3" or "pp"; empty: whole replicas
     defaults: str = ""  # nothing set but model, data and batch; the value says how it is launched
+
+    @property
+    def micro_batch(self) -> int:
+        """Windows in one; a pipeline wants several in a step."""
+        return PIPELINED_MICRO_BATCH if self.layout == "pp" else MICRO_BATCH
 
     def __str__(self) -> str:
         said = [f"defaults, {self.defaults}"] if self.defaults else [self.precision]
@@ -115,13 +121,14 @@ Command = tuple[list[str], dict[str, str]]  # words, and what they find in their
 
 def _shoal(job: Job, corpus: Corpus, folder: Path) -> list[Command]:
     words = [SHOAL, "train", "--data", "builtin", *MODEL, "--cache-dir", str(corpus.cache)]
-    words += ["--global-batch-size", str(GLOBAL_BATCH), "--per-device-train-batch-size", str(MICRO_BATCH)]
+    words += ["--global-batch-size", str(GLOBAL_BATCH), "--per-device-train-batch-size", str(job.micro_batch)]
     words += ["--output-dir", str(folder)]
     if not job.defaults:
         words += ["--nproc-per-node", str(WORKERS), "--threads", "1", "--sequence-length", str(WINDOW)]
         words += ["--bf16" if job.precision == "bf16" else "--no-bf16"]
         words += ["--compile"] * job.compile + ["--exact"] * job.exact
-        words += ["--strategy", job.layout] if job.layout else []
+        words += ["--pp", str(WORKERS)] if job.layout == "pp" else []
+        words += ["--strategy", job.layout] if job.layout.startswith("zero") else []
     return [(words, _environment(job, corpus))]
 
 
@@ -133,7 +140,7 @@ def _peer(job: Job, corpus: Corpus, metrics: Path) -> list[Command]:
     if job.defaults == "torchrun":
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(WORKERS)]
         return [([sys.executable, *launcher, *module, "--defaults", "--batch", str(MICRO_BATCH)], shared)]
-    words = [sys.executable, *module, "--batch", str(MICRO_BATCH), "--precision", job.precision]
+    words = [sys.executable, *module, "--batch", str(job.micro_batch), "--precision", job.precision]
     words += ["--compile"] * job.compile + (["--layout", job.layout] if job.layout else [])
     shared |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared |= {"WORLD_SIZE": str(WORKERS), "LOCAL_WORLD_SIZE": str(WORKERS)}

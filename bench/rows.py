@@ -10,7 +10,7 @@ from bench.jobs import Corpus, Job, Turn
 PEERS = ("handwritten_ddp", "accelerate_loop", "hf_trainer", "fabric_loop")
 HAND = "handwritten_ddp"
 PRECISIONS = ("float32", "bf16")
-LAYOUTS = ("zero2", "zero3")
+LAYOUTS = {"zero2": "handwritten_fsdp", "zero3": "handwritten_fsdp", "pp": "handwritten_pp"}  # and its rival
 
 Turns = dict[Job, list[Turn]]
 Quantity = Callable[[Turn], float]
@@ -162,11 +162,9 @@ def _server(measured: Measured) -> list[Verdict]:
 
 def _layouts(measured: Measured) -> list[Verdict]:
     verdicts = []
-    for layout in LAYOUTS:
-        ours, theirs = (
-            measured.median(Job(tool, layout=layout), _speed) for tool in ("shoal", "handwritten_fsdp")
-        )
-        verdicts.append(_at_least(f"tokens/s under {layout}, bf16", ours, "handwritten_fsdp", theirs, 1.0))
+    for layout, rival in LAYOUTS.items():
+        ours, theirs = (measured.median(Job(tool, layout=layout), _speed) for tool in ("shoal", rival))
+        verdicts.append(_at_least(f"tokens/s under {layout}, bf16", ours, rival, theirs, 1.0))
     return verdicts
 
 
@@ -189,7 +187,7 @@ ROWS = {
     "tokenizing": Row((), _tokenizing),
     "server": Row((), _server),
     "layouts": Row(
-        tuple(Job(tool, layout=layout) for layout in LAYOUTS for tool in ("shoal", "handwritten_fsdp")),
+        tuple(Job(tool, layout=layout) for layout, rival in LAYOUTS.items() for tool in ("shoal", rival)),
         _layouts,
     ),
     "data-wait": Row((Job("shoal"),), _data_wait),

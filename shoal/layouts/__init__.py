@@ -6,8 +6,6 @@ from shoal.config import LayoutConfig
 from shoal.errors import UserError
 from shoal.layouts import replicated
 from shoal.layouts.base import Loss, Placed
-from shoal.layouts.pipelined import Pipelined
-from shoal.layouts.schedule import owners
 from shoal.layouts.sharded import Sharded
 from shoal.layouts.stages import Stages
 from shoal.mesh import Mesh
@@ -32,9 +30,11 @@ def place(
     placed = replicated.place(model, loss, mesh, policy)
     stages = None
     if mesh.size("pipeline") > 1:
-        placed = stages = Stages(placed, mesh, policy, owners(options, mesh.size("pipeline")))
+        placed = stages = Stages(placed, mesh, policy, options)
     if mesh.size("zero") > 1:
         placed = Sharded(placed, mesh, options.zero_stage or 3)
     if stages is not None:
+        from shoal.layouts.pipelined import Pipelined  # torch's schedules take seconds to import
+
         placed = Pipelined(placed, stages, mesh, options, nothing)
     return placed

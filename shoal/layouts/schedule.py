@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
-from shoal.config import THERE_AND_BACK, LayoutConfig
 from shoal.layouts.base import MicroBatch
 from shoal.layouts.stages import Stages
 
@@ -29,14 +28,6 @@ SCHEDULES: dict[str, Any] = {
 }
 # (stage, what came, micro-batch) -> what goes on to the next stage, or the loss
 Compute = Callable[[int, Sequence[Tensor], MicroBatch], Any]
-
-
-def owners(options: LayoutConfig, ranks: int) -> list[int]:
-    """Which worker of the line has each stage: in turn, or there and back."""
-    there = list(range(ranks))
-    if options.schedule in THERE_AND_BACK:
-        return [*there, *reversed(there)]
-    return there * options.stages_per_worker
 
 
 def filled(name: str, count: int, ranks: int, stages: int) -> int:

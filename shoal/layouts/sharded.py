@@ -138,10 +138,15 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
             yield from child
 
 
+def is_recent_torch() -> bool:
+    """Whether it is torch 2.13 or later, by what that version brought."""
+    return hasattr(FSDPModule, "set_reduce_scatter_unused_params")
+
+
 def _check(model: nn.Module, layers: list[nn.Module], mesh: Mesh) -> None:
     """Raises UserError where FSDP2 cannot cut a model, or would cut it wrongly."""
     size = mesh.size("shard")
-    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+    if not is_recent_torch():
         _refuse(size, f"this is torch {torch.__version__}", "install torch 2.13 or later")
     if any(p.dim() == 0 for p in model.parameters()):
         _refuse(size, "the model has a parameter without a dim", "take another model")

@@ -11,16 +11,18 @@ A worker may hold several stages. Embeddings that are tied to the head belong to
 is another worker's, that one has a copy, which follows.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from shoal.config import THERE_AND_BACK, LayoutConfig
 from shoal.errors import UserError
 from shoal.layouts.base import Placed
 from shoal.layouts.cutting import Watched, balance, watch
+from shoal.layouts.sharded import is_recent_torch
 from shoal.mesh import Mesh
 from shoal.piece import Piece, empty
 from shoal.precision import Policy
@@ -39,8 +41,12 @@ class Stages(Placed):
     Its loss is that of the stage which `only` has chosen: hidden states, or of the last stage the loss.
     """
 
-    def __init__(self, inner: Placed, mesh: Mesh, policy: Policy, owners: Sequence[int]) -> None:
+    def __init__(self, inner: Placed, mesh: Mesh, policy: Policy, options: LayoutConfig) -> None:
         model, axis = inner.model, mesh.axes["pipeline"]
+        if not is_recent_torch():
+            found = f"this is torch {torch.__version__}"
+            raise UserError(f"--pp {axis.size}", found, "install torch 2.13 or later")
+        owners = _owners(options, axis.size)
         self.device = mesh.device
         self.generator = _generator(mesh.device)
         try:
@@ -164,6 +170,14 @@ class Zeros(nn.Module):
         """Zeros [..., width] for indices [...], or for rows [..., any]."""
         rows = given.shape[:-1] if given.is_floating_point() else given.shape
         return torch.zeros(*rows, self.width, dtype=self.dtype, device=given.device)
+
+
+def _owners(options: LayoutConfig, ranks: int) -> list[int]:
+    """Which worker of the line has each stage: in turn, or there and back."""
+    there = list(range(ranks))
+    if options.schedule in THERE_AND_BACK:
+        return [*there, *reversed(there)]
+    return there * options.stages_per_worker
 
 
 def _strip(model: nn.Module, seen: Watched, keeps_first: bool, keeps_last: bool) -> None:

@@ -19,6 +19,7 @@ import psutil
 
 WORKERS = 2
 MICRO_BATCH = 8
+PIPELINED_MICRO_BATCH = 2
 GLOBAL_BATCH = 16
 WINDOW = 256
 WARM_UP, TIMED = 3, 6  # steps
@@ -30,6 +31,7 @@ LAYOUTS = {  # how shoal is asked for them
     "zero2": ["--strategy", "zero2"],
     "zero3": ["--strategy", "zero3"],
     "tp": ["--tp", str(WORKERS)],
+    "pp": ["--pp", str(WORKERS)],
 }
 POLL = 0.02
 PATIENCE = 900.0  # seconds without the steps asked for
@@ -46,6 +48,11 @@ class Job:
     exact: bool = False
     layout: str = ""  # one of `LAYOUTS`; empty: whole replicas
     defaults: str = ""  # nothing set but model, data and batch; the value says how it is launched
+
+    @property
+    def micro_batch(self) -> int:
+        """Windows in one; a pipeline wants several in a step."""
+        return PIPELINED_MICRO_BATCH if self.layout == "pp" else MICRO_BATCH
 
     def __str__(self) -> str:
         said = [f"defaults, {self.defaults}"] if self.defaults else [self.precision]
@@ -120,7 +127,7 @@ Command = tuple[list[str], dict[str, str]]  # words, and what they find in their
 
 def _shoal(job: Job, corpus: Corpus, folder: Path) -> list[Command]:
     words = [SHOAL, "train", "--data", "builtin", *MODEL, "--cache-dir", str(corpus.cache)]
-    words += ["--global-batch-size", str(GLOBAL_BATCH), "--per-device-train-batch-size", str(MICRO_BATCH)]
+    words += ["--global-batch-size", str(GLOBAL_BATCH), "--per-device-train-batch-size", str(job.micro_batch)]
     words += ["--output-dir", str(folder)]
     if not job.defaults:
         words += ["--nproc-per-node", str(WORKERS), "--threads", "1", "--sequence-length", str(WINDOW)]
@@ -138,7 +145,7 @@ def _peer(job: Job, corpus: Corpus, metrics: Path) -> list[Command]:
     if job.defaults == "torchrun":
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(WORKERS)]
         return [([sys.executable, *launcher, *module, "--defaults", "--batch", str(MICRO_BATCH)], shared)]
-    words = [sys.executable, *module, "--batch", str(MICRO_BATCH), "--precision", job.precision]
+    words = [sys.executable, *module, "--batch", str(job.micro_batch), "--precision", job.precision]
     words += ["--compile"] * job.compile + (["--layout", job.layout] if job.layout else [])
     shared |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared |= {"WORLD_SIZE": str(WORKERS), "LOCAL_WORLD_SIZE": str(WORKERS)}

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from statistics import median
 from typing import Any
 
-from bench.jobs import GLOBAL_BATCH, MICRO_BATCH, TIMED, WARM_UP, WINDOW, WORKERS
+from bench.jobs import GLOBAL_BATCH, MICRO_BATCH, PIPELINED_MICRO_BATCH, TIMED, WARM_UP, WINDOW, WORKERS
 from bench.rows import Turns, Verdict
 
 
@@ -25,7 +25,8 @@ def _conditions(repeats: int) -> str:
     return (
         "Every run trains a Llama (hidden 256, 6 layers, 4 heads, intermediate 688, vocabulary 4096, tied) on the "
         f"built-in corpus: {WORKERS} workers with 1 thread each on loopback, {MICRO_BATCH} windows of {WINDOW} "
-        f"tokens a worker and {GLOBAL_BATCH} a step, AdamW (fused), clipping at 1.0. Runs are taken in turn, "
+        f"tokens a worker ({PIPELINED_MICRO_BATCH} in a micro-batch of a pipeline) and {GLOBAL_BATCH} a step, AdamW "
+        "(fused), clipping at 1.0. Runs are taken in turn, "
         f"{repeats} turns; of each, {TIMED} steps are timed after {WARM_UP} to warm up; medians over turns. "
         "Windows hold document boundaries: shoal keeps the documents apart, the peers let them see each other, "
         "which is less work. shoal's loss is chunked in every run, and its launcher sets how the C library keeps "

@@ -11,7 +11,12 @@ PEERS = ("handwritten_ddp", "accelerate_loop", "hf_trainer", "fabric_loop")
 HAND = "handwritten_ddp"
 PRECISIONS = ("float32", "bf16")
 # Of each layout the script that has it from torch.
-LAYOUTS = {"zero2": "handwritten_fsdp", "zero3": "handwritten_fsdp", "tp": "handwritten_tp"}
+LAYOUTS = {
+    "zero2": "handwritten_fsdp",
+    "zero3": "handwritten_fsdp",
+    "tp": "handwritten_tp",
+    "pp": "handwritten_pp",
+}
 
 Turns = dict[Job, list[Turn]]
 Quantity = Callable[[Turn], float]

@@ -1,7 +1,7 @@
 """What one rank holds of each parameter. Everything but the layouts sees a replica as these pieces alone."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -61,3 +61,9 @@ class Piece:
 def whole(model: nn.Module) -> list[Piece]:
     """Every parameter once, tied ones under their first name, as the one piece of itself."""
     return [Piece(name, p.shape, (0,) * p.dim(), p, p) for name, p in model.named_parameters()]
+
+
+def empty(piece: Piece, source: nn.Parameter | None = None) -> Piece:
+    """Nothing of a parameter that other ranks train; `source` is a copy that the model has of it here."""
+    local = nn.Parameter(piece.local.detach()[:0].clone(), requires_grad=piece.source.requires_grad)
+    return replace(piece, local=local, source=local if source is None else source)

@@ -105,6 +105,19 @@ def test_what_is_not_given_of_the_grid_follows(words: str, workers: int, grid: t
         ("--strategy zero3 --exact", 2, "--exact: 2 workers hold a replica together"),
         ("--dp-shard 2 --compile", 4, "--compile: 2 workers hold a replica together"),
         ("--zero-stage 1 --optim muon", 3, "--optim muon: 3 workers hold a replica together"),
+        ("--pp-schedule gpipe", 2, "--pp-schedule gpipe: there is no pipeline"),
+        ("--pp 2 --pp-virtual-stages 2", 2, "--pp-virtual-stages 2: 1f1b has one stage on each worker"),
+        (
+            "--pp 2 --pp-schedule dualpipev --pp-virtual-stages 3",
+            2,
+            "dualpipev has two stages on each worker",
+        ),
+        ("--pp 2 --pp-schedule looped-bfs --pp-virtual-stages 1", 2, "looped-bfs has several stages"),
+        (
+            "--pp 2 --pp-schedule Interleaved1F1B --dp-shard 2",
+            4,
+            "--pp-schedule interleaved-1f1b: 2 stages on",
+        ),
         ("--strategy server --quorum 2 --dp-shard 2", 4, "--quorum 2: 2 workers hold a replica together"),
     ],
 )

@@ -25,7 +25,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--batch", type=int, default=8, help="windows in a micro-batch of one worker")
     parser.add_argument(
-        "--layout", choices=["zero2", "zero3", "tp"], help="how a replica is cut, where the tool can"
+        "--layout", choices=["zero2", "zero3", "tp", "pp"], help="how a replica is cut, where the tool can"
     )
     parser.add_argument("--defaults", action="store_true", help="leave all else as the tool has it")
     return parser.parse_args()

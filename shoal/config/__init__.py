@@ -2,7 +2,7 @@
 
 from shoal.config.batch import Batch, resolve_batch, resolve_workers, usable_cores
 from shoal.config.grid import resolve_grid, team_size
-from shoal.config.layout import LayoutConfig
+from shoal.config.layout import THERE_AND_BACK, LayoutConfig
 from shoal.config.options import check_options
 from shoal.config.record import (
     CheckpointConfig,
@@ -18,6 +18,7 @@ from shoal.config.resolve import Resolved, dump_yaml, load_config
 from shoal.config.strategy import StrategyConfig
 
 __all__ = [
+    "THERE_AND_BACK",
     "Batch",
     "CheckpointConfig",
     "DataConfig",

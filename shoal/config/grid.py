@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from shoal.config.layout import ONE_STAGE, THERE_AND_BACK, LayoutConfig
 from shoal.config.record import RunConfig
 from shoal.errors import UserError
 
@@ -13,6 +14,8 @@ def resolve_grid(config: RunConfig, workers: int) -> dict[str, int]:
     replica would be cut that must be whole.
     """
     grid = grid_sizes(config, workers)
+    for refusal in _no_pipeline(config.layout, grid):
+        raise UserError(*refusal)
     if grid["replicate"] < workers:
         for refusal in _must_be_whole(config, workers // grid["replicate"]):
             raise UserError(*refusal)
@@ -44,6 +47,26 @@ def grid_sizes(config: RunConfig, workers: int) -> dict[str, int]:
 def team_size(config: RunConfig) -> int:
     """How many workers compute a micro-batch together."""
     return config.layout.tp * config.layout.pp * config.layout.cp
+
+
+def _no_pipeline(layout: LayoutConfig, grid: dict[str, int]) -> Iterator[tuple[str, str, str]]:
+    """What pipelines cannot be: what was asked, what was found, what to change."""
+    given = {"pp_schedule": layout.pp_schedule, "pp_virtual_stages": layout.pp_virtual_stages}
+    for name, value in given.items():
+        if value and layout.pp == 1:
+            yield f"--{name.replace('_', '-')} {value}", "there is no pipeline", "add --pp, or leave it out"
+    schedule, stages = layout.schedule, layout.stages_per_worker
+    wrong = {
+        "one stage": schedule in ONE_STAGE and stages > 1,
+        "two stages": schedule in THERE_AND_BACK and stages != 2,
+        "several stages": schedule not in ONE_STAGE and stages == 1,
+    }
+    for right in (right for right, is_wrong in wrong.items() if is_wrong):
+        found = f"{schedule} has {right} on each worker"
+        yield f"--pp-virtual-stages {stages}", found, "leave it out, or take another --pp-schedule"
+    if layout.pp > 1 and stages > 1 and grid["shard"] * grid["context"] > 1:
+        found = f"{stages} stages on each worker, and FSDP2 cannot tell which backward pass is a stage's last"
+        yield f"--pp-schedule {schedule}", found, "take gpipe or 1f1b, or leave --dp-shard out"
 
 
 def _must_be_whole(config: RunConfig, island: int) -> Iterator[tuple[str, str, str]]:

@@ -1,10 +1,32 @@
 """Where the tensors of one replica live: the ranks as a grid."""
 
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator
+
 from shoal.config.section import Section, fact
-from shoal.config.values import Whole
+from shoal.config.values import Whole, renamed
 
 # The names by which people ask for a stage as a strategy.
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3}
+
+Schedule = Literal[
+    "gpipe",
+    "1f1b",
+    "interleaved-1f1b",
+    "looped-bfs",
+    "interleaved-zero-bubble",
+    "zbv-zero-bubble",
+    "dualpipev",
+]
+ONE_STAGE = ("gpipe", "1f1b")  # on each worker
+THERE_AND_BACK = ("zbv-zero-bubble", "dualpipev")  # two, of which the first worker has the first and the last
+
+
+def _schedule(given: Any) -> Any:
+    """As torch and torchtitan spell it too: Interleaved1F1B."""
+    compact = {name.replace("-", ""): name for name in get_args(Schedule)}
+    return renamed(compact)(given.lower().replace("-", "")) if isinstance(given, str) else given
 
 
 class LayoutConfig(Section):
@@ -36,6 +58,17 @@ class LayoutConfig(Section):
         "pp_size",
         ge=1,
     )
+    pp_schedule: Annotated[Schedule, BeforeValidator(_schedule)] | None = fact(
+        None,
+        "order of their forward and backward passes; empty = 1f1b",
+        "pipeline_parallel_schedule",
+    )
+    pp_virtual_stages: Whole | None = fact(
+        None,
+        "stages on each of them; empty = 2 under schedules of several, else 1",
+        "num_virtual_stages_per_pipeline_rank",
+        ge=1,
+    )
     cp: Whole = fact(
         1,
         "workers that cut every sequence among them: context parallel",
@@ -50,3 +83,13 @@ class LayoutConfig(Section):
         ge=1,
         le=3,
     )
+
+    @property
+    def schedule(self) -> str:
+        """That of pipelines."""
+        return self.pp_schedule or "1f1b"
+
+    @property
+    def stages_per_worker(self) -> int:
+        """How many each worker of a pipeline has."""
+        return self.pp_virtual_stages or (1 if self.schedule in ONE_STAGE else 2)

@@ -8,6 +8,7 @@ from shoal.layouts import replicated
 from shoal.layouts.base import Loss, Placed
 from shoal.layouts.context import Context
 from shoal.layouts.sharded import Sharded
+from shoal.layouts.stages import Stages
 from shoal.layouts.tensor import TensorParallel
 from shoal.mesh import Mesh
 from shoal.precision import Policy
@@ -25,13 +26,18 @@ def place(
 
     `nothing` is a micro-batch without samples, of the shape that all have.
     """
-    if mesh.size("pipeline") > 1:
-        raise UserError(f"--pp {mesh.size('pipeline')}", "this layout is not there yet", "leave it out")
     placed = replicated.place(model, loss, mesh, policy)
     if mesh.size("tensor") > 1:
         placed = TensorParallel(placed, mesh, policy)
     if mesh.size("context") > 1:
         placed = Context(placed, mesh, policy, nothing)
+    stages = None
+    if mesh.size("pipeline") > 1:
+        placed = stages = Stages(placed, mesh, policy, options)
     if mesh.size("zero") > 1:
         placed = Sharded(placed, mesh, options.zero_stage or 3)
+    if stages is not None:
+        from shoal.layouts.pipelined import Pipelined  # torch's schedules take seconds to import
+
+        placed = Pipelined(placed, stages, mesh, options, nothing)
     return placed

@@ -49,7 +49,7 @@ class Sharded(Placed):
 
     def __init__(self, inner: Placed, mesh: Mesh, stage: int) -> None:
         axis, model = mesh.axes["zero"], inner.model
-        layers = list(blocks(model))
+        layers = [layer for layer in blocks(model) if any(True for _ in layer.parameters())]
         _check(model, layers, mesh)
         self.stage = stage
         self.wire = Wire(axis.group)
@@ -57,6 +57,7 @@ class Sharded(Placed):
         self._parts = [_part_bytes(module, axis.size) for module in layers]
         below = {id(p) for module in layers for p in module.parameters()}
         self._parts.append(_part_bytes(model, axis.size, without=below))
+        names = {p: name for name, p in model.named_parameters()}
         grid = DeviceMesh.from_group(axis.group, mesh.device.type, mesh_dim_names=("shard",))
         for module in layers:
             fully_shard(module, mesh=grid, reshard_after_forward=stage == 3)
@@ -69,7 +70,12 @@ class Sharded(Placed):
             part.set_reduce_scatter_unused_params(True)  # a rank may use a parameter that another does not
             part.set_custom_all_gather(gather)
             part.set_custom_reduce_scatter(scatter)
-        pieces = [_cut(piece, model, axis.index) for piece in inner.pieces]
+        pieces = [
+            _cut(piece, model.get_parameter(names[piece.source]), axis.index)
+            if piece.source in names
+            else piece
+            for piece in inner.pieces
+        ]
         super().__init__(model, pieces, self._loss, inner)
         if not self.trained:
             _refuse(mesh, f"worker {mesh.rank} would hold nothing of this model", "take a smaller number")
@@ -131,9 +137,14 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
             yield from child
 
 
+def is_recent_torch() -> bool:
+    """Whether it is torch 2.13 or later, by what that version brought."""
+    return hasattr(FSDPModule, "set_reduce_scatter_unused_params")
+
+
 def _check(model: nn.Module, layers: list[nn.Module], mesh: Mesh) -> None:
     """Raises UserError where FSDP2 cannot cut a model, or would cut it wrongly."""
-    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+    if not is_recent_torch():
         _refuse(mesh, f"this is torch {torch.__version__}", "install torch 2.13 or later")
     if any(p.dim() == 0 for p in model.parameters()):
         _refuse(mesh, "the model has a parameter without a dim", "take another model")
@@ -163,9 +174,8 @@ def _part_bytes(module: nn.Module, ranks: int, without: Container[int] = ()) -> 
     return sum(size for size, _ in parts), sum(size for size, trained in parts if trained)
 
 
-def _cut(piece: Piece, model: nn.Module, rank: int) -> Piece:
-    """What this rank holds of a piece, all of whose rows are in the model."""
-    source = model.get_parameter(piece.name)
+def _cut(piece: Piece, source: nn.Parameter, rank: int) -> Piece:
+    """What this rank holds of a piece, all of whose rows are in the model, as `source`."""
     assert isinstance(source, DTensor)
     mesh, placements = source.device_mesh, source.placements
     rows = -(-source.shape[0] // mesh.size())

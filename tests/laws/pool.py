@@ -123,6 +123,7 @@ def serve(link_fd: int) -> None:
     import numpy as np
     import pytest  # noqa: F401  (test modules import it)
     import torch
+    import torch.distributed.pipelining
 
     import shoal.cli
     import shoal.config

@@ -1,0 +1,212 @@
+"""Pipeline-parallel: each worker of a line holds some of the layers, and micro-batches run through all of them.
+
+The schedules are those of `torch.distributed.pipelining`; what they do not have is here: micro-batches of different
+shapes, dropout as of one process, tied embeddings, and bytes and seconds that are counted.
+
+    stage 0   F0 F1 F2 F3                B0 B1 B2 B3      gpipe: every forward pass, then every backward pass
+    stage 1      F0 F1 F2 F3          B0 B1 B2 B3
+    stage 0   F0 F1    B0 F2 B1 F3 B2    B3               1f1b: in turn, so that few micro-batches are held at a time
+    stage 1      F0 B0 F1 B1 F2 B2 F3 B3
+
+With P workers, S stages on each and M micro-batches in a step, a worker is idle for
+
+- gpipe (Huang et al. 2019), 1f1b (PipeDream-flush, Narayanan et al. 2021): (P - 1) / M of the time that it computes
+- interleaved-1f1b (Narayanan et al. 2021), looped-bfs (Lamy-Poirier 2023): (P - 1) / (S M)
+- interleaved-zero-bubble, zbv-zero-bubble (Qi et al. 2023), dualpipev (DeepSeek-AI 2024): less, down to none, since
+  backward passes are split, and the part that only the weights need is done when there is nothing else to do
+
+and holds up to M micro-batches under gpipe and looped-bfs, about P under the others.
+
+Over each boundary between two workers go, for each micro-batch, its hidden states, and back their gradient. Where
+the model has dropout, the state of the random numbers goes with them: a stage draws what one process would draw.
+Embeddings tied to the head are trained on the first worker. In each step the last one gets its copy from there, and
+sends its gradient: as many bytes as an all-reduce between the two, and the copies stay the same bits whatever runs.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoal.collectives import Wire, Work
+from shoal.config import LayoutConfig
+from shoal.layouts import schedule
+from shoal.layouts.base import Arithmetic, MicroBatch, Placed
+from shoal.layouts.schedule import Stage
+from shoal.layouts.stages import Stages
+from shoal.mesh import Mesh
+from shoal.piece import Piece
+
+
+class Pipelined(Placed):
+    """The stages of this worker, which take the micro-batches of a step together by a schedule."""
+
+    one_by_one = False
+
+    def __init__(
+        self, inner: Placed, stages: Stages, mesh: Mesh, options: LayoutConfig, nothing: dict[str, Tensor]
+    ) -> None:
+        super().__init__(inner.model, inner.pieces, self._evaluated, inner)
+        logging.getLogger("torch.distributed.pipelining").setLevel(
+            logging.CRITICAL
+        )  # prints schedules with errors
+        axis = mesh.axes["pipeline"]
+        self.stages = stages
+        self.schedule = options.schedule
+        self.wire = Wire(axis.group)
+        self.wire.barrier()  # NCCL wants the first exchange of a group to be one of all its ranks
+        self.own = [
+            Stage(stages, index, axis.group, self._compute, lambda last: inner.begin(last=last))
+            for index in stages.mine
+        ]
+        self._nothing = nothing
+        self._schedules: dict[int, Any] = {}  # by the count of micro-batches
+        self._tied = [piece for piece in self.pieces if piece.name in stages.tied]
+        self._arithmetic: Arithmetic
+        self._losses: list[Tensor] = []  # of a step, where the last stage is
+        self._sending: list[Work] = []
+        self._seconds = 0.0
+
+    @property
+    def reports(self) -> bool:
+        """Whether this worker has the last stage, and what it stands on reports."""
+        return self.stages.owners[-1] == self.wire.rank and super().reports
+
+    def learn(self, taken: Sequence[MicroBatch], scale: float, arithmetic: Arithmetic) -> list[float]:
+        """Forward and backward by the schedule. Where it needs more micro-batches, one is taken again for nothing."""
+        count = self._filled(len(taken))
+        more = count - len(taken)
+        self._arithmetic, self._losses = arithmetic, []
+        for stage in self.own:
+            stage.begin([*taken, *[taken[-1]] * more])
+        if count not in self._schedules:
+            self._schedules[count] = schedule.make(self.schedule, self.own, count)
+        began = time.perf_counter()
+        # Not its `step`, which would cut one batch into micro-batches of one shape.
+        self._schedules[count]._step_microbatches(
+            target_mbs=[scale] * len(taken) + [0.0] * more, return_outputs=False
+        )
+        self._return_gradients()
+        self._seconds += time.perf_counter() - began - sum(stage.seconds for stage in self.own)
+        return [loss.item() for loss in self._losses[: len(taken)]] if self.reports else [0.0] * len(taken)
+
+    def _filled(self, count: int) -> int:
+        return schedule.filled(self.schedule, count, self.wire.world_size, len(self.stages.owners))
+
+    def _compute(self, stage: int, received: Sequence[Tensor], taken: MicroBatch) -> Any:
+        generator = self.stages.generator
+
+        def entering() -> Tensor:
+            hidden, *state = received
+            if state:
+                generator.set_state(state[0].cpu())
+            return hidden
+
+        if not received:
+            torch.manual_seed(taken.seed)
+        with self._arithmetic():
+            made = self._run(stage, entering if received else None, taken.inputs)
+        if stage == self.stages.last:
+            self._losses.append(made.detach())
+            return made
+        return (made, generator.get_state().to(made.device)) if self.stages.draws else made
+
+    def _run(self, stage: int, entering: Callable[[], Tensor] | None, inputs: dict[str, Tensor]) -> Tensor:
+        assert self.inner is not None
+        with self.stages.only(stage, entering):
+            return self.inner.loss(self.model, inputs)
+
+    def _evaluated(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """The loss where the last stage is, elsewhere 0. Who has sent goes on with the next micro-batch."""
+        made = torch.zeros((), device=self.stages.device)
+        for stage in self.own:
+            index = stage.stage_index
+            if stage.is_apart(index - 1):
+                made = self.stages.room(index - 1, inputs)[0]
+                self.wire.start_receive(made, self.stages.owners[index - 1]).wait()
+            made = self._run(index, partial(_itself, made) if index else None, inputs)
+            if stage.is_apart(index + 1):
+                self._finish_sending()
+                self._sending.append(self.wire.start_send(made.contiguous(), self.stages.owners[index + 1]))
+        return made if self.reports else torch.zeros((), device=self.stages.device)
+
+    def _finish_sending(self) -> None:
+        while self._sending:
+            self._sending.pop().wait()
+
+    def begin(self, *, last: bool) -> None:
+        """Nothing yet: layouts below are told before each backward pass."""
+
+    def release(self) -> None:
+        """Wait until what evaluation has sent is gone."""
+        self._finish_sending()
+        super().release()
+
+    def refresh(self) -> None:
+        """Have the last stage's copy of tied embeddings follow those of the first one."""
+        super().refresh()
+        began = time.perf_counter()
+        for piece in self._tied:
+            self._move(_values(piece), to_first=False)
+        self._seconds += time.perf_counter() - began
+
+    def _return_gradients(self) -> None:
+        """Add what the last stage has found for tied embeddings to what the first one has."""
+        for piece in self._tied:
+            if not piece.source.requires_grad:
+                continue
+            grad = torch.zeros_like(_values(piece))
+            if self.stages.follows and piece.source.grad is not None:
+                grad = piece.unwrap(piece.source.grad)
+            self._move(grad, to_first=True)
+            if self.stages.follows or piece.source.grad is None:
+                piece.source.grad = None if self.stages.follows else piece.wrap(grad)
+            else:
+                piece.unwrap(piece.source.grad).add_(grad)
+
+    def _move(self, tensor: Tensor, *, to_first: bool) -> None:
+        """Overwrite `tensor` of the one by that of the other, of the workers of the first and the last stage."""
+        if not tensor.numel():
+            return
+        if self.stages.follows == to_first:
+            self.wire.start_send(tensor.contiguous(), self.stages.owners[0 if to_first else -1]).wait()
+        else:
+            self.wire.start_receive(tensor, self.stages.owners[-1 if to_first else 0]).wait()
+
+    def bytes_sent(self) -> int:
+        """Hidden states, their gradients, and tied embeddings."""
+        return super().bytes_sent() + self.wire.bytes_sent + sum(stage.bytes_sent for stage in self.own)
+
+    def waited(self) -> float:
+        """The time of schedules in which none of its stages computed."""
+        return super().waited() + self._seconds
+
+    def cost(self, turns: int, shape: tuple[int, int]) -> float:
+        """As the head of this file has it, of micro-batches that all have the same shape."""
+        sent = 0
+        for stage in self.own:
+            index = stage.stage_index
+            if stage.is_apart(index + 1):
+                sent += sum(each.nbytes for each in self.stages.room(index, self._nothing))
+            if stage.is_apart(index - 1):
+                sent += self.stages.room(index - 1, self._nothing)[0].nbytes
+        tied = [piece for piece in self._tied if piece.source.requires_grad or not self.stages.follows]
+        count = self._filled(turns)
+        return super().cost(count, shape) + count * sent + sum(_values(piece).nbytes for piece in tied)
+
+    def __str__(self) -> str:
+        line = f"pipelines of {self.wire.world_size} workers by {self.schedule}, {self.stages}"
+        return line if self.inner is self.stages else f"{line}; {self.inner}"
+
+
+def _values(piece: Piece) -> Tensor:
+    """What this worker has of a tied parameter, whether it trains it or follows."""
+    return piece.unwrap(piece.source.detach())
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor

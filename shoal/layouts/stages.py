@@ -1,0 +1,209 @@
+"""The part of a model that a worker of a pipeline holds: the same model with the layers of the others left out.
+
+The family's own forward runs on every worker, so that positions, masks and rotary tables come from the inputs, which
+every worker has, and nothing but hidden states travels:
+
+- they enter in front of the first layer of a stage, in the place of whatever came there
+- they leave behind its last one, where the forward pass ends; the last stage goes on to the loss
+- a layer of other stages hands on what it gets, an embedding of others gives zeros of the right shape
+
+A worker may hold several stages. Embeddings that are tied to the head belong to the first stage; where the last one
+is another worker's, that one has a copy, which follows.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shoal.config import THERE_AND_BACK, LayoutConfig
+from shoal.errors import UserError
+from shoal.layouts.base import Placed
+from shoal.layouts.cutting import Watched, balance, watch
+from shoal.layouts.sharded import is_recent_torch
+from shoal.mesh import Mesh
+from shoal.piece import Piece, empty
+from shoal.precision import Policy
+
+
+class Left(Exception):
+    """Hidden states that have left the last layer of a stage."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+class Stages(Placed):
+    """The pieces of another layout that the stages of this worker need. `owners[s]` is the worker of stage s.
+
+    Its loss is that of the stage which `only` has chosen: hidden states, or of the last stage the loss.
+    """
+
+    def __init__(self, inner: Placed, mesh: Mesh, policy: Policy, options: LayoutConfig) -> None:
+        model, axis = inner.model, mesh.axes["pipeline"]
+        if not is_recent_torch():
+            found = f"this is torch {torch.__version__}"
+            raise UserError(f"--pp {axis.size}", found, "install torch 2.13 or later")
+        owners = _owners(options, axis.size)
+        self.device = mesh.device
+        self.generator = _generator(mesh.device)
+        try:
+            seen = watch(model, policy.autocast(mesh.device), self.generator)
+        except ValueError as error:
+            raise UserError(
+                f"--pp {axis.size}", f"the model has no stages: {error}", "leave it out"
+            ) from error
+        if len(seen.layers) < len(owners):
+            found = f"the model has {len(seen.layers)} layers, fewer than the {len(owners)} stages"
+            raise UserError(f"--pp {axis.size}", found, "take a smaller number, or another model")
+        self.owners = owners
+        self.last = len(owners) - 1
+        self.mine = [stage for stage, owner in enumerate(owners) if owner == axis.index]
+        self.layers = balance(*seen.costs(), len(owners))
+        self.width = seen.entered[0].shape[-1]
+        self.dtypes = [seen.entered[own.start].dtype for own in self.layers]
+        self.draws = seen.draws
+        self._state_bytes = len(self.generator.get_state())
+        self._list = seen.layers
+        self._views = self._leave_out(seen)
+        keeps_first, keeps_last = (stage in self.mine for stage in (0, self.last))
+        _strip(model, seen, keeps_first, keeps_last)
+        before, after = (
+            {p for m in part for p in m.parameters(recurse=False)} for part in (seen.before, seen.after)
+        )
+        tied = before & after if owners[0] != owners[-1] else set()
+        self.follows = keeps_last and not keeps_first  # the tied parameters of another worker
+        self.tied = [p.name for p in inner.pieces if p.source in tied] if keeps_first or keeps_last else []
+        held = set(model.parameters())
+        pieces = [_own(piece, held, follows=self.follows and piece.source in tied) for piece in inner.pieces]
+        super().__init__(model, pieces, self._loss, inner)
+
+    @contextmanager
+    def only(self, stage: int, entering: Callable[[], Tensor] | None) -> Iterator[None]:
+        """Have the model be one stage of this worker's; `entering` gives the hidden states when they are wanted."""
+        own = self.layers[stage]
+        hooks = []
+        if entering is not None:
+            # In front of what other layouts do before a layer; behind what they do after one.
+            first = self._list[own.start]
+            hooks.append(
+                first.register_forward_pre_hook(
+                    lambda _, args, kwargs: ((entering(), *args[1:]), kwargs), prepend=True, with_kwargs=True
+                )
+            )
+        if stage < self.last:
+            hooks.append(self._list[own.stop - 1].register_forward_hook(_leave))
+        whole, self._list._modules = self._list._modules, {**self._views[stage]}
+        try:
+            yield
+        finally:
+            self._list._modules = whole
+            for hook in hooks:
+                hook.remove()
+
+    def room(self, stage: int, inputs: dict[str, Tensor]) -> list[Tensor]:
+        """Memory for what a stage hands on: hidden states, a row of `width` for each element of the first input.
+
+        And the state of the random numbers, in a model that draws some.
+        """
+        rows, dtype = next(iter(inputs.values())).shape, self.dtypes[stage + 1]
+        hidden = torch.empty(*rows, self.width, dtype=dtype, device=self.device)
+        return [hidden, torch.empty(self._state_bytes, dtype=torch.uint8, device=self.device)][
+            : 1 + self.draws
+        ]
+
+    def _loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        assert self.inner is not None
+        try:
+            return self.inner.loss(model, inputs)
+        except Left as left:
+            return left.hidden
+
+    def _leave_out(self, seen: Watched) -> dict[int, dict[str, nn.Module]]:
+        """Replace the layers of others; returns what the list is to hold in each stage of this worker's."""
+        skips = [Skip(layer, made) for layer, made in zip(seen.layers, seen.left, strict=True)]
+        layers = list(seen.layers)
+        held = {index for stage in self.mine for index in self.layers[stage]}
+        views: dict[int, dict[str, nn.Module]] = {
+            stage: {
+                str(index): layers[index] if index in self.layers[stage] else skip
+                for index, skip in enumerate(skips)
+            }
+            for stage in self.mine
+        }
+        for index, skip in enumerate(skips):
+            if index not in held:
+                seen.layers[index] = skip
+        return views
+
+    def __str__(self) -> str:
+        counts = [len(own) for own in self.layers]
+        shown = str(counts[0]) if len(set(counts)) == 1 else ", ".join(map(str, counts))
+        return f"{len(counts)} stages of {shown} layers"
+
+
+class Skip(nn.Module):
+    """In the place of a layer that is not computed here. What the family reads of a layer it finds."""
+
+    def __init__(self, layer: nn.Module, made: Any) -> None:
+        super().__init__()
+        plain = {name: value for name, value in vars(layer).items() if not name.startswith("_")}
+        vars(self).update({name: value for name, value in plain.items() if name != "forward"})
+        self._more = len(made) - 1 if isinstance(made, tuple) else None
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The hidden states as they came, in the form in which the layer returns them."""
+        return hidden if self._more is None else (hidden, *[None] * self._more)
+
+
+class Zeros(nn.Module):
+    """In the place of what comes before the layers of another stage."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.width = width
+        self.dtype = dtype
+
+    def forward(self, given: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Zeros [..., width] for indices [...], or for rows [..., any]."""
+        rows = given.shape[:-1] if given.is_floating_point() else given.shape
+        return torch.zeros(*rows, self.width, dtype=self.dtype, device=given.device)
+
+
+def _owners(options: LayoutConfig, ranks: int) -> list[int]:
+    """Which worker of the line has each stage: in turn, or there and back."""
+    there = list(range(ranks))
+    if options.schedule in THERE_AND_BACK:
+        return [*there, *reversed(there)]
+    return there * options.stages_per_worker
+
+
+def _strip(model: nn.Module, seen: Watched, keeps_first: bool, keeps_last: bool) -> None:
+    """Replace what stands outside the layers and belongs to other stages."""
+    kept = {*(seen.before if keeps_first else []), *(seen.after if keeps_last else [])}
+    dtype = seen.entered[0].dtype
+    stubs: dict[nn.Module, nn.Module] = {module: nn.Identity() for module in seen.after}
+    stubs |= {module: Zeros(seen.widths.get(module, 0), dtype) for module in seen.before}
+    for name, module in reversed([*model.named_modules(remove_duplicate=False)]):
+        if module in stubs and module not in kept:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, stubs[module])
+
+
+def _own(piece: Piece, held: set[nn.Parameter], *, follows: bool) -> Piece:
+    if piece.source not in held:
+        return empty(piece)
+    return empty(piece, source=piece.source) if follows else piece
+
+
+def _leave(module: nn.Module, args: Any, made: Any) -> None:
+    raise Left(made[0] if isinstance(made, tuple) else made)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """Where dropout takes its random numbers from."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.default_generator

@@ -3,7 +3,6 @@
 from torch import Tensor, nn
 
 from shoal.config import LayoutConfig
-from shoal.errors import UserError
 from shoal.layouts import replicated
 from shoal.layouts.base import Loss, Placed
 from shoal.layouts.context import Context

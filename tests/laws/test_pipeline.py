@@ -8,9 +8,9 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from laws.staged import ModelTask
 from laws.pool import Pool
 from laws.rows import RowsTask
+from laws.staged import ModelTask
 from laws.test_layouts import STEPS, Pieces, follow_in_pieces, resume_all, sent_and_predicted, together
 from laws.worlds import Record, first_difference, follow, run_of
 from torch import nn

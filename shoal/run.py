@@ -114,10 +114,9 @@ class Run:
         if self.shared is None:
             with self.sync.shared_model(self.replica):
                 self.shared = self.tensors()
-        model_config = getattr(self.replica.model, "config", None)
-        config_json = model_config.to_json_string() if model_config is not None else None
+        describe = partial(self.task.describe, self.replica.model)
         self.checkpoints.save(
-            self.shared, self.progress, config_json, part=self.part(), places=self._places, best=best
+            self.shared, self.progress, describe, part=self.part(), places=self._places, best=best
         )
 
     @property

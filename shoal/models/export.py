@@ -5,6 +5,7 @@ Written aside from blocks of tensors, read again and compared, moved into place.
 
 import copy
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,11 +18,12 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
 from shoal import stored
 from shoal.errors import ShoalError, UserError
 from shoal.models.loading import quiet
-from shoal.stored import Spec, Stored
+from shoal.stored import Shape, Stored
 
 SAMPLE_TOKENS = 16
 MAX_SHARD_SIZE = "5GB"
@@ -59,21 +61,18 @@ def export(
     where `source` is no whole model, ShoalError where the new folder cannot be written or is not the same.
     """
     aside, old = (folder.with_name(f".{folder.name}.{part}") for part in ("new", "old"))
-    weights = Stored(source)
     model = _skeleton(source)
-    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in _named(model)}
-    stored.check(weights.specs, specs, f"export {source}")
-    written = {name: (_dtype(weights.dtypes[name], dtype), shape) for name, (_, shape) in specs.items()}
+    tensors = _Tensors(Stored(source), model, DTYPES[dtype] if dtype else None)
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
         for file in (file for file in source.iterdir() if file.suffix != ".safetensors"):
             shutil.copyfile(file, aside / file.name)
         with quiet():
-            _write_config(model, written, aside)
-            _write_weights(weights, model, written, aside, max_shard_size)
+            _write_config(model, tensors, aside)
+            _write_weights(model, tensors, aside, max_shard_size)
             (aside / "README.md").write_text(_card_text(model, card), encoding="utf-8")
-            _check_same_tensors(weights, written, aside)
+            _check_same_tensors(tensors, aside)
             if check is not None:
                 check(aside)
         if folder.exists():
@@ -101,47 +100,70 @@ def _skeleton(source: Path) -> PreTrainedModel:
     return model
 
 
-def _named(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def _named(model: PreTrainedModel) -> dict[str, Tensor]:
     """The tensors that belong to a model's state, in its order; tied ones once, under their first name."""
     first = dict(model.named_parameters())
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in first or not isinstance(tensor, nn.Parameter):
-            yield name, tensor
+    state = model.state_dict(keep_vars=True).items()
+    return {name: tensor for name, tensor in state if name in first or not isinstance(tensor, nn.Parameter)}
 
 
-def _dtype(own: torch.dtype, asked: str | None) -> torch.dtype:
-    return DTYPES[asked] if asked is not None and own.is_floating_point else own
+def _names_in_files(model: PreTrainedModel) -> dict[str, str]:
+    """Each tensor's name by the one it has in files, where `save_pretrained` would call it otherwise.
+
+    Models of which it would also cut or join tensors, those with experts, keep theirs: `from_pretrained` takes both.
+    """
+    names = {}
+    for name, tensor in _named(model).items():
+        ((known, result), *others) = revert_weight_conversion(model, {name: tensor}).items()
+        if others or result is not tensor:
+            return {each: each for each in _named(model)}
+        names[known] = name
+    return names
 
 
-def _write_config(model: PreTrainedModel, written: Mapping[str, Spec], folder: Path) -> None:
+class _Tensors:
+    """What is written, by the names in the files: read from a checkpoint a block at a time."""
+
+    def __init__(self, weights: Stored, model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+        self.weights = weights
+        self.own = _names_in_files(model)
+        specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in _named(model).items()}
+        stored.check(weights.specs, specs, f"export {weights.folder}")
+        saved = {known: weights.specs[name] for known, name in self.own.items()}
+        self.specs = {
+            known: (dtype if dtype and its.is_floating_point else its, shape)
+            for known, (its, shape) in saved.items()
+        }
+
+    def blocks(self, name: str) -> Iterator[tuple[tuple[Shape, Shape], Tensor]]:
+        """Where each block begins and its size, and the block."""
+        for where in self.weights.rows(self.own[name]):
+            yield where, self.weights.read(self.own[name], *where).to(self.specs[name][0])
+
+
+def _write_config(model: PreTrainedModel, tensors: _Tensors, folder: Path) -> None:
     config = model.config
+    dtypes = (dtype for dtype, _ in tensors.specs.values() if dtype.is_floating_point)
     config.architectures = [type(model).__name__]
-    config.dtype = next(str(dtype).split(".")[1] for dtype, _ in written.values() if dtype.is_floating_point)
+    config.dtype = str(next(dtypes)).removeprefix("torch.")
     config.save_pretrained(folder)
 
 
-def _write_weights(
-    weights: Stored,
-    model: PreTrainedModel,
-    written: Mapping[str, Spec],
-    folder: Path,
-    max_shard_size: str,
-) -> None:
+def _write_weights(model: PreTrainedModel, tensors: _Tensors, folder: Path, max_shard_size: str) -> None:
     """The shards, and their index if there are several."""
-    sizes = {name: dtype.itemsize * torch.Size(shape).numel() for name, (dtype, shape) in written.items()}
+    specs = tensors.specs
     split = split_state_dict_into_shards_factory(
-        sizes,
+        {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in specs.items()},
         get_storage_size=lambda size: size,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
-
-    def blocks(name: str) -> Iterator[Tensor]:
-        for where in weights.rows(name):
-            yield weights.read(name, *where).to(written[name][0])
-
     for file, names in split.filename_to_tensors.items():
-        stored.stream(folder / file, {name: written[name] for name in names}, blocks)
+        stored.stream(
+            folder / file,
+            {name: specs[name] for name in names},
+            lambda name: (block for _, block in tensors.blocks(name)),
+        )
     if split.is_sharded:
         about = {"total_parameters": model.num_parameters(), **split.metadata}
         index = {"metadata": about, "weight_map": split.tensor_to_filename}
@@ -150,12 +172,11 @@ def _write_weights(
         )
 
 
-def _check_same_tensors(weights: Stored, written: Mapping[str, Spec], folder: Path) -> None:
+def _check_same_tensors(tensors: _Tensors, folder: Path) -> None:
     again = Stored(folder)
-    for name, (dtype, _) in written.items():
-        for where in weights.rows(name):
-            ours, theirs = weights.read(name, *where).to(dtype), again.read(name, *where)
-            if not torch.equal(stored.as_bytes(ours), stored.as_bytes(theirs)):
+    for name in tensors.specs:
+        for where, block in tensors.blocks(name):
+            if not torch.equal(stored.as_bytes(block), stored.as_bytes(again.read(name, *where))):
                 raise ShoalError(
                     f"export to {folder}: {name} is another when read again; nothing was replaced"
                 )

@@ -336,7 +336,7 @@ def _resume(run: Run, folder: Path) -> None:
     )
     now = run.progress
     if len(syncs) and same_strategy:
-        run.sync.load_state_dict(syncs)
+        _load_sync(run, folder, syncs)
     elif len(syncs) or progress.strategy != now.strategy:
         of = progress.strategy + (f", replicas of {progress.island_size} workers" if len(syncs) else "")
         run.screen.say(f"strategy {now.strategy} starts from the model of {of}")
@@ -346,3 +346,11 @@ def _resume(run: Run, folder: Path) -> None:
     if counts and len(counts) == run.mesh.teams and sum(counts) == sum(run.replica.shares.counts):
         run.replica.shares = shares.Shares(counts)
     run.screen.say(f"resumed from {folder}: {progress.step} steps, {progress.tokens:,} tokens")
+
+
+def _load_sync(run: Run, folder: Path, saved: checkpoint.Parts) -> None:
+    try:
+        run.sync.load_state_dict(saved)
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:
+        found = f"the state of the strategy does not fit ({' '.join(str(error).split())[:200]})"
+        raise UserError(f"resume from {folder}", found, "use another checkpoint") from error

@@ -152,12 +152,16 @@ def _write_config(model: PreTrainedModel, tensors: _Tensors, folder: Path) -> No
 def _write_weights(model: PreTrainedModel, tensors: _Tensors, folder: Path, max_shard_size: str) -> None:
     """The shards, and their index if there are several."""
     specs = tensors.specs
-    split = split_state_dict_into_shards_factory(
-        {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in specs.items()},
-        get_storage_size=lambda size: size,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
+    sizes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in specs.items()}
+    try:
+        split = split_state_dict_into_shards_factory(
+            sizes,
+            get_storage_size=lambda size: size,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise UserError(f"--max-shard-size {max_shard_size}", str(error), "write it as 5GB") from error
     for file, names in split.filename_to_tensors.items():
         stored.stream(
             folder / file,

@@ -1,6 +1,6 @@
 """The memory that `shoal export` takes for a checkpoint in pieces, against the largest file that it writes.
 
-The checkpoint is made here, of a Llama of 0.8 GB as four ranks hold it; the export is measured in a process of its own,
+The checkpoint is made here, of a Llama of 0.8 GB as four ranks hold it; the export is a process of its own:
 `python -m bench.export CHECKPOINT OUT`.
 """
 

@@ -84,6 +84,15 @@ def put(file: str, content: str) -> Damage:
     return lambda folder: (folder / file).write_text(content) and None
 
 
+def flip(file: str) -> Damage:
+    def damage(folder: Path) -> None:
+        content = bytearray((folder / file).read_bytes())
+        content[-1] ^= 1
+        (folder / file).write_bytes(content)
+
+    return damage
+
+
 def state(**lies: object) -> Damage:
     return put("state.json", json.dumps(vars(Progress(step=1)) | lies))
 
@@ -95,9 +104,9 @@ def offset(name: str, *begin: int) -> Damage:
 # What was changed since it was saved, and what the line says.
 CHANGED: dict[str, tuple[Damage, str]] = {
     "missing": (lambda folder: (folder / ONE).unlink(), "00000.safetensors is missing"),
-    "extra": (lambda folder: (folder / "model/00002.safetensors").write_bytes(b""), "was not saved with it"),
-    "truncated": (lambda folder: (folder / ONE).write_bytes((folder / ONE).read_bytes()[:-1]), "bytes instead of"),
-    "altered": (rewrite(ONE, lambda tensors, _: tensors["up.bias"].add_(1)), "was altered"),
+    "extra": (put("model/00002.safetensors", ""), "was not saved with it"),
+    "truncated": (put(ONE, "half a file"), "bytes instead of"),
+    "altered": (flip(ONE), "was altered"),
     "manifest is no JSON": (put("manifest.json", "{"), "manifest.json cannot be read"),
     "manifest is a list": (put("manifest.json", "[]"), "manifest.json cannot be read"),
     "manifest of a list": (put("manifest.json", '{"format": 1, "files": []}'), "manifest.json cannot be read"),
@@ -107,10 +116,13 @@ CHANGED: dict[str, tuple[Damage, str]] = {
 # What was saved so: the manifest fits it.
 FORGED: dict[str, tuple[Damage, str]] = {
     "no safetensors": (put(ONE, "nothing of the kind"), "use another checkpoint"),
-    "a piece is missing": (lambda folder: (folder / OTHER).unlink(), "is not whole: a part of it is in no file"),
-    "a tensor is missing": (rewrite(ONE, lambda t, pieces: (t.pop("up.bias"), pieces.pop("up.bias"))), "up.bias is not whole"),
-    "a tensor is named only": (rewrite(ONE, lambda tensors, _: tensors.pop("up.bias")), "which does not hold it"),
-    "an extra tensor": (rewrite(ONE, lambda tensors, _: tensors.update(more=torch.ones(2))), "it holds a tensor more"),
+    "a piece is missing": (lambda folder: (folder / OTHER).unlink(), "a part of it is in no file"),
+    "a tensor is missing": (
+        rewrite(ONE, lambda held, pieces: (held.pop("up.bias"), pieces.pop("up.bias"))),
+        "up.bias is not whole",
+    ),
+    "a tensor is named only": (rewrite(ONE, lambda held, _: held.pop("up.bias")), "which does not hold it"),
+    "an extra tensor": (rewrite(ONE, lambda held, _: held.update(more=torch.ones(2))), "holds a tensor more"),
     "overlap": (offset("up.weight", 8, 0), "up.weight has pieces that overlap"),
     "outside": (offset("up.weight", 12, 0), "lies outside of it"),
     "of other dims": (offset("up.weight", 0), "lies outside of it"),
@@ -118,16 +130,28 @@ FORGED: dict[str, tuple[Damage, str]] = {
     "pieces are no JSON": (say_of_pieces("{"), "its metadata does not say"),
     "pieces are a list": (say_of_pieces("[]"), "its metadata does not say"),
     "pieces of numbers": (say_of_pieces('{"up.bias": 3}'), "its metadata does not say"),
-    "shapes disagree": (rewrite(ONE, lambda _, pieces: pieces["up.bias"].__setitem__(0, [99])), "another shape or dtype"),
-    "dtypes disagree": (rewrite(ONE, lambda t, _: t.update({"up.bias": t["up.bias"].double()})), "another shape or dtype"),
+    "shapes disagree": (
+        rewrite(ONE, lambda _, pieces: pieces["up.bias"].__setitem__(0, [99])),
+        "another shape or dtype",
+    ),
+    "dtypes disagree": (
+        rewrite(ONE, lambda held, _: held.update({"up.bias": held["up.bias"].double()})),
+        "another shape or dtype",
+    ),
     "state is no JSON": (put("state.json", "{"), "state.json"),
     "state is a list": (put("state.json", "[]"), "state.json"),
     "state of text": (state(step="many"), "state.json"),
     "state before the start": (state(step=-1), "state.json"),
     "state without a file": (lambda folder: (folder / "state.json").unlink(), "state.json"),
-    "of no parameter": (rewrite(STATE, lambda t, _: t.update({"nothere/exp_avg": torch.ones(2)})), "of no parameter of the model"),
-    "moments overlap": (rewrite(STATE, lambda _, pieces: pieces["up.weight/exp_avg"].__setitem__(1, [8, 0])), "overlap"),
-}  # fmt: skip
+    "of no parameter": (
+        rewrite(STATE, lambda held, _: held.update({"nothere/exp_avg": torch.ones(2)})),
+        "of no parameter of the model",
+    ),
+    "moments overlap": (
+        rewrite(STATE, lambda _, pieces: pieces["up.weight/exp_avg"].__setitem__(1, [8, 0])),
+        "overlap",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", [*CHANGED, *FORGED])

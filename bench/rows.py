@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
-from bench import server, startup, tokenizing
+from bench import export, server, startup, tokenizing
 from bench.jobs import Corpus, Job, Turn
 
 PEERS = ("handwritten_ddp", "accelerate_loop", "hf_trainer", "fabric_loop")
@@ -174,6 +174,16 @@ def _layouts(measured: Measured) -> list[Verdict]:
     return verdicts
 
 
+def _export(measured: Measured) -> list[Verdict]:
+    pairs = [export.peak_over_shard(measured.corpus) for _ in range(measured.repeats)]
+    peak, shard = (median(column) for column in zip(*pairs, strict=True))
+    ratio = peak / shard
+    shown = f"{ratio:.2f} x ({peak / 1e6:,.0f} MB above the start, largest shard {shard / 1e6:,.0f} MB)"
+    return [
+        Verdict("peak memory of `shoal export`, 0.8 GB in pieces of 4 ranks", shown, "< 1.3 x", ratio < 1.3)
+    ]
+
+
 def _at_least(what: str, ours: float, rival: str, theirs: float, required: float) -> Verdict:
     ratio = ours / theirs
     shown = f"{ratio:.2f} x ({ours:,.0f} against {theirs:,.0f} of {rival})"
@@ -196,5 +206,6 @@ ROWS = {
         tuple(Job(tool, layout=layout) for layout, peer in LAYOUTS.items() for tool in ("shoal", peer)),
         _layouts,
     ),
+    "export": Row((), _export),
     "data-wait": Row((Job("shoal"),), _data_wait),
 }

@@ -12,7 +12,6 @@ latest, best                     files that hold the name of a checkpoint
 """
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -21,40 +20,43 @@ import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from safetensors import SafetensorError, safe_open
+from pydantic import Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError
 from torch import Tensor
 
-from shoal import stored
+from shoal import manifest, stored
 from shoal.errors import ShoalError, UserError
 from shoal.layouts.base import Placed
-from shoal.optim import NamedState
+from shoal.optim import LIKE_PARAMETER, NamedState
 from shoal.piece import Piece
 from shoal.stored import Places, Stored
 
-FORMAT = 1
-MANIFEST = "manifest.json"
 PARTS = ".parts"
 PATIENCE = 120.0  # seconds that rank 0 waits for the parts of the others
+
+
+Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass
 class Progress:
     """Where a run stands: all it takes, beside the tensors, to go on as if it had never stopped."""
 
-    step: int = 0  # steps done
-    tokens: int = 0  # labels learnt from
+    step: Count = 0  # steps done
+    tokens: Count = 0  # labels learnt from
     seconds: float = 0.0  # spent in steps, all attempts together
-    shares: list[int] | None = None  # of the ranks, as last balanced
-    nonfinite_steps: int = 0  # in a row
-    nonfinite_total: int = 0
+    shares: list[Count] | None = None  # of the ranks, as last balanced
+    nonfinite_steps: Count = 0  # in a row
+    nonfinite_total: Count = 0
     best: float | None = None  # the lowest eval/loss so far
     data: str = ""  # the key of the prepared data
     strategy: str = "allreduce"
-    island_size: int = 1  # ranks that held a replica together
+    island_size: Count = 1  # ranks that held a replica together
 
 
+Describe = Callable[[Path], None]  # leaves in the folder of the weights what others need to load them
 Tensors = dict[str, dict[str, Tensor]]  # file below the checkpoint -> tensors by name
 
 
@@ -102,7 +104,7 @@ class Checkpoints:
         self,
         tensors: Tensors,
         progress: Progress,
-        config_json: str | None,
+        describe: Describe | None,
         *,
         part: dict[str, Tensor] | None = None,
         places: Places | None = None,
@@ -122,7 +124,7 @@ class Checkpoints:
         if self.rank and not files:
             return
         self._copied.clear()
-        args = (files, places or {}, Progress(**asdict(progress)), config_json, best)
+        args = (files, places or {}, Progress(**asdict(progress)), describe, best)
         self._thread = threading.Thread(target=self._save, args=args, name="checkpoint")
         self._thread.start()
         self.stalled += time.perf_counter() - began
@@ -145,7 +147,7 @@ class Checkpoints:
             raise error
 
     def _save(
-        self, tensors: Tensors, places: Places, progress: Progress, config_json: str | None, best: bool
+        self, tensors: Tensors, places: Places, progress: Progress, describe: Describe | None, best: bool
     ) -> None:
         try:
             copies = {
@@ -160,7 +162,7 @@ class Checkpoints:
                 return
             if not self._receive(parts, [f for f in copies if Path(f).stem.isdigit()]):
                 copies.pop(own, None)  # a rank is gone: who goes on from here starts from the one model
-            write(place, copies, progress, config_json, parts=parts, places=places)
+            write(place, copies, progress, describe, parts=parts, places=places)
             _point(self.folder / "latest", f"checkpoint-{progress.step}")
             if best:
                 _point(self.folder / "best", f"checkpoint-{progress.step}")
@@ -209,7 +211,7 @@ def write(
     folder: Path,
     tensors: Tensors,
     progress: Progress,
-    config_json: str | None,
+    describe: Describe | None,
     *,
     parts: Path | None = None,
     places: Places | None = None,
@@ -223,7 +225,7 @@ def write(
     try:
         if parts is not None and parts.exists():
             parts.rename(aside)
-        _fill(aside, tensors, places or {}, progress, config_json)
+        _fill(aside, tensors, places or {}, progress, describe)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -248,42 +250,19 @@ def _hand_over(path: Path, tensors: dict[str, Tensor], places: Places) -> None:
     unready.rename(path)
 
 
-def _fill(aside: Path, tensors: Tensors, places: Places, progress: Progress, config_json: str | None) -> None:
+def _fill(
+    aside: Path, tensors: Tensors, places: Places, progress: Progress, describe: Describe | None
+) -> None:
     aside.mkdir(parents=True, exist_ok=True)
     for file, part in tensors.items():
         (aside / file).parent.mkdir(exist_ok=True)
         stored.write(aside / file, part, places)
-    if config_json is not None:
-        (aside / "model" / "config.json").write_text(config_json)
+    if describe is not None:
+        describe(aside / "model")
     (aside / "state.json").write_text(json.dumps(asdict(progress), indent=1))
-    files = sorted(path for path in aside.rglob("*") if path.is_file())
-    hashes = {
-        str(path.relative_to(aside)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in files
-    }
-    manifest = {"format": FORMAT, "step": progress.step, "tokens": progress.tokens, "files": hashes}
-    (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in (*files, aside / MANIFEST, aside):
-        _sync_to_disk(path)
-
-
-def verify(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, in words, or None."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        if manifest["format"] != FORMAT:
-            return f"its format is {manifest['format']}, this version reads {FORMAT}"
-        for name, expected in manifest["files"].items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} holds {path.stat().st_size} bytes instead of {expected['bytes']}"
-            if _sha256(path) != expected["sha256"]:
-                return f"{name} was altered"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    return None
+    manifest.write(aside, step=progress.step, tokens=progress.tokens)
+    for name in (*manifest.files_in(aside), manifest.NAME, "."):
+        _sync_to_disk(aside / name)
 
 
 def candidates(folder: Path) -> list[Path]:
@@ -322,41 +301,58 @@ def _finish_moves(folder: Path) -> None:
     """Move into place what was whole when a kill came just before the move."""
     for aside in folder.glob(".checkpoint-*.tmp"):
         place = folder / aside.name.removeprefix(".").removesuffix(".tmp")
-        if not place.exists() and verify(aside) is None:
+        if not place.exists() and manifest.verify(aside) is None:
             aside.rename(place)
 
 
 def find(asked: str, folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint to resume from: "latest" of `folder`, or a path. Walks back to the newest valid one.
+    """The checkpoint to resume from: the newest valid one of `folder` ("latest"), or what a path names.
 
     None if "latest" was asked and there is no checkpoint at all. Raises UserError if none is valid.
     """
-    named = Path(asked)
-    if asked != "latest" and not named.is_dir():
+    flag = f"--resume-from-checkpoint {asked}"
+    _finish_moves(folder if asked == "latest" else Path(asked))
+    if asked != "latest":
+        return named(Path(asked), flag, say)
+    return newest(candidates(folder), flag, say) if candidates(folder) else None
+
+
+def named(folder: Path, asked: str, say: Callable[[str], None], *, best: bool = False) -> Path:
+    """The checkpoint that a folder is, or of a run's folder the newest valid one, or the best.
+
+    Raises UserError, as an answer to `asked`, if there is none or it is not valid.
+    """
+    if not folder.is_dir():
+        raise UserError(asked, "there is no such folder", "give a checkpoint folder, or a run's")
+    if not best and not (folder / manifest.NAME).exists():
+        return newest(candidates(folder), asked, say)
+    name = _pointed(folder / "best") if best else "."
+    if name is None:
         raise UserError(
-            f"--resume-from-checkpoint {asked}",
-            "there is no such folder",
-            "give a checkpoint folder, or latest",
+            asked, "no checkpoint was the best one", "train with --eval-steps, or take the newest"
         )
-    if asked != "latest" and (named / MANIFEST).exists():
-        choices = [named]
-    else:
-        run = folder if asked == "latest" else named
-        _finish_moves(run)
-        choices = candidates(run)
+    if problem := manifest.verify(folder / name):
+        raise UserError(asked, problem, "use another checkpoint")
+    return folder / name
+
+
+def newest(choices: Sequence[Path], asked: str, say: Callable[[str], None]) -> Path:
+    """The first valid one; those before it are told of. Raises UserError if none is."""
     for path in choices:
-        problem = verify(path)
+        problem = manifest.verify(path)
         if problem is None:
             return path
         say(f"{path} cannot be used: {problem}; trying the one before it")
-    if not choices and asked == "latest":
-        return None
-    raise UserError(f"--resume-from-checkpoint {asked}", "no valid checkpoint was found", "start without it")
+    raise UserError(asked, "no valid checkpoint was found", "name another folder")
 
 
 def load_progress(folder: Path) -> Progress:
-    """Where the run stood at a checkpoint."""
-    return Progress(**json.loads((folder / "state.json").read_text()))
+    """Where the run stood at a checkpoint. Raises UserError where its state.json does not say."""
+    try:
+        return TypeAdapter(Progress).validate_json((folder / "state.json").read_bytes(), strict=True)
+    except (OSError, ValidationError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(f"read {folder / 'state.json'}", ": ".join(lines[1:3]), stored.ANOTHER) from error
 
 
 class Parts(Sequence[dict[str, Tensor]]):
@@ -373,7 +369,7 @@ class Parts(Sequence[dict[str, Tensor]]):
         return len(self.files)
 
     def __getitem__(self, rank: Any) -> Any:
-        with safe_open(self.files[rank], "pt") as file:
+        with stored.opened(self.files[rank]) as file:
             names = [name for name in file.keys() if name.startswith(self.prefix)]  # noqa: SIM118 (not a dict)
             return {name.removeprefix(self.prefix): file.get_tensor(name) for name in names}
 
@@ -384,37 +380,40 @@ def load_model(folder: Path, placed: Placed, part: dict[str, Tensor] | None = No
     `part` are this rank's own ones, where the replicas differed.
     """
     own = model_tensors(placed)
+    asked = f"resume from {folder}"
     if part:
+        stored.check(_specs(part), _specs(own), asked)
         for name, tensor in own.items():
             tensor.copy_(part[name])
         return
     saved = Stored(folder / "model")
-    wanted = {piece.name: tuple(piece.shape) for piece in placed.pieces}
-    wanted |= {name: tuple(tensor.shape) for name, tensor in own.items() if name not in wanted}
-    for name in sorted(wanted.keys() ^ saved.shapes.keys()):
-        found = "holds no" if name in wanted else "holds a"
-        raise UserError(
-            f"resume from {folder}", f"it {found} tensor {name}", "use the --model it was saved from"
-        )
-    pieces = {piece.name: piece for piece in placed.pieces}
+    places = {piece.name: piece for piece in placed.pieces}
+    whole = {name: (piece.local.dtype, tuple(piece.shape)) for name, piece in places.items()}
+    stored.check(saved.specs, _specs(own) | whole, asked)
     for name, tensor in own.items():
-        if saved.shapes[name] != wanted[name]:
-            found = f"{name} has shape {saved.shapes[name]}, the model's is {wanted[name]}"
-            raise UserError(f"resume from {folder}", found, "use the --model it was saved from")
         if tensor.numel():
-            held = pieces.get(name)
+            held = places.get(name)
             tensor.copy_(saved.piece(name, held.blocks, tensor.shape) if held else saved.read(name))
 
 
 def load_optimizer(
     folder: Path, state: NamedState, placed: Placed, part: dict[str, Tensor] | None = None
 ) -> None:
-    """Set the optimizers' state to that of a checkpoint: to `part`, if given."""
+    """Set the optimizers' state to that of a checkpoint: to `part`, if given. Refuses that of another model."""
+    asked = f"resume from {folder}"
     saved = Stored(folder / "optimizer")
-    by_param: dict[str, list[str]] = {}
-    for name in part if part is not None else saved.shapes:
-        by_param.setdefault(name.rsplit("/", 1)[0], []).append(name)
     held = {piece.name: piece for piece in placed.pieces}
+    by_param: dict[str, list[str]] = {}
+    for name, (_, shape) in (saved.specs if part is None else _specs(part)).items():
+        param, kind = name.rsplit("/", 1)
+        by_param.setdefault(param, []).append(name)
+        if param not in held:
+            raise UserError(asked, f"it holds {name}, of no parameter of the model", stored.ANOTHER)
+        wanted = held[param].shape if part is None else held[param].local.shape
+        if kind in LIKE_PARAMETER and shape != tuple(wanted):
+            raise UserError(
+                asked, f"{name} has shape {shape}, the model's is {tuple(wanted)}", stored.ANOTHER
+            )
 
     def read(name: str, piece: Piece) -> Tensor:
         if part is not None:
@@ -432,8 +431,12 @@ def load_tensors(folder: Path, file: str) -> dict[str, Tensor]:
     """One file of a checkpoint; empty if it has none."""
     if not (folder / file).exists():
         return {}
-    with safe_open(folder / file, "pt") as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    with stored.opened(folder / file) as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _specs(tensors: dict[str, Tensor]) -> dict[str, stored.Spec]:
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def _explain(error: BaseException, folder: Path) -> BaseException:
@@ -457,11 +460,6 @@ def _point(pointer: Path, name: str) -> None:
 
 def _pointed(pointer: Path) -> str | None:
     return pointer.read_text().strip() if pointer.exists() else None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync_to_disk(path: Path) -> None:

@@ -68,10 +68,10 @@ def prepare(words: list[str]) -> int:
 
 
 def evaluate(words: list[str]) -> int:
-    """Measure a run or a model folder on held-out data: shoal evaluate FOLDER [--flag value ...]"""
+    """Measure a run, a checkpoint or a model on held-out data: shoal evaluate FOLDER [--flag value ...]"""
     if _asks_help(words):
         return _print_settings(evaluate)
-    folder, flags = _first_word(words, "the folder of a run or a model")
+    folder, flags = _first_word(words, "the folder of a run, a checkpoint or a model")
     resolved = _of_trained(Path(folder), flags)
     from shoal.engines.local import launch
 
@@ -81,7 +81,7 @@ def evaluate(words: list[str]) -> int:
 def generate(words: list[str]) -> int:
     """Write on from a prompt, or from each prompt of a file: shoal generate FOLDER --prompt TEXT"""
     parser = _Parser(generate)
-    parser.add_argument("model", metavar="FOLDER", help="the folder of a run or a model")
+    parser.add_argument("model", metavar="FOLDER", help="the folder of a run, a checkpoint or a model")
     parser.add_argument("--prompt", help="the text to go on from; streamed to the terminal")
     parser.add_argument(
         "--prompts-file", type=Path, help="prompts: .txt, one a line, or .jsonl with `prompt`"
@@ -101,6 +101,23 @@ def generate(words: list[str]) -> int:
     from shoal.serve.generate import GenerateOptions, run
 
     run(GenerateOptions(**vars(options)))
+    return DONE
+
+
+def export(words: list[str]) -> int:
+    """Make the Hugging Face folder of a checkpoint, whole or in pieces: shoal export FOLDER --output-dir OUT"""
+    parser = _Parser(export)
+    parser.add_argument(
+        "source", metavar="FOLDER", type=Path, help="a checkpoint, or a run: then its newest valid one"
+    )
+    parser.add_argument("--output-dir", type=Path, required=True, help="the folder to make")
+    parser.add_argument("--best", action="store_true", help="of a run the best checkpoint, not the newest")
+    parser.add_argument("--max-shard-size", help="weights above it go into several files (5GB)")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16; that of the checkpoint by default")
+    options = parser.parse(words)
+    from shoal.export import ExportOptions, run
+
+    run(ExportOptions(**vars(options)))
     return DONE
 
 
@@ -170,7 +187,7 @@ def config(words: list[str]) -> int:
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
-    verb.__name__: verb for verb in (train, evaluate, generate, prepare, audit, doctor, config)
+    verb.__name__: verb for verb in (train, evaluate, generate, export, prepare, audit, doctor, config)
 }
 
 
@@ -212,25 +229,27 @@ def _resolve(words: list[str]) -> "Resolved":
 
 
 def _of_trained(folder: Path, flags: list[str]) -> "Resolved":
-    """The record of a finished run, with the model that came of it; defaults for any other model folder."""
+    """The record of a finished run, or of a checkpoint's, with its model; defaults for any other model folder."""
     from shoal.config import ModelConfig, Resolved, load_config
     from shoal.models.presets import PRESETS
+    from shoal.trained import is_checkpoint, model_folder
 
     if not folder.is_dir():
         raise UserError(
             f"shoal evaluate {folder}", "there is no such folder", "give a run's or a model's folder"
         )
-    recipe = folder / "config.resolved.yaml"
+    model = str(model_folder(folder))
+    recipe = (folder.parent if is_checkpoint(folder) else folder) / "config.resolved.yaml"
     if not recipe.exists():
-        return load_config(None, flags, model=str(folder))
+        return load_config(None, flags, model=model)
     trained, asked = load_config(recipe).config, load_config(recipe, flags)
-    data, final = asked.config.data, str(folder / "final")
+    data = asked.config.data
     if data.tokenizer == "auto":
         # Trained again from the same text it has the same key, and what was prepared is found.
         found_again = data == trained.data and trained.model.name in PRESETS
-        data = data.model_copy(update={"tokenizer": "train" if found_again else final})
+        data = data.model_copy(update={"tokenizer": "train" if found_again else model})
     fresh = asked.config.checkpoint.model_copy(update={"resume_from_checkpoint": ""})
-    sections = {"model": ModelConfig(name=final), "data": data, "checkpoint": fresh}
+    sections = {"model": ModelConfig(name=model), "data": data, "checkpoint": fresh}
     return Resolved(asked.config.model_copy(update=sections), asked.origins)
 
 

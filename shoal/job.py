@@ -15,7 +15,6 @@ from shoal import checkpoint
 from shoal.config import Resolved, dump_yaml
 from shoal.cost import Sizes
 from shoal.errors import UserError
-from shoal.layouts.base import Placed
 from shoal.loop import train
 from shoal.mesh import Mesh
 from shoal.observe.console import Screen, duration, shown_number
@@ -150,13 +149,14 @@ def _summary(run: Run, metrics: dict[str, float]) -> dict[str, Any]:
 
 def _finish_folder(run: Run, resolved: Resolved, summary: dict[str, Any]) -> None:
     """Export, show a sample, and write the summary last: it marks the run as finished."""
-    model = _whole_model(run) if run.is_cut else run.replica.model
-    sample = run.task.example(model)
+    model = None if run.is_cut else run.replica.model  # this rank alone never makes a cut one whole
+    sample = None if model is None else run.task.example(model)
     if sample:
         run.screen.say(f"***** A sample of generated text *****\n{sample}\n*****")
     chosen = {key: origin for key, origin in resolved.origins.items() if origin != "default"}
     settings = {key: _setting(resolved, key) for key in ("model.name", "data.path", *chosen)}
-    run.task.export(model, run.folder / "final", {**summary, "Settings": settings})
+    last = run.folder / f"checkpoint-{run.progress.step}"
+    run.task.export(last, run.folder / "final", {**summary, "Settings": settings}, model)
     (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
     facts = {
         "Steps": summary["steps"],
@@ -167,15 +167,9 @@ def _finish_folder(run: Run, resolved: Resolved, summary: dict[str, Any]) -> Non
         "Sent": f"{summary['bytes_sent_per_worker'] / 1e6:,.1f} MB by each worker",
         **{name: shown_number(value) for name, value in summary.items() if name.startswith("eval/")},
         "Model": str(run.folder / "final"),
+        **({"A sample of text": f"shoal generate {run.folder} --prompt ..."} if model is None else {}),
     }
     run.screen.banner("Finished", facts)
-
-
-def _whole_model(run: Run) -> Any:
-    """What the ranks hold together, from the checkpoint that was saved last."""
-    placed = Placed.whole(run.task.model(), run.task.loss)
-    checkpoint.load_model(run.folder / f"checkpoint-{run.progress.step}", placed)
-    return placed.model
 
 
 def _setting(resolved: Resolved, key: str) -> Any:

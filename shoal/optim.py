@@ -12,6 +12,11 @@ from shoal.config import RunConfig
 
 MOMENTUM = 0.9  # of SGD
 ADAM: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
+LIKE_PARAMETER = {
+    "exp_avg",
+    "exp_avg_sq",
+    "momentum_buffer",
+}  # parts of the state that have a parameter's shape
 NamedParams = list[tuple[str, nn.Parameter]]
 
 
@@ -135,13 +140,13 @@ class NamedState:
                         yield f"{self.names[p]}/{part}", tensor
 
     def load(self, read: Callable[[str], dict[str, Tensor]]) -> None:
-        """Set the state of each parameter to what `read(its name)` gives, by part; {} leaves it fresh."""
+        """Set the state of each parameter to a copy of what `read(its name)` gives, by part; {} leaves it fresh."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for p in group["params"]:
                     state = read(self.names[p])
                     if state:
                         optimizer.state[p] = {
-                            part: tensor.to(p.device if tensor.dim() else "cpu")
+                            part: tensor.to(p.device if tensor.dim() else "cpu", copy=True)
                             for part, tensor in state.items()
                         }

@@ -114,10 +114,9 @@ class Run:
         if self.shared is None:
             with self.sync.shared_model(self.replica):
                 self.shared = self.tensors()
-        model_config = getattr(self.replica.model, "config", None)
-        config_json = model_config.to_json_string() if model_config is not None else None
+        describe = partial(self.task.describe, self.replica.model)
         self.checkpoints.save(
-            self.shared, self.progress, config_json, part=self.part(), places=self._places, best=best
+            self.shared, self.progress, describe, part=self.part(), places=self._places, best=best
         )
 
     @property
@@ -342,7 +341,7 @@ def _resume(run: Run, folder: Path) -> None:
     )
     now = run.progress
     if len(syncs) and same_strategy:
-        run.sync.load_state_dict(syncs)
+        _load_sync(run, folder, syncs)
     elif len(syncs) or progress.strategy != now.strategy:
         of = progress.strategy + (f", replicas of {progress.island_size} workers" if len(syncs) else "")
         run.screen.say(f"strategy {now.strategy} starts from the model of {of}")
@@ -352,3 +351,11 @@ def _resume(run: Run, folder: Path) -> None:
     if counts and len(counts) == run.mesh.teams and sum(counts) == sum(run.replica.shares.counts):
         run.replica.shares = shares.Shares(counts)
     run.screen.say(f"resumed from {folder}: {progress.step} steps, {progress.tokens:,} tokens")
+
+
+def _load_sync(run: Run, folder: Path, saved: checkpoint.Parts) -> None:
+    try:
+        run.sync.load_state_dict(saved)
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:
+        found = f"the state of the strategy does not fit ({' '.join(str(error).split())[:200]})"
+        raise UserError(f"resume from {folder}", found, "use another checkpoint") from error

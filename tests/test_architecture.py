@@ -15,12 +15,12 @@ PACKAGE = Path(__file__).parents[1] / "shoal"
 
 # Import order is data order: a module imports only what stands above it (or beside it, in its own folder).
 ORDER = """
-    errors crew config
+    errors crew config manifest stored
     data models tasks
     precision placement mesh collectives island cost summation piece buckets layouts codecs optim replica shares sync
-    stored checkpoint evaluate observe run observe.observer loop job
+    checkpoint evaluate observe run observe.observer loop job
     engines session api
-    serve probe doctor cli __main__
+    trained export serve probe doctor cli __main__
 """.split()  # noqa: SIM905
 
 SPEAKS_TO_RANKS = {"mesh", "collectives", "layouts", "engines", "checkpoint"}

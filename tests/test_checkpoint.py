@@ -1,7 +1,6 @@
 """Checkpoints: whatever happens while one is written, the last good one is found; nothing in them is executed."""
 
 import errno
-import json
 import os
 import pickle
 import shutil
@@ -19,10 +18,11 @@ from laws.pool import Pool
 from laws.rows import Net
 from safetensors import SafetensorError
 
-from shoal import checkpoint, stored
-from shoal.checkpoint import Checkpoints, Progress, Tensors, candidates, find, load_tensors, verify
+from shoal import checkpoint, manifest, stored
+from shoal.checkpoint import Checkpoints, Progress, Tensors, candidates, find, load_tensors
 from shoal.errors import ShoalError, UserError
 from shoal.layouts.base import Placed
+from shoal.manifest import verify
 
 alone = partial(Placed.whole, loss=lambda model, inputs: model(inputs))
 FILES = ("model/model.safetensors", "optimizer/state.safetensors")
@@ -33,9 +33,13 @@ def tensors_of(step: int) -> Tensors:
     return {file: {"a": torch.full((40,), float(step)), "b": torch.arange(3) + step} for file in FILES}
 
 
+def describe(folder: Path) -> None:
+    (folder / "config.json").write_text("{}")
+
+
 def save(run: Path, step: int, *, keep: int = 2, best: bool = False) -> None:
     checkpoints = Checkpoints(run, every=1, keep=keep)
-    checkpoints.save(tensors_of(step), Progress(step=step), "{}", best=best)
+    checkpoints.save(tensors_of(step), Progress(step=step), describe, best=best)
     checkpoints.finish()
 
 
@@ -259,7 +263,7 @@ def test_a_save_holds_what_was_there_when_it_began(tmp_path: Path) -> None:
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )
-@pytest.mark.parametrize("place", ["save_file", "_sync_to_disk", "_sha256"])
+@pytest.mark.parametrize("place", ["stored.save_file", "checkpoint._sync_to_disk", "manifest.sha256"])
 def test_a_full_disk_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, place: str
 ) -> None:
@@ -268,7 +272,7 @@ def test_a_full_disk_is_one_line(
     def full(*args: object, **kwargs: object) -> None:
         raise error
 
-    monkeypatch.setattr(stored if place == "save_file" else checkpoint, place, full)
+    monkeypatch.setattr(f"shoal.{place}", full)
     with pytest.raises(UserError, match="the disk is full") as caught:
         save(tmp_path, 2)
     assert "\n" not in str(caught.value)
@@ -384,6 +388,7 @@ def test_nothing_unpickles(tmp_path: Path) -> None:
     names = ("optimizer/state.pt", "optimizer.pt", "model/pytorch_model.bin", "rng_state.pth", "state.pkl")
     for name in names:
         (run / "checkpoint-1" / name).write_bytes(poison)
+    manifest.write(run / "checkpoint-1", step=1, tokens=0)
     assert step_found(run) == 1
     assert not mark.exists()
 
@@ -392,11 +397,9 @@ def test_nothing_unpickles(tmp_path: Path) -> None:
         shutil.rmtree(forged.parent, ignore_errors=True)
         shutil.copytree(run / "checkpoint-1", forged)
         (forged / file).write_bytes(poison)
-        manifest = json.loads((forged / "manifest.json").read_text())
-        manifest["files"][file] = {"bytes": len(poison), "sha256": checkpoint._sha256(forged / file)}
-        (forged / "manifest.json").write_text(json.dumps(manifest))
+        manifest.write(forged, step=1, tokens=0)
         assert verify(forged) is None
-        with pytest.raises(SafetensorError):
+        with pytest.raises(UserError, match="use another checkpoint"):
             load_tensors(forged, file)
         assert not mark.exists()
     pickle.loads(poison)

@@ -79,6 +79,7 @@ def test_train_resolves_recipe_and_flags(launched, tmp_path):
 
 
 def test_evaluate_takes_the_settings_of_the_run_and_its_model(launched, tmp_path):
+    (tmp_path / "final").mkdir()
     (tmp_path / "config.resolved.yaml").write_text("model: {name: lstm}\ndata: {sequence_length: 64}\n")
     assert cli.main(["evaluate", str(tmp_path), "--nproc-per-node", "2"]) == 0
     resolved, work = launched[0]
@@ -93,6 +94,7 @@ def test_evaluate_takes_the_settings_of_the_run_and_its_model(launched, tmp_path
 
 
 def test_evaluate_on_other_data_keeps_the_tokenizer_of_the_run(launched, tmp_path):
+    (tmp_path / "final").mkdir()
     (tmp_path / "config.resolved.yaml").write_text(
         "model: lstm\ncheckpoint: {resume_from_checkpoint: latest}\n"
     )
@@ -187,6 +189,10 @@ def test_config_schema_is_json(capsys):
         ["generate"],
         ["generate", "x", "--fly", "1"],
         ["generate", "x", "--top-k", "many"],
+        ["export"],
+        ["export", "x"],
+        ["export", "nothere", "--output-dir", "y"],
+        ["export", "x", "--output-dir", "y", "--dtype", "int3"],
         ["audit"],
         ["doctor", "--jsn"],
     ],

@@ -1,37 +1,80 @@
-"""The trained model as a Hugging Face folder: written aside, loaded again, compared, moved into place."""
+"""The weights of a checkpoint as a Hugging Face folder, never whole in memory.
 
+Written aside from blocks of tensors, read again and compared, moved into place.
+"""
+
+import copy
+import json
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from huggingface_hub import split_state_dict_into_shards_factory
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
-from shoal.errors import ShoalError
+from shoal import stored
+from shoal.errors import ShoalError, UserError
 from shoal.models.loading import quiet
+from shoal.stored import Shape, Stored
 
 SAMPLE_TOKENS = 16
+MAX_SHARD_SIZE = "5GB"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FRONT_MATTER = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["shoal"]}
 
 
-def export(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: Mapping[str, Any]
-) -> None:
-    """Leave `folder` with config, generation config, safetensors, tokenizer and a model card made of `card`.
+def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Leave beside saved weights all else that `export` needs: both configurations, and the tokenizer's files."""
+    special = copy.deepcopy(model.generation_config)
+    for role in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        if getattr(special, role) is None:
+            setattr(special, role, getattr(tokenizer, role))
+    if special.pad_token_id is None:
+        special.pad_token_id = tokenizer.eos_token_id
+    (folder / "config.json").write_text(model.config.to_json_string())
+    (folder / "generation_config.json").write_text(special.to_json_string())
+    tokenizer.save_pretrained(folder)
 
-    A folder that was there is replaced, and only once the new one gave the same logits when loaded again;
-    raises ShoalError if it does not, or if it cannot be written.
+
+def export(
+    source: Path,
+    folder: Path,
+    card: Mapping[str, Any],
+    *,
+    max_shard_size: str = MAX_SHARD_SIZE,
+    dtype: str | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Leave `folder` with what `save_pretrained` would of the model in `source`, and a model card made of `card`.
+
+    `source` holds weights, whole or in pieces, and what `describe` has left beside them. `dtype` is that of the
+    tensors written ("bfloat16"); that of the checkpoint by default. A folder that was there is replaced, and only
+    once every block has been read again as it was, and `check` has not raised for the new one. Raises UserError
+    where `source` is no whole model, ShoalError where the new folder cannot be written or is not the same.
     """
     aside, old = (folder.with_name(f".{folder.name}.{part}") for part in ("new", "old"))
+    model = _skeleton(source)
+    tensors = _Tensors(Stored(source), model, DTYPES[dtype] if dtype else None)
     shutil.rmtree(aside, ignore_errors=True)
     try:
+        aside.mkdir(parents=True)
+        for file in (file for file in source.iterdir() if file.suffix != ".safetensors"):
+            shutil.copyfile(file, aside / file.name)
         with quiet():
-            _write(model, tokenizer, aside, card)
-            _check_same_logits(model, aside)
+            _write_config(model, tensors, aside)
+            _write_weights(model, tensors, aside, max_shard_size)
+            (aside / "README.md").write_text(_card_text(model, card), encoding="utf-8")
+            _check_same_tensors(tensors, aside)
+            if check is not None:
+                check(aside)
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
@@ -43,25 +86,109 @@ def export(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: Mapping[str, Any]
-) -> None:
-    special = model.generation_config
-    if special.eos_token_id is None:
-        special.eos_token_id = tokenizer.eos_token_id
-    if special.bos_token_id is None:
-        special.bos_token_id = tokenizer.bos_token_id
-    if special.pad_token_id is None:
-        special.pad_token_id = (
-            tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+def _skeleton(source: Path) -> PreTrainedModel:
+    """The model of a folder without its weights: their names and shapes, and what is tied."""
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        found = (
+            f"config.json tells of no causal language model ({str(error).strip().splitlines()[-1].strip()})"
         )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(_card_text(folder.name, model, card), encoding="utf-8")
+        raise UserError(f"export {source}", found, "use the checkpoint of a Hugging Face model") from error
+    return model
+
+
+def _named(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors that belong to a model's state, in its order; tied ones once, under their first name."""
+    first = dict(model.named_parameters())
+    state = model.state_dict(keep_vars=True).items()
+    return {name: tensor for name, tensor in state if name in first or not isinstance(tensor, nn.Parameter)}
+
+
+def _names_in_files(model: PreTrainedModel) -> dict[str, str]:
+    """Each tensor's name by the one it has in files, where `save_pretrained` would call it otherwise.
+
+    Models of which it would also cut or join tensors, those with experts, keep theirs: `from_pretrained` takes both.
+    """
+    names = {}
+    for name, tensor in _named(model).items():
+        ((known, result), *others) = revert_weight_conversion(model, {name: tensor}).items()
+        if others or result is not tensor:
+            return {each: each for each in _named(model)}
+        names[known] = name
+    return names
+
+
+class _Tensors:
+    """What is written, by the names in the files: read from a checkpoint a block at a time."""
+
+    def __init__(self, weights: Stored, model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+        self.weights = weights
+        self.own = _names_in_files(model)
+        specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in _named(model).items()}
+        stored.check(weights.specs, specs, f"export {weights.folder}")
+        saved = {known: weights.specs[name] for known, name in self.own.items()}
+        self.specs = {
+            known: (dtype if dtype and its.is_floating_point else its, shape)
+            for known, (its, shape) in saved.items()
+        }
+
+    def blocks(self, name: str) -> Iterator[tuple[tuple[Shape, Shape], Tensor]]:
+        """Where each block begins and its size, and the block."""
+        for where in self.weights.rows(self.own[name]):
+            yield where, self.weights.read(self.own[name], *where).to(self.specs[name][0])
+
+
+def _write_config(model: PreTrainedModel, tensors: _Tensors, folder: Path) -> None:
+    config = model.config
+    dtypes = (dtype for dtype, _ in tensors.specs.values() if dtype.is_floating_point)
+    config.architectures = [type(model).__name__]
+    config.dtype = str(next(dtypes)).removeprefix("torch.")
+    config.save_pretrained(folder)
+
+
+def _write_weights(model: PreTrainedModel, tensors: _Tensors, folder: Path, max_shard_size: str) -> None:
+    """The shards, and their index if there are several."""
+    specs = tensors.specs
+    sizes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in specs.items()}
+    try:
+        split = split_state_dict_into_shards_factory(
+            sizes,
+            get_storage_size=lambda size: size,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise UserError(f"--max-shard-size {max_shard_size}", str(error), "write it as 5GB") from error
+    for file, names in split.filename_to_tensors.items():
+        stored.stream(
+            folder / file,
+            {name: specs[name] for name in names},
+            lambda name: (block for _, block in tensors.blocks(name)),
+        )
+    if split.is_sharded:
+        about = {"total_parameters": model.num_parameters(), **split.metadata}
+        index = {"metadata": about, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2, sort_keys=True) + "\n"
+        )
+
+
+def _check_same_tensors(tensors: _Tensors, folder: Path) -> None:
+    again = Stored(folder)
+    for name in tensors.specs:
+        for where, block in tensors.blocks(name):
+            if not torch.equal(stored.as_bytes(block), stored.as_bytes(again.read(name, *where))):
+                raise ShoalError(
+                    f"export to {folder}: {name} is another when read again; nothing was replaced"
+                )
 
 
 @torch.no_grad()
-def _check_same_logits(model: PreTrainedModel, folder: Path) -> None:
+def check_same_logits(model: PreTrainedModel, folder: Path) -> None:
+    """Raise ShoalError if the model of a folder, loaded as anyone would, is not the same function as `model`."""
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
     was_training = model.training
     loaded.to(device=model.device)  # type: ignore[call-arg]
@@ -89,7 +216,7 @@ def _is_tied(model: PreTrainedModel) -> bool:
     return output is not None and output.weight is model.get_input_embeddings().weight
 
 
-def _card_text(name: str, model: PreTrainedModel, card: Mapping[str, Any]) -> str:
+def _card_text(model: PreTrainedModel, card: Mapping[str, Any]) -> str:
     parameters = sum(p.numel() for p in model.parameters())
     kind = model.config.model_type
     needs = "import shoal.models.lstm  # makes the type known\n" if kind == "lstm" else ""

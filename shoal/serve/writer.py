@@ -12,6 +12,7 @@ from shoal.data import tokenizer as tokenizers
 from shoal.errors import UserError
 from shoal.models.loading import load_trained
 from shoal.serve.options import GenerateOptions
+from shoal.trained import model_folder
 
 
 class Writer:
@@ -19,7 +20,7 @@ class Writer:
 
     def __init__(self, options: GenerateOptions) -> None:
         self.options = options
-        folder = _model_folder(options.model)
+        folder = str(model_folder(Path(options.model)))
         self.model = load_trained(folder)
         self.tokenizer = tokenizers.load(folder)
         self.settings = self._settings()
@@ -81,16 +82,6 @@ class Writer:
     def _before_stop(self, text: str) -> str:
         ends = [text.find(stop) for stop in self.options.stop]
         return text[: min((end for end in ends if end >= 0), default=len(text))]
-
-
-def _model_folder(name: str) -> str:
-    """A run's folder stands for the model it ended in."""
-    final = Path(name) / "final"
-    if final.is_dir():
-        return str(final)
-    if (Path(name) / "metrics.jsonl").is_file():
-        raise UserError(name, "this run has no final/ model yet", "let it end, or name a checkpoint's model/")
-    return name
 
 
 def _seed_of(seed: int, block: int) -> int:

@@ -44,8 +44,12 @@ class Task(Protocol):
         """A sample of what the trained model makes, for the eyes of a person."""
         ...
 
-    def export(self, model: Any, folder: Path, summary: dict[str, Any]) -> None:
-        """Leave the trained model in `folder` in the format that others read, proven to load."""
+    def describe(self, model: Any, folder: Path) -> None:
+        """Leave in a folder with the weights of `model` what else it takes to load them."""
+        ...
+
+    def export(self, checkpoint: Path, folder: Path, summary: dict[str, Any], model: Any | None) -> None:
+        """Leave the model of a checkpoint in `folder` as others read it; `model` is the same, where it is whole."""
         ...
 
 

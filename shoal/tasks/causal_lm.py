@@ -1,7 +1,7 @@
 """Causal language modelling: predict each next token of packed windows."""
 
 import math
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from shoal.config import RunConfig
 from shoal.data import prepare, tokenizer
 from shoal.data.shards import Split, TokenStream
 from shoal.errors import UserError
-from shoal.models.export import export
+from shoal.models.export import check_same_logits, describe, export
 from shoal.models.heads import has_plain_head
 from shoal.models.isolation import check_isolation, packed_inputs
 from shoal.models.loading import check_name, load
@@ -99,9 +99,16 @@ class CausalLM:
             )  # fmt: skip
         return str(self.tokenizer.decode(tokens[0], skip_special_tokens=True))
 
-    def export(self, model: "PreTrainedModel", folder: Path, summary: dict[str, Any]) -> None:
-        """A Hugging Face folder with tokenizer and model card, loaded again and compared."""
-        export(model, self.tokenizer, folder, summary)
+    def describe(self, model: "PreTrainedModel", folder: Path) -> None:
+        """Configuration and tokenizer, beside the weights."""
+        describe(model, self.tokenizer, folder)
+
+    def export(
+        self, checkpoint: Path, folder: Path, summary: dict[str, Any], model: "PreTrainedModel | None"
+    ) -> None:
+        """A Hugging Face folder with tokenizer and model card; with `model`, loaded again and compared."""
+        check = None if model is None else partial(check_same_logits, model)
+        export(checkpoint / "model", folder, summary, check=check)
 
 
 class Windows:

@@ -119,3 +119,6 @@ class RowsTask:
 
     def example(self, model: nn.Module) -> None:
         return None
+
+    def describe(self, model: nn.Module, folder: Path) -> None:
+        return None

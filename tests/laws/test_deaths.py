@@ -9,7 +9,7 @@ import pytest
 from laws.launches import BATCH, Fault, shoal, steps_of, weights_of
 from laws.pool import Pool
 
-from shoal import checkpoint
+from shoal import manifest
 from shoal.errors import DONE, FAILED, PREEMPTED
 
 STEPS = 12
@@ -49,7 +49,7 @@ def test_the_others_train_evaluate_and_save_to_the_end(
     (said,) = [line for line in ended.output.splitlines() if "worker 1" in line]
     assert "go on" in said
     assert len(steps_of(tmp_path)) == STEPS
-    assert checkpoint.verify(tmp_path / f"checkpoint-{STEPS}") is None
+    assert manifest.verify(tmp_path / f"checkpoint-{STEPS}") is None
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == STEPS
     assert last["eval/loss"] < 6
@@ -140,4 +140,4 @@ def test_a_run_that_has_lost_a_worker_still_saves_when_asked_to_stop(
     ended = started.wait()
     assert ended.code == PREEMPTED, ended.output
     step = len(steps_of(tmp_path))
-    assert checkpoint.verify(tmp_path / f"checkpoint-{step}") is None
+    assert manifest.verify(tmp_path / f"checkpoint-{step}") is None

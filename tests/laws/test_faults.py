@@ -29,7 +29,7 @@ from laws.rows import RowsTask
 from laws.strategies import STRATEGIES, each_that_keeps
 from laws.worlds import Record, first_difference, follow
 
-from shoal import checkpoint
+from shoal import checkpoint, manifest
 from shoal.errors import DONE, FAILED, INTERRUPTED, PREEMPTED
 from shoal.mesh import Mesh
 
@@ -166,7 +166,7 @@ def test_sigterm_saves_and_leaves_in_any_phase(
     assert "--resume-from-checkpoint latest" in line
     steps = len(losses_of(tmp_path))
     assert steps - step in (0, 1, 2)
-    assert checkpoint.verify(tmp_path / f"checkpoint-{steps}") is None
+    assert manifest.verify(tmp_path / f"checkpoint-{steps}") is None
     assert_goes_on(pool, data, tmp_path, strategy, 2, undisturbed[strategy, 2])
 
 
@@ -221,7 +221,7 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(
     (error,) = errors_in(failed)
     assert "the disk is full" in error
     assert "Traceback" not in failed.output
-    assert checkpoint.verify(tmp_path / "checkpoint-3") is None
+    assert manifest.verify(tmp_path / "checkpoint-3") is None
     assert_goes_on(pool, data, tmp_path, "allreduce", 2, undisturbed["allreduce", 2])
 
 
@@ -268,7 +268,7 @@ def test_a_signal_to_the_launcher_ends_all(
     assert "Traceback" not in ended.output
     assert_gone(workers)
     if trains and times == 1:
-        assert checkpoint.verify(tmp_path / f"checkpoint-{steps_of(tmp_path)[-1]['step']}") is None
+        assert manifest.verify(tmp_path / f"checkpoint-{steps_of(tmp_path)[-1]['step']}") is None
 
 
 @pytest.mark.parametrize("trains", [False, True])
@@ -280,7 +280,7 @@ def test_a_killed_launcher_leaves_no_orphan(
     assert started.wait().code == -signal.SIGKILL
     assert_gone(workers)
     for path in checkpoint.candidates(tmp_path):
-        assert checkpoint.verify(path) is None
+        assert manifest.verify(path) is None
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -1,18 +1,26 @@
-"""What is exported loads by transformers alone, gives the same logits, and never harms what was there."""
+"""What is exported loads by transformers alone, gives the same tensors, and never harms what was there."""
 
+import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from saved import saved
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from shoal import stored
 from shoal.config.record import ModelConfig
-from shoal.errors import ShoalError
+from shoal.errors import ShoalError, UserError
 from shoal.models import export as exporting
-from shoal.models.export import export
+from shoal.models.export import check_same_logits, export
 from shoal.models.loading import load
+
+PRESETS = ["llama-tiny", "gpt2-tiny", "gpt-neox-tiny", "qwen-tiny", "lstm-tiny"]
 
 
 def model(
@@ -21,11 +29,18 @@ def model(
     return load(named(preset), len(words), 16, words, seed=seed)
 
 
-@pytest.mark.parametrize("preset", ["llama-tiny", "gpt2-tiny", "gpt-neox-tiny", "qwen-tiny", "lstm-tiny"])
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 def test_round_trip(preset: str, tmp_path: Path, named: Callable[..., ModelConfig], words: Any) -> None:
     ours = model(named, words, preset)
-    export(ours, words, tmp_path / "final", {"steps": 7, "data": {"path": "a|b"}})
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    source = saved(ours, words, tmp_path / "source" / "checkpoint-1")
+    check = partial(check_same_logits, ours)
+    export(source / "model", tmp_path / "out" / "final", {"steps": 7, "data": {"path": "a|b"}}, check=check)
+    final = tmp_path / "out" / "final"
+    theirs = AutoModelForCausalLM.from_pretrained(final)
     ids = torch.arange(12)[None]
     torch.testing.assert_close(theirs(ids).logits, ours.eval()(ids).logits)
     tied = theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
@@ -33,53 +48,145 @@ def test_round_trip(preset: str, tmp_path: Path, named: Callable[..., ModelConfi
     assert theirs.generation_config.eos_token_id == words.eos_token_id
     assert theirs.generation_config.pad_token_id is not None
     text = "the shoal turns"
-    assert AutoTokenizer.from_pretrained(tmp_path / "final").encode(text) == words.encode(text)
-    assert not list((tmp_path / "final").glob("*.bin"))
-    card = (tmp_path / "final" / "README.md").read_text()
+    assert AutoTokenizer.from_pretrained(final).encode(text) == words.encode(text)
+    card = (final / "README.md").read_text()
     assert "| steps | 7 |" in card
     assert r"a\|b" in card
-    assert [each.name for each in tmp_path.iterdir()] == ["final"]
+    assert [each.name for each in (tmp_path / "out").iterdir()] == ["final"]
 
 
-def test_what_differs_when_loaded_replaces_nothing(
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("cut", [{}, {"ranks": 3}, {"ranks": 2, "dim": 1}], ids=["whole", "rows", "columns"])
+def test_the_same_folder_as_save_pretrained(
+    preset: str, cut: dict[str, int], tmp_path: Path, named: Callable[..., ModelConfig], words: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Names, tensors, shards and configuration, from pieces of any cut, in blocks of a few rows."""
+    monkeypatch.setattr(stored, "BLOCK", 1000)
+    ours = model(named, words, preset)
+    source = saved(ours, words, tmp_path / "checkpoint-1", **cut)
+    export(source / "model", tmp_path / "final", {}, max_shard_size="30KB")
+    ours.save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
+    mine, theirs = tmp_path / "final", tmp_path / "theirs"
+    assert len(list(mine.glob("*.safetensors"))) > 2
+    for name in ("config.json", "model.safetensors.index.json"):
+        one, other = (json.loads((folder / name).read_text()) for folder in (mine, theirs))
+        if preset == "gpt-neox-tiny":  # one name differs, and they sort by it
+            one.pop("weight_map", None), other.pop("weight_map", None)
+        assert one == other
+    a, b = weights_in(mine), weights_in(theirs)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "final", output_loading_info=True)
+    assert not any(report.values()), report
+    for (name, p), q in zip(ours.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_in_another_dtype(dtype: str, tmp_path: Path, named: Callable[..., ModelConfig], words: Any) -> None:
+    ours = model(named, words, "gpt2-tiny")
+    source = saved(ours, words, tmp_path / "checkpoint-1", ranks=2)
+    export(source / "model", tmp_path / "final", {}, dtype=dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final", dtype="auto")
+    assert loaded.dtype == getattr(torch, dtype)
+    for (name, p), q in zip(ours.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(p.to(q.dtype), q), name
+
+
+def test_what_is_streamed_is_as_the_library_writes_it(tmp_path: Path) -> None:
+    """Every dtype, a scalar and an empty tensor, the narrow ones before the wide ones."""
+    tensors = {
+        f"{dtype}-{shape}": torch.arange(6).resize_(shape).to(dtype)
+        for dtype in stored.NAMES
+        for shape in ((), (0, 3), (3,), (2, 3))
+    }
+    narrow_first = dict(sorted(tensors.items(), key=lambda item: item[1].dtype.itemsize))
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in narrow_first.items()}
+    stored.stream(
+        tmp_path / "a.safetensors",
+        specs,
+        lambda name: tensors[name].split(1) if tensors[name].dim() else [tensors[name]],
+    )
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        for name, tensor in tensors.items():
+            again = file.get_tensor(name)
+            assert (again.dtype, again.shape) == (tensor.dtype, tensor.shape)
+            assert torch.equal(stored.as_bytes(again), stored.as_bytes(tensor)), name
+    read = stored.Stored(tmp_path)
+    assert read.specs == specs
+
+
+def test_what_differs_when_read_again_replaces_nothing(
     tmp_path: Path, named: Callable[..., ModelConfig], words: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export(model(named, words, seed=1), words, tmp_path / "final", {})
+    first, second = (
+        saved(model(named, words, seed=seed), words, tmp_path / f"checkpoint-{seed}") / "model"
+        for seed in (1, 2)
+    )
+    export(first, tmp_path / "final", {})
     before = (tmp_path / "final" / "model.safetensors").read_bytes()
-    write = exporting._write
+    with pytest.raises(ShoalError, match=r"loaded again.*nothing was replaced"):
+        export(second, tmp_path / "final", {}, check=partial(check_same_logits, model(named, words, seed=3)))
+    write = stored.stream
 
-    def bit_rot(trained: PreTrainedModel, tokenizer: Any, folder: Path, card: Any) -> None:
-        write(trained, tokenizer, folder, card)
-        weights = bytearray((folder / "model.safetensors").read_bytes())
+    def bit_rot(path: Path, *args: Any) -> None:
+        write(path, *args)
+        weights = bytearray(path.read_bytes())
         weights[-1] ^= 0x40
-        (folder / "model.safetensors").write_bytes(weights)
+        path.write_bytes(weights)
 
-    monkeypatch.setattr(exporting, "_write", bit_rot)
-    with pytest.raises(ShoalError, match="loaded again"):
-        export(model(named, words, seed=2), words, tmp_path / "final", {})
+    monkeypatch.setattr(exporting.stored, "stream", bit_rot)
+    with pytest.raises(ShoalError, match=r"read again.*nothing was replaced"):
+        export(second, tmp_path / "final", {})
     assert (tmp_path / "final" / "model.safetensors").read_bytes() == before
-    assert [each.name for each in tmp_path.iterdir()] == ["final"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2", "final"]
 
 
 def test_a_second_export_takes_the_place_of_the_first(
     tmp_path: Path, named: Callable[..., ModelConfig], words: Any
 ) -> None:
     for seed in (1, 2):
-        export(model(named, words, seed=seed), words, tmp_path / "final", {})
-    stored = AutoModelForCausalLM.from_pretrained(tmp_path / "final").get_input_embeddings().weight
-    assert torch.equal(stored, model(named, words, seed=2).get_input_embeddings().weight)
+        source = saved(model(named, words, seed=seed), words, tmp_path / f"checkpoint-{seed}")
+        export(source / "model", tmp_path / "final", {})
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "final").get_input_embeddings().weight
+    assert torch.equal(found, model(named, words, seed=2).get_input_embeddings().weight)
 
 
 def test_a_failed_write_leaves_what_was_there(
     tmp_path: Path, named: Callable[..., ModelConfig], words: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export(model(named, words), words, tmp_path / "final", {})
+    source = saved(model(named, words), words, tmp_path / "run" / "checkpoint-1") / "model"
+    export(source, tmp_path / "out" / "final", {})
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(exporting, "_card_text", full)
     with pytest.raises(ShoalError, match="No space left"):
-        export(model(named, words, seed=2), words, tmp_path / "final", {})
-    assert [each.name for each in tmp_path.iterdir()] == ["final"]
-    AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+        export(source, tmp_path / "out" / "final", {})
+    assert [each.name for each in (tmp_path / "out").iterdir()] == ["final"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "final")
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ("no JSON", "config.json"),
+        ('{"model_type": "nothere"}', "config.json"),
+        ('{"model_type": "t5"}', "config.json"),
+        (None, "config.json"),
+    ],
+)
+def test_what_is_no_model_is_refused(
+    config: str | None, found: str, tmp_path: Path, named: Callable[..., ModelConfig], words: Any
+) -> None:
+    source = saved(model(named, words), words, tmp_path / "checkpoint-1") / "model"
+    (source / "config.json").unlink()
+    if config is not None:
+        (source / "config.json").write_text(config)
+    with pytest.raises(UserError, match=found) as caught:
+        export(source, tmp_path / "final", {})
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "final").exists()

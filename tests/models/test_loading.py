@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from saved import saved
 from transformers import AutoModelForCausalLM
 
 from shoal.config.record import ModelConfig
@@ -21,7 +22,8 @@ Named = Callable[..., ModelConfig]
 @pytest.fixture
 def folder(tmp_path: Path, named: Named, words: Any) -> Path:
     """A trained model's folder."""
-    export(load(named("llama-tiny"), len(words), 16, words, seed=5), words, tmp_path / "final", {"steps": 1})
+    model = load(named("llama-tiny"), len(words), 16, words, seed=5)
+    export(saved(model, words, tmp_path / "checkpoint-1") / "model", tmp_path / "final", {"steps": 1})
     return tmp_path / "final"
 
 

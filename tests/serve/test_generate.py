@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from saved import saved
 
 from shoal.config.record import ModelConfig
 from shoal.data import tokenizer
@@ -31,7 +32,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.train_bpe(["the shoal turns as one, no fish leads it"] * 20, 280, folder / "tokenizer")
     words = tokenizer.load(folder / "tokenizer")
     model = load(ModelConfig(name="llama-tiny", hidden_size=32, num_hidden_layers=1), len(words), 64, words)
-    export(model, words, folder / "final", {})
+    export(saved(model, words, folder / "checkpoint-1") / "model", folder / "final", {})
     return folder
 
 

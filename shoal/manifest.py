@@ -1,0 +1,51 @@
+"""What a checkpoint consists of: the size and the SHA-256 of every file, by which it is known to be whole."""
+
+import hashlib
+import json
+from pathlib import Path
+
+FORMAT = 1
+NAME = "manifest.json"
+
+
+def write(folder: Path, *, step: int, tokens: int) -> None:
+    """Write down every file that is in `folder`."""
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+        for name in files_in(folder)
+    }
+    manifest = {"format": FORMAT, "step": step, "tokens": tokens, "files": files}
+    (folder / NAME).write_text(json.dumps(manifest, indent=1))
+
+
+def verify(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in words, or None: each file as it was written, and no other."""
+    try:
+        manifest = json.loads((folder / NAME).read_text())
+        if manifest["format"] != FORMAT:
+            return f"its format is {manifest['format']}, this version reads {FORMAT}"
+        found = files_in(folder)
+        for name, expected in manifest["files"].items():
+            path = folder / name
+            if name not in found:
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} holds {path.stat().st_size} bytes instead of {expected['bytes']}"
+            if sha256(path) != expected["sha256"]:
+                return f"{name} was altered"
+        extra = [name for name in found if name not in manifest["files"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{NAME} cannot be read ({error})"
+    return f"{extra[0]} was not saved with it" if extra else None
+
+
+def files_in(folder: Path) -> list[str]:
+    """All files of a checkpoint but the manifest, by their path below it."""
+    below = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(name for path in below if (name := path.relative_to(folder).as_posix()) != NAME)
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file, as hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,47 @@
+"""Checkpoints of models as a run leaves them, without the run."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from shoal import checkpoint, stored
+from shoal.checkpoint import Progress
+from shoal.layouts.base import Placed
+from shoal.models.export import describe
+
+
+def saved(model: nn.Module, tokenizer: Any, folder: Path, *, ranks: int = 1, dim: int = 0) -> Path:
+    """`folder` with a checkpoint of `model`: whole, or cut along `dim` (or the last one) over so many ranks."""
+    tensors = {n: t.detach() for n, t in checkpoint.model_tensors(Placed.whole(model, model)).items()}
+    progress, about = Progress(step=1, tokens=7), partial(describe, model, tokenizer)
+    if ranks == 1:
+        checkpoint.write(folder, {"model/model.safetensors": tensors}, progress, about)
+        return folder
+    parts = folder.with_name("parts")
+    for rank in reversed(range(ranks)):
+        held, places = piece_of(tensors, rank, ranks, dim)
+        file = checkpoint.rank_file("model", rank)
+        if rank:
+            (parts / "model").mkdir(parents=True, exist_ok=True)
+            stored.write(parts / file, held, places)
+        else:
+            checkpoint.write(folder, {file: held}, progress, about, parts=parts, places=places)
+    return folder
+
+
+def piece_of(
+    tensors: dict[str, torch.Tensor], rank: int, ranks: int, dim: int
+) -> tuple[dict[str, torch.Tensor], stored.Places]:
+    """What one of the ranks holds, and where it belongs; the last ones may hold nothing."""
+    held, places = {}, {}
+    for name, tensor in tensors.items():
+        along = min(dim, tensor.dim() - 1)
+        size = -(-tensor.shape[along] // ranks)
+        first = min(rank * size, tensor.shape[along])
+        held[name] = tensor.narrow(along, first, min(size, tensor.shape[along] - first))
+        offset = tuple(first if d == along else 0 for d in range(tensor.dim()))
+        places[name] = (tuple(tensor.shape), offset)
+    return held, places

@@ -11,6 +11,7 @@ from shoal import checkpoint, stored
 from shoal.checkpoint import Progress
 from shoal.layouts.base import Placed
 from shoal.models.export import describe
+from shoal.piece import Block
 
 
 def saved(model: nn.Module, tokenizer: Any, folder: Path, *, ranks: int = 1, dim: int = 0) -> Path:
@@ -43,5 +44,6 @@ def piece_of(
         first = min(rank * size, tensor.shape[along])
         held[name] = tensor.narrow(along, first, min(size, tensor.shape[along] - first))
         offset = tuple(first if d == along else 0 for d in range(tensor.dim()))
-        places[name] = (tuple(tensor.shape), offset)
+        block = Block((0,) * tensor.dim(), offset, tuple(held[name].shape))
+        places[name] = (tuple(tensor.shape), (block,))
     return held, places

@@ -64,9 +64,9 @@ def rewrite(file: str, change: Callable[[dict, dict], None]) -> Damage:
     def damage(folder: Path) -> None:
         with safe_open(folder / file, "pt") as opened:
             tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
-            pieces = json.loads(opened.metadata()["pieces"])
+            pieces = json.loads(opened.metadata()["blocks"])
         change(tensors, pieces)
-        save_file(tensors, folder / file, metadata={"pieces": json.dumps(pieces)})
+        save_file(tensors, folder / file, metadata={"blocks": json.dumps(pieces)})
 
     return damage
 
@@ -75,7 +75,7 @@ def say_of_pieces(text: str) -> Damage:
     def damage(folder: Path) -> None:
         with safe_open(folder / ONE, "pt") as opened:
             tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
-        save_file(tensors, folder / ONE, metadata={"pieces": text})
+        save_file(tensors, folder / ONE, metadata={"blocks": text})
 
     return damage
 
@@ -98,7 +98,7 @@ def state(**lies: object) -> Damage:
 
 
 def offset(name: str, *begin: int) -> Damage:
-    return rewrite(ONE, lambda tensors, pieces: pieces[name].__setitem__(1, list(begin)))
+    return rewrite(ONE, lambda tensors, pieces: pieces[name][1][0].__setitem__(1, list(begin)))
 
 
 # What was changed since it was saved, and what the line says.
@@ -148,7 +148,7 @@ FORGED: dict[str, tuple[Damage, str]] = {
         "of no parameter of the model",
     ),
     "moments overlap": (
-        rewrite(STATE, lambda _, pieces: pieces["up.weight/exp_avg"].__setitem__(1, [8, 0])),
+        rewrite(STATE, lambda _, pieces: pieces["up.weight/exp_avg"][1][0].__setitem__(1, [8, 0])),
         "overlap",
     ),
 }

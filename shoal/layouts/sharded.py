@@ -122,8 +122,10 @@ class Sharded(Placed):
             2: "gradients and optimizer state",
             3: "parameters, gradients and state",
         }
-        cut = f"replicas of {self.wire.world_size} workers, each with its part of {what[self.stage]}"
-        return f"{cut}; {self.inner}" if self.inner and self.inner.inner else cut
+        cut, size = what[self.stage], self.wire.world_size
+        if self.inner is not None and self.inner.inner is not None:
+            return f"{self.inner}; {cut} cut over {size} of them"
+        return f"replicas of {size} workers, each with its part of {cut}"
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:

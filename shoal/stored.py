@@ -199,7 +199,7 @@ class Stored:
         found: Tensor | None = None
         for part, where in self._parts(name, offset, size):
             if part.shape == torch.Size(size):
-                return part
+                return part.contiguous()  # a part of columns is not, and fused optimizers walk over memory
             found = part.new_empty(size) if found is None else found
             found[where] = part
         return torch.empty(size, dtype=self.dtypes[name]) if found is None else found

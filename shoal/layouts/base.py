@@ -39,6 +39,8 @@ class Placed:
         self.loss = loss
         self.learnt = loss  # `loss`, or what was compiled of it
         self.inner = inner
+        if inner is not None:
+            inner.pieces = pieces  # what was cut or left out is free
 
     @classmethod
     def whole(cls, model: nn.Module, loss: Loss) -> "Placed":

@@ -139,9 +139,7 @@ class Stages(Placed):
         return views
 
     def __str__(self) -> str:
-        counts = [len(own) for own in self.layers]
-        shown = str(counts[0]) if len(set(counts)) == 1 else ", ".join(map(str, counts))
-        return f"{len(counts)} stages of {shown} layers"
+        return f"stages of {' + '.join(str(len(own)) for own in self.layers)} layers"
 
 
 class Skip(nn.Module):

@@ -124,6 +124,7 @@ def serve(link_fd: int) -> None:
     import pytest  # noqa: F401  (test modules import it)
     import torch
     import torch.distributed.pipelining
+    from laws import models  # noqa: F401  (those of transformers take seconds)
 
     import shoal.cli
     import shoal.config

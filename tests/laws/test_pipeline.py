@@ -1,5 +1,6 @@
 """Laws 2, 3, 8 and 9 for pipelines: whatever the schedule, the stages of a model follow one process in float64."""
 
+import gc
 import itertools
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,6 +103,20 @@ def test_diloco_between_pipelines(pool: Pool, tmp_path: Path) -> None:
         found = together([held[step] for _, held, _ in cut[2 * replica : 2 * replica + 2]])
         assert first_difference([one], [found], 1e-10) is None, step
     assert np.isclose(cut[0][2]["eval/loss"], whole[0][2]["eval/loss"], rtol=1e-11)
+
+
+def elements_alive(mesh: Mesh, **settings: Any) -> tuple[int, int]:
+    """Of all parameters in this process, and of this rank's pieces."""
+    run = run_of(mesh, "allreduce", LLAMA, **STEPS, **settings)
+    run.replica.gradients(run.batches.at(0))
+    gc.collect()
+    alive = {each.data_ptr(): each.numel() for each in gc.get_objects() if isinstance(each, nn.Parameter)}
+    return sum(alive.values()), sum(piece.local.numel() for piece in run.replica.placed.pieces)
+
+
+def test_what_other_workers_hold_is_free(pool: Pool) -> None:
+    for alive, own in pool.world(2, elements_alive, pp=2):
+        assert alive == own
 
 
 def refused(mesh: Mesh, task: RowsTask, **settings: Any) -> str:

@@ -51,9 +51,7 @@ class Pipelined(Placed):
         self, inner: Placed, stages: Stages, mesh: Mesh, options: LayoutConfig, nothing: dict[str, Tensor]
     ) -> None:
         super().__init__(inner.model, inner.pieces, self._evaluated, inner)
-        logging.getLogger("torch.distributed.pipelining").setLevel(
-            logging.CRITICAL
-        )  # prints schedules with errors
+        logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)  # else an error is pages
         axis = mesh.axes["pipeline"]
         self.stages = stages
         self.schedule = options.schedule

@@ -48,7 +48,8 @@ def _save(folder: Path, tokenizer: Path) -> None:
         for name, p in model.named_parameters():
             rows = len(p) // RANKS
             held[name] = torch.full((rows, *p.shape[1:]), 0.01 * rank)
-            block = Block((0,) * p.dim(), (rank * rows, *(0 for _ in p.shape[1:])), tuple(held[name].shape))
+            zero = (0,) * p.dim()
+            block = Block(zero, (rank * rows, *zero[1:]), tuple(held[name].shape))
             places[name] = (tuple(p.shape), (block,))
         file = checkpoint.rank_file("model", rank)
         if rank:

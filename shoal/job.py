@@ -112,7 +112,8 @@ def _layout(run: Run) -> str:
 def _strategy(run: Run) -> str:
     """How replicas agree, and what it is expected to cost a step; the summary tells what was really sent."""
     options = run.config.strategy
-    sizes = Sizes(tuple(p.shape for _, p in run.replica.params), run.mesh.replicate.size)
+    shapes = tuple(p.shape for _, p in run.replica.params)
+    sizes = Sizes(shapes, run.mesh.replicate.size, run.replica.policy.reduction.itemsize)
     cost = SYNCS[options.name].cost(run.config, sizes)
     words = [options.name, *(["exact"] if run.config.train.exact else [])]
     words += [f"codec {options.codec}"] if options.codec != "none" else []

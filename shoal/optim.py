@@ -135,13 +135,12 @@ class NamedState:
                         yield f"{self.names[p]}/{part}", tensor
 
     def load(self, read: Callable[[str], dict[str, Tensor]]) -> None:
-        """Set the state of each parameter to what `read(its name)` gives, by part; {} leaves it fresh."""
+        """Set the state of each parameter to what `read(its name)` gives, by part, in its dtype; {} leaves it fresh."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for p in group["params"]:
                     state = read(self.names[p])
                     if state:
                         optimizer.state[p] = {
-                            part: tensor.to(p.device if tensor.dim() else "cpu")
-                            for part, tensor in state.items()
+                            part: tensor.to(p) if tensor.dim() else tensor for part, tensor in state.items()
                         }

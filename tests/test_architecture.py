@@ -17,7 +17,8 @@ PACKAGE = Path(__file__).parents[1] / "shoal"
 ORDER = """
     errors crew config
     data models tasks
-    precision placement mesh collectives island cost summation piece buckets layouts codecs optim replica shares sync
+    precision scaler placement mesh collectives island cost summation piece buckets layouts codecs optim rounding
+    replica shares sync
     stored checkpoint evaluate observe run observe.observer loop job
     engines session api
     serve probe doctor cli __main__

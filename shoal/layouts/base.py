@@ -92,6 +92,11 @@ class Placed:
         """The seconds that this rank has waited for the others of its island, so far."""
         return 0.0 if self.inner is None else self.inner.waited()
 
+    @property
+    def reduced(self) -> set[torch.dtype]:
+        """The dtypes in which gradients were summed within the island, so far."""
+        return set() if self.inner is None else self.inner.reduced
+
     def cost(self, turns: int) -> float:
         """The bytes that it sends there in a step of so many micro-batches each, as arithmetic."""
         return 0.0 if self.inner is None else self.inner.cost(turns)

@@ -135,7 +135,7 @@ class NamedState:
                         yield f"{self.names[p]}/{part}", tensor
 
     def load(self, read: Callable[[str], dict[str, Tensor]]) -> None:
-        """Set the state of each parameter to what `read(its name)` gives, by part, in its dtype; {} leaves it fresh."""
+        """Set the state of each parameter to what `read(its name)` gives, by part and in its dtype; {}: fresh."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for p in group["params"]:

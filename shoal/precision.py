@@ -47,7 +47,7 @@ class Policy:
         state: Iterable[torch.Tensor],
         reduced: Iterable[torch.dtype] = (),
     ) -> None:
-        """Raise ShoalError where parameters, gradients or the optimizer's `state` are held, or sums were, otherwise."""
+        """Raise ShoalError where parameters, gradients or optimizer `state` are held, or sums were, otherwise."""
         for p in params:
             self._expect("a parameter", self.parameters, p.dtype)
             if p.grad is not None:

@@ -18,6 +18,7 @@ from shoal.errors import UserError
 from shoal.layouts.base import Placed
 from shoal.loop import train
 from shoal.mesh import Mesh
+from shoal.models.quantize import quantize, weight_bytes
 from shoal.observe.console import Screen, duration, shown_number
 from shoal.observe.observer import peak_rss_gib
 from shoal.run import Run, assemble
@@ -56,10 +57,31 @@ def evaluate_job(resolved: Resolved, mesh: Mesh, data: Path, stop: Stop) -> None
     """Evaluate the model on the held-out data and print the metrics as JSON."""
     screen = Screen(speaks=mesh.is_first)
     run = assemble(resolved.config, mesh, data, screen)
-    screen.say(json.dumps(run.evaluate(stop)))
+    metrics = run.evaluate(stop)
+    if resolved.config.eval.quantize != "none" and metrics:
+        metrics = _quantized(run, metrics, stop)
+    screen.say(json.dumps(metrics))
 
 
 JOBS: dict[str, Callable[[Resolved, Mesh, Path, Stop], None]] = {"train": train_job, "evaluate": evaluate_job}
+
+
+def _quantized(run: Run, whole: dict[str, float], stop: Stop) -> dict[str, float] | None:
+    """The metrics of the run's model once its weights are quantised, beside what the `whole` ones gave."""
+    model = run.replica.model
+    before = weight_bytes(model)
+    quantize(model, run.config.eval.quantize)
+    metrics = run.evaluate(stop)
+    if metrics is None:
+        return None
+    lost = {name: metrics[name] - value for name, value in whole.items() if name == "eval/perplexity"}
+    return {
+        **metrics,
+        **{f"{name}_unquantized": whole[name] for name in lost},
+        **{f"{name}_loss": value for name, value in lost.items()},
+        "eval/weight_bytes": weight_bytes(model),
+        "eval/weight_bytes_unquantized": before,
+    }
 
 
 def _begin_folder(run: Run, resolved: Resolved) -> None:

@@ -37,6 +37,8 @@ def _unread(resolved: Resolved) -> Iterator[Refusal]:
 
 def _contradictions(config: RunConfig) -> Iterator[Refusal]:
     options = config.strategy
+    if config.eval.quantize != "none":
+        yield f"--quantize {config.eval.quantize}", "training does not read it", "give it to shoal evaluate"
     yield from _bfloat16(config)
     if config.train.exact and (options.name != "allreduce" or options.codec != "none"):
         found = f"strategy {options.name} with codec {options.codec} does not add up gradients as they are"

@@ -74,11 +74,11 @@ def _quantized(run: Run, whole: dict[str, float], stop: Stop) -> dict[str, float
     metrics = run.evaluate(stop)
     if metrics is None:
         return None
-    lost = {name: metrics[name] - value for name, value in whole.items() if name == "eval/perplexity"}
+    perplexity = whole["eval/perplexity"]
     return {
         **metrics,
-        **{f"{name}_unquantized": whole[name] for name in lost},
-        **{f"{name}_loss": value for name, value in lost.items()},
+        "eval/perplexity_unquantized": perplexity,
+        "eval/perplexity_loss": metrics["eval/perplexity"] - perplexity,
         "eval/weight_bytes": weight_bytes(model),
         "eval/weight_bytes_unquantized": before,
     }

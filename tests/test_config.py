@@ -53,6 +53,7 @@ def another(fact) -> tuple[str, object]:
         "train.lr_scheduler_type": ("linear", "linear"),
         "train.optim": ("muon", "muon"),
         "train.precision": ("bf16", "bf16-mixed"),
+        "eval.quantize": ("int8", "int8"),
         "strategy.balance": ("3,1", "3,1"),
         "layout.zero_stage": ("2", 2),
         "launch.nproc_per_node": ("3", 3),

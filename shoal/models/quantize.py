@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 KINDS = ("int8", "int4")
@@ -36,14 +37,12 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def _config(module: nn.Linear, kind: str) -> Any:
-    import torch
-
     with _quiet():
         from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerAxis, PerGroup
     if kind == "int8":
         return Int8WeightOnlyConfig()
     granularity = PerAxis(0) if module.in_features % GROUP else PerGroup(GROUP)
-    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity)
+    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity)  # type: ignore[attr-defined]
 
 
 def _linear(model: nn.Module) -> Iterator[nn.Linear]:

@@ -12,11 +12,14 @@ from laws.test_layouts import LAYOUTS, Pieces, follow_in_pieces, together
 from laws.worlds import Arrays, first_difference, follow, run_of
 from torch import nn
 
+from shoal.config import load_config
+from shoal.cost import Sizes
 from shoal.errors import ShoalError
 from shoal.loop import train
 from shoal.mesh import Mesh
 from shoal.piece import Piece
 from shoal.rounding import RoundedAdamW, draws, places, round_by_chance
+from shoal.sync.allreduce import AllReduce
 
 STEPS = {"max_steps": 12, "global_batch_size": 12, "per_device_train_batch_size": 2, "balance": "off"}
 # How far the losses of 12 steps may be from those of one float64 process, as a part of them: five to ten times
@@ -64,6 +67,12 @@ def test_the_first_step_finds_what_is_held_otherwise(pool: Pool, layout: str, tm
 
 
 # Parameters in bfloat16
+
+
+def test_sums_in_bf16_cost_half() -> None:
+    config = load_config(None, [], {}, precision="bf16-true").config
+    half, whole = (AllReduce.cost(config, Sizes((torch.Size((8, 6)),), 2, itemsize)) for itemsize in (2, 4))
+    assert 2 * half.sent == whole.sent > 0
 
 
 def test_rounding_by_chance_is_right_on_average() -> None:

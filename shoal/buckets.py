@@ -72,6 +72,7 @@ class Buckets:
     ) -> None:
         self.all = [Bucket(group, multiple) for group in _cut(list(reversed(pieces)), bucket_bytes)]
         self.exact = exact
+        self.scale = 1.0  # that gradients come with, and are divided by when they are complete
         self.on_begin: Callable[[], object] = lambda: None  # before the first forward pass of a step
         self.on_complete: Callable[[Bucket], None] = lambda bucket: None
         self._leaf = 0
@@ -119,6 +120,8 @@ class Buckets:
         while self._announced < len(self.all) and ready(self.all[self._announced]):
             bucket = self.all[self._announced]
             self._announced += 1
+            if self.scale != 1 and (self.exact or self._last):
+                bucket.flat.div_(self.scale)
             if self.exact:
                 bucket.tree.add(self._leaf, bucket.flat)
             if self._last:

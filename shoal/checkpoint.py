@@ -6,7 +6,8 @@ checkpoint-500/
   optimizer/state.safetensors    "parameter/part", for example "lm_head.weight/exp_avg"
   model/00001.safetensors ...    where a replica is held by several ranks, each writes its own pieces; the file's
   optimizer/00001.safetensors      metadata tells where they belong
-  ranks/00001.safetensors        what only this rank holds: "sync/..."; where replicas differ "model/..." too
+  ranks/00001.safetensors        what only this rank holds: "sync/..."; where replicas differ "model/...",
+                                   "optimizer/..." and "scaler/..." too
   state.json                     where the run stands
 latest, best                     files that hold the name of a checkpoint
 """
@@ -18,7 +19,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Container, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,10 +51,12 @@ class Progress:
     shares: list[Count] | None = None  # of the ranks, as last balanced
     nonfinite_steps: Count = 0  # in a row
     nonfinite_total: Count = 0
+    scaler: dict[str, float] = field(default_factory=dict)  # of the loss, where there is one
     best: float | None = None  # the lowest eval/loss so far
     data: str = ""  # the key of the prepared data
     strategy: str = "allreduce"
     island_size: Count = 1  # ranks that held a replica together
+    precision: str = ""
 
 
 Describe = Callable[[Path], None]  # leaves in the folder of the weights what others need to load them

@@ -95,6 +95,7 @@ def generate(words: list[str]) -> int:
     )
     parser.add_argument("--stop", action="append", help="a text that ends a completion; may be repeated")
     parser.add_argument("--seed", type=int, help="fixes what is drawn, at any worker count")
+    parser.add_argument("--quantize", help="hold the weights as int8 or int4")
     parser.add_argument("--batch-size", type=int, help="prompts at once")
     parser.add_argument("--nproc-per-node", dest="nproc", type=int, help="workers that share the prompts")
     options = parser.parse(words)

@@ -17,6 +17,7 @@ from shoal.cost import Sizes
 from shoal.errors import UserError
 from shoal.loop import train
 from shoal.mesh import Mesh
+from shoal.models.quantize import quantize, weight_bytes
 from shoal.observe.console import Screen, duration, shown_number
 from shoal.observe.observer import peak_rss_gib
 from shoal.run import Run, assemble
@@ -55,10 +56,31 @@ def evaluate_job(resolved: Resolved, mesh: Mesh, data: Path, stop: Stop) -> None
     """Evaluate the model on the held-out data and print the metrics as JSON."""
     screen = Screen(speaks=mesh.is_first)
     run = assemble(resolved.config, mesh, data, screen)
-    screen.say(json.dumps(run.evaluate(stop)))
+    metrics = run.evaluate(stop)
+    if resolved.config.eval.quantize != "none" and metrics:
+        metrics = _quantized(run, metrics, stop)
+    screen.say(json.dumps(metrics))
 
 
 JOBS: dict[str, Callable[[Resolved, Mesh, Path, Stop], None]] = {"train": train_job, "evaluate": evaluate_job}
+
+
+def _quantized(run: Run, whole: dict[str, float], stop: Stop) -> dict[str, float] | None:
+    """The metrics of the run's model once its weights are quantised, beside what the `whole` ones gave."""
+    model = run.replica.model
+    before = weight_bytes(model)
+    quantize(model, run.config.eval.quantize)
+    metrics = run.evaluate(stop)
+    if metrics is None:
+        return None
+    perplexity = whole["eval/perplexity"]
+    return {
+        **metrics,
+        "eval/perplexity_unquantized": perplexity,
+        "eval/perplexity_loss": metrics["eval/perplexity"] - perplexity,
+        "eval/weight_bytes": weight_bytes(model),
+        "eval/weight_bytes_unquantized": before,
+    }
 
 
 def _begin_folder(run: Run, resolved: Resolved) -> None:
@@ -112,7 +134,8 @@ def _layout(run: Run) -> str:
 def _strategy(run: Run) -> str:
     """How replicas agree, and what it is expected to cost a step; the summary tells what was really sent."""
     options = run.config.strategy
-    sizes = Sizes(tuple(p.shape for _, p in run.replica.params), run.mesh.replicate.size)
+    shapes = tuple(p.shape for _, p in run.replica.params)
+    sizes = Sizes(shapes, run.mesh.replicate.size, run.replica.policy.reduction.itemsize)
     cost = SYNCS[options.name].cost(run.config, sizes)
     words = [options.name, *(["exact"] if run.config.train.exact else [])]
     words += [f"codec {options.codec}"] if options.codec != "none" else []

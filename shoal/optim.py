@@ -140,13 +140,18 @@ class NamedState:
                         yield f"{self.names[p]}/{part}", tensor
 
     def load(self, read: Callable[[str], dict[str, Tensor]]) -> None:
-        """Set the state of each parameter to a copy of what `read(its name)` gives, by part; {} leaves it fresh."""
+        """Set the state of each parameter to a copy of what `read(its name)` gives, by part, in its dtype; {}: fresh."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for p in group["params"]:
                     state = read(self.names[p])
                     if state:
                         optimizer.state[p] = {
-                            part: tensor.to(p.device if tensor.dim() else "cpu", copy=True)
+                            part: _like(p, tensor) if tensor.dim() else tensor.clone()
                             for part, tensor in state.items()
                         }
+
+
+def _like(p: Tensor, state: Tensor) -> Tensor:
+    """A copy of state where `p` is, numbers in its dtype."""
+    return state.to(p.device, p.dtype if state.is_floating_point() else state.dtype, copy=True)

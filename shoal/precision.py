@@ -21,6 +21,16 @@ class Policy:
     optimizer: torch.dtype
     compute: torch.dtype
 
+    @property
+    def scales_loss(self) -> bool:
+        """Whether small gradients would underflow in the dtype of the products."""
+        return self.compute == torch.float16
+
+    @property
+    def rounds_by_chance(self) -> bool:
+        """Whether parameters are held in so few bits that updates rounded to the nearest would be lost."""
+        return self.parameters == torch.bfloat16
+
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
         """The context in which forward passes run."""
         if self.compute == self.parameters:
@@ -31,20 +41,27 @@ class Policy:
         held = {part: str(getattr(self, part)).removeprefix("torch.") for part in self.__dataclass_fields__}
         return f"{held.pop('name')} ({', '.join(f'{part} {dtype}' for part, dtype in held.items())})"
 
-    def check(self, params: Iterable[torch.Tensor], state: Iterable[torch.Tensor]) -> None:
-        """Raise ShoalError where parameters, gradients or the optimizer's `state` are held otherwise."""
+    def check(
+        self,
+        params: Iterable[torch.Tensor],
+        state: Iterable[torch.Tensor],
+        reduced: Iterable[torch.dtype] = (),
+    ) -> None:
+        """Raise ShoalError where parameters, gradients or optimizer `state` are held, or sums were, otherwise."""
         for p in params:
-            self._expect("a parameter", self.parameters, p)
+            self._expect("a parameter", self.parameters, p.dtype)
             if p.grad is not None:
-                self._expect("a gradient", self.gradients, p.grad)
+                self._expect("a gradient", self.gradients, p.grad.dtype)
         for tensor in state:
             if tensor.dim():  # the count of steps is a scalar of its own dtype
-                self._expect("optimizer state", self.optimizer, tensor)
+                self._expect("optimizer state", self.optimizer, tensor.dtype)
+        for dtype in reduced:
+            self._expect("sums of gradients", self.reduction, dtype)
 
-    def _expect(self, what: str, dtype: torch.dtype, tensor: torch.Tensor) -> None:
-        if tensor.dtype != dtype:
+    def _expect(self, what: str, dtype: torch.dtype, found: torch.dtype) -> None:
+        if found != dtype:
             raise ShoalError(
-                f"--precision {self.name} holds {what} in {dtype}, found {tensor.dtype}; please report it"
+                f"--precision {self.name} holds {what} in {dtype}, found {found}; please report it"
             )
 
 
@@ -52,8 +69,8 @@ def resolve(precision: str, device: torch.device) -> Policy:
     """The policy named `precision`; "auto" is bf16-mixed where the device computes in bf16, else 32-true."""
     if precision == "auto":
         precision = "bf16-mixed" if has_bf16(device) else "32-true"
-    held = torch.float64 if precision == "64-true" else torch.float32
-    compute = torch.bfloat16 if precision == "bf16-mixed" else held
+    held = {"64-true": torch.float64, "bf16-true": torch.bfloat16}.get(precision, torch.float32)
+    compute = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision, held)
     return Policy(precision, held, held, held, held, compute)
 
 

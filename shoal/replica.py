@@ -1,5 +1,6 @@
 """One replica: a placed model, its gradients over a share of a step's micro-batches, and its update."""
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -16,6 +17,7 @@ from shoal.island import Island
 from shoal.layouts.base import MicroBatch, Placed
 from shoal.optim import NamedState
 from shoal.precision import Policy
+from shoal.scaler import Scaler
 
 TINY = 1e-6  # beside a norm that divides, as in torch's clipping
 
@@ -60,11 +62,15 @@ class Replica:
     seconds: Seconds = field(default_factory=Seconds)
     grad_norm: float = 0.0
     learning_rate: float = 0.0
-    nonfinite_steps: int = 0  # in a row
+    skipped: bool = False  # the last step, whose gradient was not finite
+    nonfinite_steps: int = 0  # in a row, without those that a lower loss scale may have saved
     labels: float = 1  # what the summed gradients are still to be divided by
     step: int = 0  # whose gradients are being taken, or were last
     step_labels: int = 0  # the labels of that step over all ranks
     own_labels: int = 0  # of these, the ones of this replica
+
+    def __post_init__(self) -> None:
+        self.scaler = Scaler(self.policy)
 
     @property
     def turns(self) -> int:
@@ -111,8 +117,10 @@ class Replica:
             started, waited = time.perf_counter(), self.placed.waited()
             last = turn is turns[-1]
             self.buckets.begin(turn[0] or 0, first=turn is turns[0], last=last)
+            self.buckets.scale = self.scaler.scale
             self.placed.begin(last=last)
-            found = self.placed.learn(taken, 1 / max(1, batch.labels), self._arithmetic)
+            scale = self.scaler.scale / max(1, batch.labels)
+            found = self.placed.learn(taken, scale, self._arithmetic)
             for v, loss in zip(turn, found, strict=True):
                 if v is not None:
                     losses[v] = loss
@@ -142,11 +150,8 @@ class Replica:
             self.labels = 1
         grads = [p.grad for _, p in self.params if p.grad is not None]
         norm = self.island.norm(get_total_norm(grads))
-        self.grad_norm = norm.item()
         self.learning_rate = self.schedule(step)
-        finite = torch.isfinite(norm).item()
-        self.nonfinite_steps = 0 if finite else self.nonfinite_steps + 1
-        if finite:
+        if self.judge(norm.item()):
             if self.normalize:
                 for bucket in self.buckets:
                     bucket.flat.div_(norm + TINY)
@@ -157,3 +162,13 @@ class Replica:
                     group["lr"] = self.learning_rate
                 optimizer.step()
         self.seconds.optimizer += time.perf_counter() - started
+
+    def judge(self, norm: float) -> bool:
+        """Whether to take the step whose gradient has this global norm: it is finite. The loss scale follows."""
+        self.grad_norm, self.skipped = norm, not math.isfinite(norm)
+        can_lower = self.scaler.update(finite=not self.skipped)
+        if not self.skipped:
+            self.nonfinite_steps = 0
+        elif not can_lower:
+            self.nonfinite_steps += 1
+        return not self.skipped

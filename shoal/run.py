@@ -18,10 +18,11 @@ from shoal.data.batches import Batch, Batches
 from shoal.errors import UserError, choose
 from shoal.evaluate import Evaluators, evaluate
 from shoal.island import Island
-from shoal.layouts.base import Loss
+from shoal.layouts.base import Loss, Placed
 from shoal.mesh import Mesh
 from shoal.observe.console import Screen
 from shoal.replica import Replica
+from shoal.rounding import RoundedAdamW
 from shoal.stored import Places
 from shoal.sync import SYNCS, Sync
 from shoal.sync.guard import Guard
@@ -87,6 +88,8 @@ class Run:
         if self.sync.replicas_differ:
             headings["model"] = checkpoint.model_tensors(self.replica.placed)
             headings["optimizer"] = dict(self.replica.optimizer_state.tensors())
+            scaler = self.replica.scaler.state_dict()
+            headings["scaler"] = {name: torch.tensor(value) for name, value in scaler.items()}
         return {f"{heading}/{name}": t for heading, held in headings.items() for name, t in held.items()}
 
     @property
@@ -97,11 +100,11 @@ class Run:
 
     def commit(self, batch: Batch, loss: float) -> None:
         """Count a step as done, and tell the strategy how it went."""
-        failed = self.replica.nonfinite_steps > 0
         self.progress.step = batch.step + 1
         self.progress.tokens += batch.labels
         self.progress.nonfinite_steps = self.replica.nonfinite_steps
-        self.progress.nonfinite_total += failed
+        self.progress.nonfinite_total += self.replica.skipped
+        self.progress.scaler = self.replica.scaler.state_dict()
         self.progress.shares = self.replica.shares.counts
         self.shared = None
         self.sync.watch(loss)
@@ -185,7 +188,12 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
         island_size=mesh.size("island"),
         present=lambda: sync.present,
     )
-    progress = Progress(data=data.name, strategy=config.strategy.remembers, island_size=mesh.size("island"))
+    progress = Progress(
+        data=data.name,
+        strategy=config.strategy.remembers,
+        island_size=mesh.size("island"),
+        precision=replica.policy.name,
+    )
     run = Run(
         config,
         folder,
@@ -234,7 +242,7 @@ def _replica(
         placed=placed,
         island=Island(mesh),
         buckets=buckets,
-        optimizers=optim.of(config, params),
+        optimizers=[_rounded(config, placed)] if policy.rounds_by_chance else optim.of(config, params),
         policy=policy,
         device=mesh.device,
         seed=config.train.seed,
@@ -248,6 +256,13 @@ def _replica(
         max_grad_norm=config.train.max_grad_norm,
         normalize=config.strategy.normalize == "sum",
         shares=first_shares,
+    )
+
+
+def _rounded(config: RunConfig, placed: Placed) -> RoundedAdamW:
+    train = config.train
+    return RoundedAdamW(
+        placed.trained, seed=train.seed, learning_rate=train.learning_rate, weight_decay=train.weight_decay
     )
 
 
@@ -326,11 +341,15 @@ def _resume(run: Run, folder: Path) -> None:
         first=run.mesh.rank - run.replica.island.ranks.start,
         every=len(run.replica.island),
     )
-    models, optimizers, syncs = (line(heading) for heading in ("model", "optimizer", "sync"))
-    same_strategy = (progress.strategy, progress.island_size) == (
-        run.progress.strategy,
-        run.progress.island_size,
+    models, optimizers, syncs, scalers = (
+        line(heading) for heading in ("model", "optimizer", "sync", "scaler")
     )
+    now = run.progress
+    if progress.precision not in ("", now.precision):
+        run.screen.say(
+            f"{folder} was saved under --precision {progress.precision}: going on with {now.precision}"
+        )
+    same_strategy = (progress.strategy, progress.island_size) == (now.strategy, now.island_size)
     same_ranks = len(models) == run.mesh.replicate.size and same_strategy and run.sync.replicas_differ
     own = run.mesh.replicate.index if same_ranks else None
     placed = run.replica.placed
@@ -339,14 +358,16 @@ def _resume(run: Run, folder: Path) -> None:
     checkpoint.load_optimizer(
         folder, run.replica.optimizer_state, placed, None if own is None else optimizers[own]
     )
-    now = run.progress
     if len(syncs) and same_strategy:
         _load_sync(run, folder, syncs)
     elif len(syncs) or progress.strategy != now.strategy:
         of = progress.strategy + (f", replicas of {progress.island_size} workers" if len(syncs) else "")
         run.screen.say(f"strategy {now.strategy} starts from the model of {of}")
-    run.progress = replace(progress, strategy=now.strategy, island_size=now.island_size)
+    run.progress = replace(
+        progress, strategy=now.strategy, island_size=now.island_size, precision=now.precision
+    )
     run.replica.nonfinite_steps = progress.nonfinite_steps
+    run.replica.scaler.load_state_dict(progress.scaler if own is None else scalers[own])
     counts = progress.shares
     if counts and len(counts) == run.mesh.teams and sum(counts) == sum(run.replica.shares.counts):
         run.replica.shares = shares.Shares(counts)

@@ -17,7 +17,8 @@ PACKAGE = Path(__file__).parents[1] / "shoal"
 ORDER = """
     errors crew config manifest stored
     data models tasks
-    precision placement mesh collectives island cost summation piece buckets layouts codecs optim replica shares sync
+    precision scaler placement mesh collectives island cost summation piece buckets layouts codecs optim rounding
+    replica shares sync
     checkpoint evaluate observe run observe.observer loop job
     engines session api
     trained export serve probe doctor cli __main__

@@ -53,6 +53,7 @@ def another(fact) -> tuple[str, object]:
         "train.lr_scheduler_type": ("linear", "linear"),
         "train.optim": ("muon", "muon"),
         "train.precision": ("bf16", "bf16-mixed"),
+        "eval.quantize": ("int8", "int8"),
         "strategy.balance": ("3,1", "3,1"),
         "layout.zero_stage": ("2", 2),
         "launch.nproc_per_node": ("3", 3),
@@ -150,6 +151,7 @@ def test_spellings_of_yes_and_no(words, value):
         (["--bf16", "true"], "bf16-mixed"),
         (["--bf16", "False"], "32-true"),
         (["--fp16", "false"], "auto"),
+        (["--fp16"], "16-mixed"),
         (["--precision", "bf16"], "bf16-mixed"),
         (["--mixed-precision", "no"], "32-true"),
         ([], "auto"),
@@ -159,9 +161,8 @@ def test_spellings_of_precision(words, value):
     assert load(*words).config.train.precision == value
 
 
-def test_fp16_is_refused_with_the_reason():
-    assert "underflow" in refusal("--fp16")
-    assert refusal("--precision", "16-mixed").endswith("use --bf16")
+def test_parameters_in_fp16_are_refused_with_the_reason():
+    assert refusal("--precision", "16-true").endswith("use --precision 16-mixed")
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,10 @@ REFUSED = {
     f"{ONEBIT} --normalize sum": "add --normalize no",
     "--strategy async --delayed-momentum 2": "add --optim sgd",
     "--strategy server --trim 0.1": "add --aggregation trimmed-mean",
+    "--precision bf16-true --optim sgd": "sgd would round small updates of bf16 parameters away",
+    "--precision bf16-true --strategy diloco": "take --strategy allreduce, zero1, zero2 or zero3",
+    "--precision bf16-true --codec int8": "codec int8 computes with float32 gradients",
+    "--quantize int8": "give it to shoal evaluate",
 }
 TAKEN = [
     "",
@@ -52,6 +56,8 @@ TAKEN = [
     "--strategy async --max-staleness 3 --collect 2 --delay-compensation 0.04",
     "--strategy gossip --topology push-sum --overlap-steps 0 --codec sign --mixing 0.2",
     "--strategy demo --demo-topk 4",
+    "--precision bf16-true --strategy zero3",
+    "--fp16 --strategy diloco --codec int4",
 ]
 
 

@@ -158,5 +158,5 @@ def warm(options: StrategyConfig) -> StrategyConfig:
 
 
 def _priced(options: StrategyConfig, sizes: Sizes) -> Channel:
-    dtype = {4: torch.float32, 8: torch.float64}[sizes.itemsize]
+    dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[sizes.itemsize]
     return Channel(warm(options), Subject(tuple(sizes.shapes), dtype), sizes.world_size)

@@ -86,6 +86,12 @@ def _must_be_whole(config: RunConfig, island: int) -> Iterator[tuple[str, str, s
         yield "--compile", f"{cut}, and talk to each other as it computes", leave
     if train.optim == "muon":
         yield "--optim muon", f"{cut}, and it needs whole matrices", "take adamw, or " + leave
+    if config.eval.quantize != "none":
+        yield (
+            f"--quantize {config.eval.quantize}",
+            f"{cut}, and whole weights are quantised",
+            "add --dp-shard 1",
+        )
     if config.strategy.quorum is not None:
         yield (
             f"--quorum {config.strategy.quorum}",

@@ -37,6 +37,9 @@ def _unread(resolved: Resolved) -> Iterator[Refusal]:
 
 def _contradictions(config: RunConfig) -> Iterator[Refusal]:
     options = config.strategy
+    if config.eval.quantize != "none":
+        yield f"--quantize {config.eval.quantize}", "training does not read it", "give it to shoal evaluate"
+    yield from _bfloat16(config)
     if config.train.exact and (options.name != "allreduce" or options.codec != "none"):
         found = f"strategy {options.name} with codec {options.codec} does not add up gradients as they are"
         yield "--exact", found, "take --strategy allreduce without a codec, or leave --exact out"
@@ -66,6 +69,22 @@ def _contradictions(config: RunConfig) -> Iterator[Refusal]:
     if options.trim != 0.25 and options.aggregation != "trimmed-mean":
         found = f"the servers take the {options.aggregation}"
         yield f"--trim {options.trim}", found, "add --aggregation trimmed-mean, or leave it out"
+
+
+def _bfloat16(config: RunConfig) -> Iterator[Refusal]:
+    """What cannot be had of parameters that are held in bfloat16."""
+    if config.train.precision != "bf16-true":
+        return
+    mixed = "or --precision bf16-mixed"
+    if config.train.optim != "adamw":
+        found = f"{config.train.optim} would round small updates of bf16 parameters away"
+        yield "--precision bf16-true", found, f"take --optim adamw, {mixed}"
+    if config.strategy.name != "allreduce":
+        found = f"what {config.strategy.name} shares would be rounded to bf16 at each agreement"
+        yield "--precision bf16-true", found, f"take --strategy allreduce, zero1, zero2 or zero3, {mixed}"
+    if config.strategy.codec != "none":
+        found = f"codec {config.strategy.codec} computes with float32 gradients"
+        yield "--precision bf16-true", found, f"leave --codec out, {mixed}"
 
 
 def _momentum(config: RunConfig) -> Iterator[Refusal]:

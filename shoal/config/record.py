@@ -127,6 +127,11 @@ class EvalConfig(Section):
     """When the model is validated."""
 
     eval_steps: Whole = fact(0, "validate every so many steps; 0 = only at the end", ge=0)
+    quantize: Literal["none", "int8", "int4"] = fact(
+        "none",
+        "of `shoal evaluate`: hold the weights in so few bits, and tell what it costs",
+        of="evaluate",
+    )
 
 
 class CheckpointConfig(Section):

@@ -34,7 +34,7 @@ def help_text() -> str:
         lines.append(f"\n{section}: {definition.__doc__}")
         for fact in _of(section):
             flag = fact.flag if fact.is_yes_or_no else f"{fact.flag} {form(fact)}"
-            switches = "".join(f"; --{name}" for name in _switches(fact))
+            switches = "".join(f"; --{name}" for name in fact.switches)
             default = (
                 "" if fact.info.default in (None, "", False, []) else f" [{_written(fact.info.default)}]"
             )
@@ -83,13 +83,8 @@ def _of(section: str) -> list[Fact]:
     return [fact for fact in facts() if fact.section == section]
 
 
-def _switches(fact: Fact) -> list[str]:
-    """Those whose value the setting takes; `--fp16` is known only to be refused with the reason."""
-    return [name for name, (on, _) in fact.switches.items() if on in form(fact).split("|")]
-
-
 def _row(fact: Fact) -> str:
-    also = ", ".join(f"`--{name.replace('_', '-')}`" for name in (*fact.aliases, *_switches(fact)))
+    also = ", ".join(f"`--{name.replace('_', '-')}`" for name in (*fact.aliases, *fact.switches))
     default = f"`{_written(fact.info.default)}`" if fact.info.default not in (None, "", []) else ""
     cells = (f"`{fact.flag}`", f"`{fact.key}`", f"`{form(fact)}`", default, fact.info.description, also)
     return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"

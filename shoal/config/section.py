@@ -15,7 +15,7 @@ def fact(
 ) -> Any:
     """One setting. A switch is a yes/no name for two of its values: {name: (when on, when off)}.
 
-    `of` names the strategies and codecs that read it, where not every run does.
+    `of` names the strategies and codecs, or the verb, that read it, where not every run does.
     """
     extra: dict[str, Any] = {"aliases": list(aliases), "switches": switches or {}, "of": of.split()}
     return Field(default, description=meaning, json_schema_extra=extra, **limits)

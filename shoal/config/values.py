@@ -84,9 +84,19 @@ def _optimizer(given: Any) -> Any:
 
 
 def _precision(given: Any) -> Any:
-    if str(given) in ("fp16", "16-mixed", "16-true", "float16", "16"):
-        raise ValueError("should not be fp16: without loss scaling its gradients underflow; use --bf16")
-    words = {"bf16": "bf16-mixed", "no": "32-true", "fp32": "32-true", "32": "32-true", "64": "64-true"}
+    if str(given) in ("16-true", "float16"):
+        raise ValueError(
+            "should not hold parameters in fp16: small updates are lost; use --precision 16-mixed"
+        )
+    words = {
+        "bf16": "bf16-mixed",
+        "fp16": "16-mixed",
+        "16": "16-mixed",
+        "no": "32-true",
+        "fp32": "32-true",
+        "32": "32-true",
+        "64": "64-true",
+    }
     return renamed(words)(str(given) if isinstance(given, int) else given)
 
 
@@ -138,7 +148,9 @@ Warmup = Annotated[Number, AfterValidator(_warmup)]
 Names = Annotated[list[str], BeforeValidator(names, json_schema_input_type=list[str] | str)]
 Trackers = Annotated[list[str], BeforeValidator(names), AfterValidator(_trackers)]
 Optimizer = Annotated[Literal["adamw", "muon", "sgd", "onebit-adam"], BeforeValidator(_optimizer)]
-Precision = Annotated[Literal["auto", "bf16-mixed", "32-true", "64-true"], BeforeValidator(_precision)]
+Precision = Annotated[
+    Literal["auto", "bf16-mixed", "bf16-true", "16-mixed", "32-true", "64-true"], BeforeValidator(_precision)
+]
 Shares = Annotated[str, BeforeValidator(_shares)]
 Period = Annotated[str, BeforeValidator(_period, json_schema_input_type=int | str)]
 Workers = Annotated[

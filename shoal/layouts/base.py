@@ -94,6 +94,11 @@ class Placed:
         """The seconds that this rank has waited for the others of its island, so far."""
         return 0.0 if self.inner is None else self.inner.waited()
 
+    @property
+    def reduced(self) -> set[torch.dtype]:
+        """The dtypes in which gradients were summed within the island, so far."""
+        return set() if self.inner is None else self.inner.reduced
+
     def cost(self, turns: int, shape: tuple[int, int]) -> float:
         """The bytes that it sends there in a step of so many micro-batches each, as arithmetic.
 

@@ -64,6 +64,7 @@ class Sharded(Placed):
         fully_shard(self.root, mesh=grid, reshard_after_forward=False)  # its backward pass comes at once
         self.parts = [module for module in self.root.modules() if isinstance(module, FSDPModule)]
         gather, scatter = self._exchanges = (Gather(self.wire), Scatter(self.wire))
+        self._reduced = scatter.dtypes
         for part in self.parts:
             part.set_gradient_divide_factor(1.0)  # losses are divided by the labels of the step already
             part.set_force_sum_reduction_for_comms(True)  # else gloo is asked for a sum it does not have
@@ -105,6 +106,11 @@ class Sharded(Placed):
     def waited(self) -> float:
         """For gathering and scattering."""
         return super().waited() + sum(exchange.seconds for exchange in self._exchanges)
+
+    @property
+    def reduced(self) -> set[torch.dtype]:
+        """By scattering."""
+        return super().reduced | self._reduced
 
     def cost(self, turns: int, shape: tuple[int, int]) -> float:
         """As the head of this file has it; what stands outside the blocks is gathered once for both passes."""
@@ -208,6 +214,7 @@ class _Exchange:
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
         self.seconds = 0.0
+        self.dtypes: set[torch.dtype] = set()  # of what was exchanged
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A buffer for what is exchanged."""
@@ -238,4 +245,5 @@ class Scatter(_Exchange, ReduceScatter):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
     ) -> Work | None:
+        self.dtypes.add(input_tensor.dtype)
         return self.finish(self.wire.start_reduce_scatter(output_tensor, input_tensor), async_op)

@@ -194,7 +194,9 @@ def check_same_logits(model: PreTrainedModel, folder: Path) -> None:
     loaded.to(device=model.device)  # type: ignore[call-arg]
     ours, theirs = (_sample_logits(each.eval()) for each in (model, loaded))
     model.train(was_training)
-    if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5, equal_nan=True):
+    rounded = 8 * torch.finfo(model.dtype).eps  # other kernels add up in another order
+    rtol, atol = (1e-4, 1e-5) if rounded < 1e-4 else (rounded, rounded * ours.abs().max().item())
+    if not torch.allclose(ours, theirs, rtol=rtol, atol=atol, equal_nan=True):
         apart = (ours - theirs).abs().max().item()
         raise ShoalError(
             f"export to {folder}: loaded again, its logits are {apart:g} apart; nothing was replaced"

@@ -58,8 +58,9 @@ class Observer:
         self._write(record)
         done = batch.step + 1
         run.screen.advance(done)
-        if replica.nonfinite_steps:
-            run.screen.say(f"step: {done} the gradient is not finite: nothing was updated")
+        if replica.skipped:
+            now_at = f"; the loss scale is now {replica.scaler.scale:g}" if replica.scaler.dynamic else ""
+            run.screen.say(f"step: {done} the gradient is not finite: nothing was updated{now_at}")
         if done % run.config.log.logging_steps == 0 or done in (self.first_step + 1, run.total_steps):
             each = (now - self.started) / (done - self.first_step)
             run.screen.say(step_line(record, each * (run.total_steps - done)))
@@ -95,7 +96,7 @@ def _record(run: Run, batch: Batch, loss: float, seconds: float, sent: int) -> d
         "train/loss": loss,
         "train/grad_norm": run.replica.grad_norm,
         "train/learning_rate": run.replica.learning_rate,
-        "train/skipped_steps": run.progress.nonfinite_total + (run.replica.nonfinite_steps > 0),
+        "train/skipped_steps": run.progress.nonfinite_total + run.replica.skipped,
         "perf/step_seconds": seconds,
         "perf/tokens_per_second": rate,
         "perf/tokens_per_second_per_device": rate / run.mesh.world_size,
@@ -108,6 +109,7 @@ def _record(run: Run, batch: Batch, loss: float, seconds: float, sent: int) -> d
         "perf/micro_batches": run.replica.shares.counts,
         "mem/peak_rss_gib": peak_rss_gib(),
         **_device_memory(run.mesh.device),
+        **run.replica.scaler.metrics(),
         **run.sync.metrics(),
     }
 
@@ -122,8 +124,10 @@ def _device_memory(device: torch.device) -> dict[str, float]:
 
 
 def _check_policy(run: Run) -> None:
-    params = [p for _, p in run.replica.params]
-    run.replica.policy.check(params, (t for _, t in run.replica.optimizer_state.tensors()))
+    replica = run.replica
+    params, state = [p for _, p in replica.params], (t for _, t in replica.optimizer_state.tensors())
+    reduced = {bucket.flat.dtype for bucket in replica.buckets} | replica.placed.reduced
+    replica.policy.check(params, state, reduced)
 
 
 def _ledger(run: Run) -> Ledger:

@@ -42,5 +42,7 @@ def _check(options: GenerateOptions) -> None:
     ]:
         if value < least:
             raise UserError(f"{flag} {value}", "too small", f"set at least {least}")
+    if options.quantize not in ("none", "int8", "int4"):
+        raise UserError(f"--quantize {options.quantize}", "there is no such format", "take int8 or int4")
     if not 0 < options.top_p <= 1:
         raise UserError(f"--top-p {options.top_p}", "not a probability above 0", "set it above 0, at most 1")

@@ -18,5 +18,6 @@ class GenerateOptions:
     top_p: float = 1.0
     stop: list[str] = field(default_factory=list)
     seed: int = 42
+    quantize: str = "none"  # int8, int4: hold the weights in so few bits
     batch_size: int = 8
     nproc: int = 1

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, TextStreamer
 from shoal.data import tokenizer as tokenizers
 from shoal.errors import UserError
 from shoal.models.loading import load_trained
+from shoal.models.quantize import quantize
 from shoal.serve.options import GenerateOptions
 from shoal.trained import model_folder
 
@@ -22,6 +23,8 @@ class Writer:
         self.options = options
         folder = str(model_folder(Path(options.model)))
         self.model = load_trained(folder)
+        if options.quantize != "none":
+            quantize(self.model, options.quantize)
         self.tokenizer = tokenizers.load(folder)
         self.settings = self._settings()
 

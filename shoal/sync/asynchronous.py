@@ -8,7 +8,6 @@ synchronous parallel: at 0 it is the synchronous gate), `--staleness-lr`, `--del
 training.
 """
 
-import math
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -184,9 +183,7 @@ class Async(Central):
         share = replica.own_labels / max(1, replica.step_labels)
         own = torch.tensor(self.servers.take(), dtype=torch.float64)
         norm = replica.island.norm(own).item() / (share or 1.0)
-        replica.grad_norm = norm
-        finite = math.isfinite(norm)
-        replica.nonfinite_steps = 0 if finite else replica.nonfinite_steps + 1
+        finite = replica.judge(norm)
         if finite:
             self.servers.clip(norm, replica.max_grad_norm)
         return finite

@@ -99,9 +99,8 @@ class Server(Central):
         if math.isnan(norm):
             self.late += 1
             return
-        replica.grad_norm = norm
         replica.learning_rate = replica.schedule(step)
-        replica.nonfinite_steps = 0 if math.isfinite(norm) else replica.nonfinite_steps + 1
+        replica.judge(norm)
 
     def _catch_up(self, replica: Replica, step: int) -> None:
         """Compute nothing for steps that are over."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from laws.pool import Pool
 from laws.rows import RowsTask
-from laws.worlds import Arrays, after, first_difference, follow, run_of
+from laws.worlds import Arrays, after, as_array, first_difference, follow, run_of
 
 from shoal.loop import train
 from shoal.mesh import Mesh
@@ -29,7 +29,7 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 def pieces_of(run: Run) -> Pieces:
     return {
-        piece.name: (tuple(piece.shape), piece.blocks, piece.local.detach().numpy().copy())
+        piece.name: (tuple(piece.shape), piece.blocks, as_array(piece.local))
         for piece in run.replica.placed.pieces
     }
 

@@ -47,7 +47,12 @@ def run_of(mesh: Mesh, row: str, task: RowsTask, **settings: Any) -> Run:
 
 def parameters(run: Run) -> Arrays:
     """A copy of every parameter by name."""
-    return {name: p.detach().numpy().copy() for name, p in run.replica.params}
+    return {name: as_array(p) for name, p in run.replica.params}
+
+
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """A copy, in at least float32."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)).numpy().copy()
 
 
 def gradient(run: Run, step: int = 0) -> tuple[Arrays, float]:

@@ -37,7 +37,7 @@ def _save(folder: Path, tokenizer: Path) -> None:
     from shoal import checkpoint, stored
     from shoal.data import tokenizer as tokenizers
     from shoal.models.export import describe
-from shoal.piece import Block
+    from shoal.piece import Block
 
     with torch.device("meta"):
         config = AutoConfig.for_model("llama", tie_word_embeddings=True, **MODEL)

@@ -140,7 +140,7 @@ class NamedState:
                         yield f"{self.names[p]}/{part}", tensor
 
     def load(self, read: Callable[[str], dict[str, Tensor]]) -> None:
-        """Set the state of each parameter to a copy of what `read(its name)` gives, by part, in its dtype; {}: fresh."""
+        """Set the state of each parameter to a copy of what `read(its name)` gives, in its dtype; {}: fresh."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for p in group["params"]:

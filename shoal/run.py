@@ -20,6 +20,7 @@ from shoal.evaluate import Evaluators, evaluate
 from shoal.island import Island
 from shoal.layouts.base import Loss, Placed
 from shoal.mesh import Mesh
+from shoal.models.recompute import recompute
 from shoal.observe.console import Screen
 from shoal.replica import Replica
 from shoal.rounding import RoundedAdamW
@@ -227,7 +228,9 @@ def _replica(
 ) -> Replica:
     """The task's model in its place, with its buckets and optimizers; `nothing` is a micro-batch without samples."""
     policy = precision.resolve(config.train.precision, mesh.device)
-    placed = layouts.place(task.model(), task.loss, mesh, policy, config.layout, nothing)
+    model = task.model()
+    recompute(model, config.train.gradient_checkpointing)
+    placed = layouts.place(model, task.loss, mesh, policy, config.layout, nothing)
     params = [(piece.name, piece.local) for piece in placed.trained]
     buckets = Buckets(
         placed.trained,

@@ -7,7 +7,8 @@ from shoal.config.values import names as listed
 from shoal.errors import UserError
 
 _TRUTH = {"true", "false", "yes", "no", "on", "off", "1", "0"}
-_BARE = {"resume_from_checkpoint": "latest"}  # what a flag means when no value follows
+# What a flag means when no value follows.
+_BARE = {"resume_from_checkpoint": "latest", "gradient_checkpointing": "full"}
 
 
 def flag_settings(words: list[str]) -> list[Setting]:

@@ -12,6 +12,7 @@ from shoal.config.values import (
     Number,
     Optimizer,
     Precision,
+    Recompute,
     Trackers,
     Warmup,
     Whole,
@@ -113,6 +114,12 @@ class TrainConfig(Section):
         "arithmetic; auto = bf16-mixed where the processor has the instructions",
         "mixed_precision",
         switches={"bf16": ("bf16-mixed", "32-true"), "fp16": ("16-mixed", "auto")},
+    )
+    gradient_checkpointing: Recompute = fact(
+        "none",
+        "layers whose activations are computed again in the backward pass; selective = every other one",
+        "activation_checkpointing",
+        "activation_checkpoint_mode",
     )
     compile: bool = fact(False, "compile the model with torch.compile", "torch_compile")
     seed: Whole = fact(42, "fixes the weights, the order of the data and every mask", ge=0)

@@ -100,6 +100,11 @@ def _precision(given: Any) -> Any:
     return renamed(words)(str(given) if isinstance(given, int) else given)
 
 
+def _recompute(given: Any) -> Any:
+    truth = {"true": "full", "false": "none"}
+    return renamed(truth)(str(given).lower() if isinstance(given, bool | str) else given)
+
+
 def _warmup(given: float) -> float:
     if given >= 1 and given % 1:
         raise ValueError("should be a whole number of steps, or a share of them below 1")
@@ -150,6 +155,10 @@ Trackers = Annotated[list[str], BeforeValidator(names), AfterValidator(_trackers
 Optimizer = Annotated[Literal["adamw", "muon", "sgd", "onebit-adam"], BeforeValidator(_optimizer)]
 Precision = Annotated[
     Literal["auto", "bf16-mixed", "bf16-true", "16-mixed", "32-true", "64-true"], BeforeValidator(_precision)
+]
+Recompute = Annotated[
+    Literal["none", "full", "selective"],
+    BeforeValidator(_recompute, json_schema_input_type=Literal["none", "full", "selective"] | bool),
 ]
 Shares = Annotated[str, BeforeValidator(_shares)]
 Period = Annotated[str, BeforeValidator(_period, json_schema_input_type=int | str)]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shoal.layouts.sharded import blocks
+from shoal.models.blocks import blocks
 
 
 def balance(layers: Sequence[float], before: float, after: float, stages: int) -> list[range]:

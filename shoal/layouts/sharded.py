@@ -14,7 +14,7 @@ pass reads the weights' bf16 copies, which autograd keeps from the forward pass:
 """
 
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from shoal.collectives import Wire, Work
 from shoal.errors import UserError
 from shoal.layouts.base import Loss, Placed
 from shoal.mesh import Mesh
+from shoal.models.blocks import blocks
 from shoal.piece import Piece
 
 
@@ -132,17 +133,6 @@ class Sharded(Placed):
         if self.inner is not None and self.inner.inner is not None:
             return f"{self.inner}; {cut} cut over {size} of them"
         return f"replicas of {size} workers, each with its part of {cut}"
-
-
-def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The layers of a model: the members of its outermost module lists, gathered one at a time."""
-    for child in model.children():
-        if not isinstance(child, nn.ModuleList):
-            yield from blocks(child)
-        elif any(isinstance(layer, nn.ModuleList | nn.ModuleDict) for layer in child):
-            yield from blocks(child)  # no layers yet: lists of them
-        else:
-            yield from child
 
 
 def is_recent_torch() -> bool:

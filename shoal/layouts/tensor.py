@@ -31,10 +31,10 @@ from shoal.collectives import Wire
 from shoal.errors import UserError
 from shoal.layouts.base import Placed
 from shoal.layouts.modules import Common, Dropout, Embedding, Head, SummedUp, cut_tokens_within, gather_for
-from shoal.layouts.sharded import blocks
 from shoal.layouts.tokens import Line, Tokens
 from shoal.mesh import Axis, Mesh
 from shoal.models import attention, plans
+from shoal.models.blocks import blocks
 from shoal.models.heads import has_plain_head
 from shoal.piece import Block, Piece
 from shoal.precision import Policy

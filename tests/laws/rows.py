@@ -54,7 +54,7 @@ class Net(nn.Module):
         self.up = nn.Linear(12, 18)
         self.down = nn.Linear(18, 12)
         self.sometimes = nn.Linear(12, 12) if kind == "sometimes" else None
-        self.layers = nn.ModuleList(nn.Linear(12, 12) for _ in range(3)) if kind == "stacked" else []
+        self.layers = nn.ModuleList(_layer(dropout) for _ in range(3)) if kind == "stacked" else []
         self.gate = nn.Parameter(torch.ones(1, 12)) if kind == "stacked" else 1.0  # one row for all ranks
         self.head = nn.Linear(12, VOCABULARY)
         if kind == "tied":
@@ -70,6 +70,10 @@ class Net(nn.Module):
         for layer in self.layers:
             hidden = hidden + self.gate * layer(F.gelu(hidden))
         return self.head(self.dropout(hidden))
+
+
+def _layer(dropout: float) -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 12), nn.Dropout(dropout))
 
 
 KINDS = ("plain", "tied", "unused", "sometimes", "frozen")

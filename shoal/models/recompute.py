@@ -1,0 +1,35 @@
+"""Activation checkpointing: a layer keeps its inputs alone, and computes the rest again in its backward pass.
+
+Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost". With n layers that each keep a bytes of activations
+and take inputs of x bytes, a backward pass holds of them
+
+- none       n a
+- full       n x + a, for n forward passes of a layer more
+- selective  n / 2 (a + x) + a, for half as many: every other layer, the first one included
+"""
+
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from shoal.errors import UserError
+from shoal.models.blocks import blocks
+
+
+def recompute(model: nn.Module, which: str) -> None:
+    """Have the layers of `model` computed again in backward passes: "none", "full" or "selective".
+
+    Masks of dropout are drawn as they were, so neither loss nor gradient changes by a bit; names stay. Call it before
+    the model is cut: what gathers a layer's parameters then does so around both passes. Raises UserError where the
+    model has no layers.
+    """
+    if which == "none":
+        return
+    layers = list(blocks(model))
+    if not layers:
+        found = f"{type(model).__name__} has no list of layers to compute one by one"
+        raise UserError(f"--gradient-checkpointing {which}", found, "leave it out, or take another model")
+    for layer in layers[:: 1 if which == "full" else 2]:
+        # In the place of the method, not around the module: a module around it would be in every name.
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=True)

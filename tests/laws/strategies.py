@@ -22,9 +22,7 @@ class Strategy:
 STRATEGIES = {
     # Without the tree the bits depend on the shares, which follow the ranks' speed unless they are kept.
     "allreduce": Strategy({"strategy": "allreduce", "balance": "off"}, {1, 2, 3, 4, 5, 7, 9, 10}),
-    "allreduce-exact": Strategy(
-        {"strategy": "allreduce", "exact": True}, {1, 2, 3, 4, 5, 7, 9, 10}, exact=True
-    ),
+    "allreduce-exact": Strategy({"strategy": "allreduce", "exact": True}, {1, 2, 3, 4, 5, 7, 9}, exact=True),
     "server": Strategy({"strategy": "server", "balance": "off"}, {1, 3, 4, 7, 10}),
     "server-sharded": Strategy(
         {"strategy": "server", "servers": 2, "share_memory": False, "balance": "off"}, {3, 4, 7}

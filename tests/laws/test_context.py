@@ -109,10 +109,9 @@ def test_a_document_never_moves_another(pool: Pool, row: int) -> None:
         assert set.union(*of_document) == {0}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_saved_under_one_and_loaded_under_another(pool: Pool, kind: str, tmp_path: Path) -> None:
+def test_saved_under_one_and_loaded_under_another(pool: Pool, tmp_path: Path) -> None:
     """Law 8, between cut sequences and every other layout."""
-    task = PackedTask(kind, dropout=0.1)
+    task = PackedTask("gpt2", dropout=0.1)
     (whole,) = pool.world(1, follow, "allreduce", task, output_dir=str(tmp_path / "whole"), **STEPS)
     others = {"alone": (1, 1, {}), "zero3": (2, 2, {"zero_stage": 3})}
     chosen = {**others, **{name: LAYOUTS[name] for name in ("cp2-zero1", "cp2-shard2")}}

@@ -1,5 +1,6 @@
 """Laws 2, 3, 4 and 8 for replicas that several ranks hold together: they follow one process in float64."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,21 +62,32 @@ def together(ranks: list[Pieces]) -> Arrays:
     return found
 
 
-@pytest.mark.parametrize("kind", ["stacked", "tied", "frozen", "unused", "sometimes"])
-def test_a_cut_replica_follows_one_process(pool: Pool, kind: str, tmp_path: Path) -> None:
-    task = RowsTask(kind, dropout=0.1)
-    (alone,) = pool.world(1, follow, "allreduce", task, output_dir=str(tmp_path / "alone"), **STEPS)
+def of_all(
+    mesh: Mesh, function: Callable[..., Any], kinds: list[str], folder: str, **settings: Any
+) -> list[Any]:
+    """`function` for one task after the other, in one world."""
+    return [
+        function(
+            mesh, "allreduce", RowsTask(kind, dropout=0.1), output_dir=f"{folder}/{kind}", **STEPS, **settings
+        )
+        for kind in kinds
+    ]
+
+
+def test_a_cut_replica_follows_one_process(pool: Pool, tmp_path: Path) -> None:
+    kinds = ["stacked", "tied", "frozen", "unused", "sometimes"]
+    (alone,) = pool.world(1, of_all, follow, kinds, str(tmp_path / "alone"))
     for layout, (ranks, island, settings) in LAYOUTS.items():
-        folder = str(tmp_path / layout)
-        cut = pool.world(ranks, follow_in_pieces, "allreduce", task, output_dir=folder, **STEPS, **settings)
-        for first in range(0, ranks, island):
-            on_island = cut[first : first + island]
-            whole = [together([held[step] for _, held, _ in on_island]) for step in range(6)]
-            trained = [{name: step[name] for name in alone.tensors[0]} for step in whole]
-            assert first_difference(alone.tensors, trained, 1e-10) is None, layout
-            for losses, _, _ in on_island:
-                assert np.allclose(losses, alone.losses, rtol=1e-11), layout
-        assert len({metrics["eval/loss"] for _, _, metrics in cut}) == 1, layout
+        on_ranks = pool.world(ranks, of_all, follow_in_pieces, kinds, str(tmp_path / layout), **settings)
+        for kind, one, cut in zip(kinds, alone, zip(*on_ranks, strict=True), strict=True):
+            for first in range(0, ranks, island):
+                on_island = cut[first : first + island]
+                whole = [together([held[step] for _, held, _ in on_island]) for step in range(6)]
+                trained = [{name: step[name] for name in one.tensors[0]} for step in whole]
+                assert first_difference(one.tensors, trained, 1e-10) is None, (layout, kind)
+                for losses, _, _ in on_island:
+                    assert np.allclose(losses, one.losses, rtol=1e-11), (layout, kind)
+            assert len({metrics["eval/loss"] for _, _, metrics in cut}) == 1, (layout, kind)
 
 
 def test_the_pieces_do_not_fit_where_a_rank_computes_otherwise() -> None:
@@ -100,14 +112,18 @@ def sent_and_predicted(mesh: Mesh, task: RowsTask, **settings: Any) -> list[tupl
     return found
 
 
-@pytest.mark.parametrize("kind", ["stacked", "tied", "frozen"])
+def sent_for_all(mesh: Mesh, kinds: list[str], **settings: Any) -> dict[str, list[tuple[int, float]]]:
+    return {kind: sent_and_predicted(mesh, RowsTask(kind), **settings) for kind in kinds}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_predicted_bytes_are_sent(pool: Pool, layout: str, kind: str) -> None:
+def test_predicted_bytes_are_sent(pool: Pool, layout: str) -> None:
     """Law 9, within an island."""
     ranks, _, settings = LAYOUTS[layout]
-    for on_rank in pool.world(ranks, sent_and_predicted, RowsTask(kind), **STEPS, **settings):
-        for sent, predicted in on_rank:
-            assert sent == predicted > 0
+    for on_rank in pool.world(ranks, sent_for_all, ["stacked", "tied", "frozen"], **STEPS, **settings):
+        for kind, steps in on_rank.items():
+            for sent, predicted in steps:
+                assert sent == predicted > 0, kind
 
 
 SYNCS: dict[str, tuple[str, int, dict[str, Any]]] = {
@@ -186,10 +202,9 @@ def resume_all(
     return found
 
 
-@pytest.mark.parametrize("kind", ["stacked", "tied"])
-def test_saved_under_one_and_loaded_under_another(pool: Pool, kind: str, tmp_path: Path) -> None:
+def test_saved_under_one_and_loaded_under_another(pool: Pool, tmp_path: Path) -> None:
     """Law 8, for every ordered pair: the run ends as if it had never been cut otherwise."""
-    task = RowsTask(kind, dropout=0.1)
+    task = RowsTask("stacked", dropout=0.1)
     layouts = {"alone": (1, 1, {}), "replicated": (2, 1, {}), **LAYOUTS}
     (whole,) = pool.world(1, follow, "allreduce", task, output_dir=str(tmp_path / "whole"), **STEPS)
     saved = []

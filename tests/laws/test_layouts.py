@@ -16,7 +16,7 @@ from shoal.piece import Block
 from shoal.run import Run
 
 Pieces = dict[str, tuple[tuple[int, ...], tuple[Block, ...], np.ndarray]]
-STEPS = {"precision": "64-true", "max_steps": 6, "global_batch_size": 12, "per_device_train_batch_size": 2}
+STEPS = {"precision": "64-true", "max_steps": 4, "global_batch_size": 12, "per_device_train_batch_size": 2}
 # Of each layout how many ranks it is tried on, how many of them hold a replica, and how it is asked for.
 LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "zero1": (2, 2, {"zero_stage": 1}),
@@ -82,7 +82,7 @@ def test_a_cut_replica_follows_one_process(pool: Pool, tmp_path: Path) -> None:
         for kind, one, cut in zip(kinds, alone, zip(*on_ranks, strict=True), strict=True):
             for first in range(0, ranks, island):
                 on_island = cut[first : first + island]
-                whole = [together([held[step] for _, held, _ in on_island]) for step in range(6)]
+                whole = [together([held[step] for _, held, _ in on_island]) for step in range(4)]
                 trained = [{name: step[name] for name in one.tensors[0]} for step in whole]
                 assert first_difference(one.tensors, trained, 1e-10) is None, (layout, kind)
                 for losses, _, _ in on_island:
@@ -147,7 +147,7 @@ def test_strategies_between_islands(pool: Pool, case: str, tmp_path: Path) -> No
     """Replicas of two ranks each do what replicas of one rank each do: no strategy knows of the layout."""
     task = RowsTask("stacked", dropout=0.1)
     strategy, replicas, settings = SYNCS[case]
-    steps = {**STEPS, "global_batch_size": 16, **settings}
+    steps = {**STEPS, "global_batch_size": 16, "max_steps": 6, **settings}
     whole = pool.world(
         replicas, follow_in_pieces, strategy, task, output_dir=str(tmp_path / "whole"), **steps
     )

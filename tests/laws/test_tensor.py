@@ -45,7 +45,7 @@ def test_a_team_follows_one_process(pool: Pool, kind: str, tmp_path: Path) -> No
         cut = pool.world(ranks, follow_in_pieces, "allreduce", task, output_dir=folder, **STEPS, **settings)
         for first in range(0, ranks, island):
             on_island = cut[first : first + island]
-            whole = [together([held[step] for _, held, _ in on_island]) for step in range(6)]
+            whole = [together([held[step] for _, held, _ in on_island]) for step in range(4)]
             trained = [{name: step[name] for name in alone.tensors[0]} for step in whole]
             assert first_difference(alone.tensors, trained, 1e-10) is None, layout
             for losses, _, _ in on_island:
@@ -89,7 +89,7 @@ def test_saved_under_one_and_loaded_under_another(pool: Pool, tmp_path: Path) ->
 def test_strategies_between_teams(pool: Pool, strategy: str, tmp_path: Path) -> None:
     """Replicas of a team each do what replicas of one rank each do: no strategy knows of the layout."""
     task = ModelTask("gpt2", dropout=0.1)
-    steps = {**STEPS, "global_batch_size": 16}
+    steps = {**STEPS, "global_batch_size": 16, "max_steps": 6}
     whole = pool.world(2, follow_in_pieces, strategy, task, output_dir=str(tmp_path / "whole"), **steps)
     teams = {"dp_replicate": 2, "tp": 2, "output_dir": str(tmp_path / "teams")}
     cut = pool.world(4, follow_in_pieces, strategy, task, **steps, **teams)

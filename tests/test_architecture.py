@@ -15,9 +15,9 @@ PACKAGE = Path(__file__).parents[1] / "shoal"
 
 # Import order is data order: a module imports only what stands above it (or beside it, in its own folder).
 ORDER = """
-    errors crew config manifest stored
+    errors crew config manifest piece stored
     data models tasks
-    precision scaler placement mesh collectives island cost summation piece buckets layouts codecs optim rounding
+    precision scaler placement mesh collectives island cost summation buckets layouts codecs optim rounding
     replica shares sync
     checkpoint evaluate observe run observe.observer loop job
     engines session api

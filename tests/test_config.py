@@ -56,6 +56,8 @@ def another(fact) -> tuple[str, object]:
         "eval.quantize": ("int8", "int8"),
         "strategy.balance": ("3,1", "3,1"),
         "layout.zero_stage": ("2", 2),
+        "layout.pp_schedule": ("gpipe", "gpipe"),
+        "train.gradient_checkpointing": ("selective", "selective"),
         "launch.nproc_per_node": ("3", 3),
         "data.eval_fraction": ("0.25", 0.25),
         "train.num_train_epochs": ("2.5", 2.5),

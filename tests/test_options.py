@@ -90,7 +90,8 @@ def test_what_makes_sense_is_taken(words: str) -> None:
         ("--strategy zero1 --dp-shard 1 --exact", 2, (2, 1, 1, 1, 1)),
         ("--strategy zero3 --exact --compile", 1, (1, 1, 1, 1, 1)),
         ("--tp 2", 4, (2, 1, 1, 1, 2)),
-        ("--tp 2 --pp 2 --cp 2 --dp-replicate 2", 32, (2, 2, 2, 2, 2)),
+        ("--tp 2 --cp 2 --dp-replicate 2 --zero-stage 1", 16, (2, 2, 1, 2, 2)),
+        ("--pp 2 --dp-replicate 2", 8, (2, 2, 2, 1, 1)),
         ("--cp 2 --zero-stage 1", 8, (1, 4, 1, 2, 1)),
     ],
 )
@@ -107,6 +108,7 @@ def test_what_is_not_given_of_the_grid_follows(words: str, workers: int, grid: t
         ("--dp-shard 2 --dp-replicate 3", 4, "3 replicas x 2 each = 6, and there are 4 workers"),
         ("--tp 2 --pp 2", 6, "--pp 2 --tp 2: 6 workers do not divide by 4"),
         ("--dp-shard 2 --dp-replicate 3 --cp 2", 8, "= 6, and there are 4 teams of 2 workers"),
+        ("--tp 2 --pp 2", 4, "--pp 2: its stages hand on the hidden states of all tokens"),
         ("--tp 2 --exact", 2, "--exact: 2 workers hold a replica together"),
         ("--strategy zero3 --exact", 2, "--exact: 2 workers hold a replica together"),
         ("--dp-shard 2 --compile", 4, "--compile: 2 workers hold a replica together"),

@@ -148,7 +148,7 @@ def refused(mesh: Mesh, task: RowsTask) -> str:
 
 REFUSALS = {
     "heads": (3, ModelTask("gpt2"), "--tp 3: 4 attention heads do not divide by it; take one of 1, 2, 4"),
-    "no-plan": (2, RowsTask("stacked"), "--tp 2: no plan says how to cut layers.0 of Net; take bert"),
+    "no-plan": (2, RowsTask("stacked"), "--tp 2: no plan says how to cut layers.0.0 of Net; take bert"),
     "style": (2, Changed("gpt_neox"), "gpt_neox.layers.0.mlp.dense_h_to_4h of gpt_neox is cut in a way"),
     "dropout": (
         2,

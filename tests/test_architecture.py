@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from laws.pool import Pool
 
 from shoal.config.names import facts
 
@@ -250,3 +251,13 @@ def test_the_public_names_are_those_of_their_homes():
     assert set(shoal.__all__) <= set(dir(shoal))
     with pytest.raises(AttributeError):
         shoal.nonesuch  # noqa: B018
+
+
+def is_loaded(name: str) -> bool:
+    return name in sys.modules
+
+
+def test_a_worker_does_not_import_torchao(pool: Pool) -> None:
+    """Which transformers would, for seconds of every start."""
+    assert pool.alone(is_loaded, "transformers.modeling_utils").value
+    assert not pool.alone(is_loaded, "torchao").value

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+import shoal.models  # noqa: F401  (before anything of transformers: it keeps torchao out)
 from shoal.config import LayoutConfig
 from shoal.layouts import replicated
 from shoal.layouts.base import Loss, Placed

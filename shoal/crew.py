@@ -75,6 +75,7 @@ def _helper(module: str, argument: str, variables: dict[str, str]) -> Iterator[s
         text=True,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        close_fds=False,  # Python's own are not inherited; a lock that says so is held by the helper too
     )
     try:
         yield helper

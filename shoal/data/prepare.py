@@ -190,9 +190,10 @@ def _key(*content: object) -> str:
 
 @contextmanager
 def _locked(target: Path, report: Report) -> Iterator[None]:
-    """Only one process makes `target`; a lock of a killed process is free again."""
+    """Only one process makes `target`; a killed process's lock is free once its helpers have ended too."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.with_suffix(".lock").open("a+") as lock:
+        os.set_inheritable(lock.fileno(), True)  # by helpers, which write on for a second after a kill
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -98,10 +98,15 @@ from corpora import Data
 from shoal.data import pool, prepare, units
 units.MIN_UNIT_BYTES = 3000
 whole = pool.tokenize
+def freeze_helpers():
+    helpers = [int(pid) for pid in open(f"/proc/self/task/{{os.getpid()}}/children").read().split()]
+    for helper in helpers:
+        os.kill(helper, signal.SIGSTOP)
+    print(*helpers, flush=True)
 def tokenize(*arguments):
     for count, shard in enumerate(whole(*arguments)):
         if count == {count}:
-            os.kill(os.getpid(), signal.SIGKILL)
+            {before}os.kill(os.getpid(), signal.SIGKILL)
         yield shard
 pool.tokenize = tokenize
 prepare.prepare(Data(**json.loads(sys.argv[1])), processes=2)
@@ -114,7 +119,7 @@ def test_a_killed_preparation_goes_on_and_ends_in_the_same_files(
     corpus: Path, tmp_path: Path, count: int
 ) -> None:
     data = data_at(corpus, cache_dir=str(tmp_path / "killed"))
-    program = KILLED.format(tests=str(Path(__file__).parent), count=count)
+    program = KILLED.format(tests=str(Path(__file__).parent), count=count, before="")
     for _ in range(2):  # the second time it goes on from the first
         killed = subprocess.run([sys.executable, "-c", program, json.dumps(asdict(data))], env=with_shoal())
         assert killed.returncode == -signal.SIGKILL
@@ -130,6 +135,31 @@ def test_a_killed_preparation_goes_on_and_ends_in_the_same_files(
     assert [(resumed / file.name).stat().st_mtime_ns for file in finished] == times
     whole = prepare(data_at(corpus, cache_dir=str(tmp_path / "whole")), report=silent)
     assert files_of(resumed) == files_of(whole)
+
+
+@pytest.mark.usefixtures("many_units")
+def test_helpers_that_outlive_a_killed_preparation_are_waited_for(corpus: Path, tmp_path: Path) -> None:
+    data = data_at(corpus, cache_dir=str(tmp_path / "killed"))
+    program = KILLED.format(tests=str(Path(__file__).parent), count=3, before="freeze_helpers(); ")
+    killed = subprocess.Popen(
+        [sys.executable, "-c", program, json.dumps(asdict(data))],
+        env=with_shoal(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert killed.stdout is not None
+    frozen = [int(pid) for pid in killed.stdout.readline().split()]
+    killed.wait()
+    lines: list[str] = []
+
+    def report(line: str) -> None:
+        lines.append(line)
+        if "waiting" in line:
+            for pid in frozen:
+                os.kill(pid, signal.SIGKILL)
+
+    prepare(data, report=report)
+    assert "waiting for another process" in lines[0]
 
 
 @pytest.mark.usefixtures("many_units")

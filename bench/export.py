@@ -45,7 +45,8 @@ def _save(folder: Path, tokenizer: Path) -> None:
     parts = folder.with_name("parts")
     (parts / "model").mkdir(parents=True)
     for rank in reversed(range(RANKS)):
-        held, places = {}, {}
+        held: dict[str, torch.Tensor] = {}
+        places: stored.Places = {}
         for name, p in model.named_parameters():
             rows = len(p) // RANKS
             held[name] = torch.full((rows, *p.shape[1:]), 0.01 * rank)

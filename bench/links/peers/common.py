@@ -19,7 +19,7 @@ from shoal.collectives import Wire
 from shoal.config import load_config
 from shoal.config.batch import resolve_batch
 from shoal.data.batches import Batch, Batches
-from shoal.evaluate import Team, evaluate
+from shoal.evaluate import Evaluators, evaluate
 from shoal.shares import equal
 from shoal.tasks import TASKS
 
@@ -82,12 +82,14 @@ class Job:
 
     def validate(self) -> float:
         """The loss a token over all held-out windows, shared out among the workers of the default group."""
+        everyone = dist.group.WORLD
+        assert everyone is not None
         measured = evaluate(
             self.model,
             self.task.loss,
             self.task.samples("eval"),
             micro_batch_size=self.batches.shape[1],
-            team=Team(dist.get_rank(), dist.get_world_size(), Wire(dist.group.WORLD).sum),
+            among=Evaluators(dist.get_rank(), dist.get_world_size(), Wire(everyone).sum),
             policy=self.policy,
             device=torch.device("cpu"),
         )

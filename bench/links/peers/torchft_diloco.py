@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from bench.links.peers import common
 
 LIGHTHOUSE_PORT = 29510
 PATIENCE = timedelta(minutes=10)  # for one exchange on a slow link
-OUTER = {"lr": 0.7, "momentum": 0.9, "nesterov": True}  # DiLoCo, Douillard et al., 2023
+OUTER: dict[str, Any] = {"lr": 0.7, "momentum": 0.9, "nesterov": True}  # DiLoCo, Douillard et al., 2023
 
 try:
     from torchft import Manager, ProcessGroupGloo
@@ -107,7 +108,7 @@ def mean_of_replicas(model: nn.Module) -> Iterator[None]:
     own = [p.clone() for p in model.parameters()]
     for p in model.parameters():
         dist.all_reduce(p)
-        p /= dist.get_world_size()
+        p.div_(dist.get_world_size())
     yield
     for p, kept in zip(model.parameters(), own, strict=True):
         p.copy_(kept)

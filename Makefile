@@ -9,7 +9,7 @@ train: .venv/ready
 	$(BIN)/shoal train --overwrite-output-dir
 
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff check .

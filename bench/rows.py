@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
-from bench import export, server, startup, tokenizing
+from bench import export, held, server, startup, tokenizing
 from bench.jobs import Corpus, Job, Turn
 
 PEERS = ("handwritten_ddp", "accelerate_loop", "hf_trainer", "fabric_loop")
@@ -184,6 +184,25 @@ def _export(measured: Measured) -> list[Verdict]:
     ]
 
 
+def _held(measured: Measured) -> list[Verdict]:
+    """A part without a formula (activations) is no part of the sum."""
+    verdicts = []
+    for case in held.CASES:
+        known = [part for part in held.parts(measured.corpus, case).values() if part["formula"]]
+        found, formula = (sum(part[key] for part in known) for key in ("bytes", "formula"))
+        shown = f"{found / formula:.3f} x ({found / 1e6:,.1f} MB, by formula {formula / 1e6:,.1f})"
+        what = f"parameters, gradients, optimizer state and what is gathered, at the peak of a step, {case}"
+        verdicts.append(Verdict(what, shown, "within 5 %", abs(found / formula - 1) <= 0.05))
+    return verdicts
+
+
+def _allowance(measured: Measured) -> list[Verdict]:
+    limit, allowance, together, alone = held.within_a_limit(measured.corpus)
+    shown = f"exit codes {together}, alone {alone} (allowance {allowance / 1e6:,.0f} MB, limit {limit / 1e6:,.0f} MB)"
+    what = "a model of 3 allowances under ZeRO 3 on 4 workers, memory limited by the system"
+    return [Verdict(what, shown, "trains; alone it does not", not any(together) and all(alone))]
+
+
 def _at_least(what: str, ours: float, rival: str, theirs: float, required: float) -> Verdict:
     ratio = ours / theirs
     shown = f"{ratio:.2f} x ({ours:,.0f} against {theirs:,.0f} of {rival})"
@@ -207,5 +226,7 @@ ROWS = {
         _layouts,
     ),
     "export": Row((), _export),
+    "held": Row((), _held),
+    "allowance": Row((), _allowance),
     "data-wait": Row((Job("shoal"),), _data_wait),
 }

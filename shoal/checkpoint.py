@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
@@ -95,8 +96,8 @@ class Checkpoints:
         self.newest_step = -1  # of those saved by this process
         self.stalled = 0.0  # seconds that the caller has waited in `save` and `settle`
         self._thread: threading.Thread | None = None
-        self._copied = threading.Event()
-        self._copied.set()
+        self._written = threading.Event()
+        self._written.set()
         self._error: BaseException | None = None
 
     def due(self, step: int) -> bool:
@@ -116,9 +117,8 @@ class Checkpoints:
         """Start to save live tensors: those of the model, and this rank's `part` (if one has any, all have).
 
         Where a replica is held by several ranks each of them gives its pieces of the model, and their `places`; else
-        rank 0 gives it whole. They must not change before `settle` returns. The copy and the writing run in a thread
-        beside the next forward and backward pass, which only read parameters, so that the loop does not wait for
-        either.
+        rank 0 gives it whole. They must not change before `settle` returns: they are written as they are, without a
+        copy in memory, in a thread beside the next forward and backward pass, which only read parameters.
         """
         began = time.perf_counter()
         self.finish()
@@ -126,16 +126,16 @@ class Checkpoints:
         files = tensors | ({rank_file("ranks", self.rank): part} if part else {})
         if self.rank and not files:
             return
-        self._copied.clear()
+        self._written.clear()
         args = (files, places or {}, Progress(**asdict(progress)), describe, best)
         self._thread = threading.Thread(target=self._save, args=args, name="checkpoint")
         self._thread.start()
         self.stalled += time.perf_counter() - began
 
     def settle(self) -> None:
-        """Wait until what is being saved has been copied; call before parameters change."""
+        """Wait until what this rank saves is in its files; call before parameters change."""
         began = time.perf_counter()
-        self._copied.wait()
+        self._written.wait()
         self.stalled += time.perf_counter() - began
         if self._error is not None:
             self.finish()
@@ -152,33 +152,31 @@ class Checkpoints:
     def _save(
         self, tensors: Tensors, places: Places, progress: Progress, describe: Describe | None, best: bool
     ) -> None:
+        place = self.folder / f"checkpoint-{progress.step}"
+        parts = _parts(place, best)
         try:
-            copies = {
-                file: {n: t.detach().cpu().clone() for n, t in part.items()} for file, part in tensors.items()
-            }
-            self._copied.set()
-            place = self.folder / f"checkpoint-{progress.step}"
-            parts, own = _parts(place, best), rank_file("ranks", self.rank)
+            for file, held in tensors.items():
+                _hand_over(parts / file, held, places)
+            self._written.set()
             if self.rank:
-                for file, held in copies.items():
-                    _hand_over(parts / file, held, places)
                 return
-            if not self._receive(parts, [f for f in copies if Path(f).stem.isdigit()]):
-                copies.pop(own, None)  # a rank is gone: who goes on from here starts from the one model
-            write(place, copies, progress, describe, parts=parts, places=places)
+            self._receive(parts, [file for file in tensors if Path(file).stem.isdigit()])
+            write(place, {}, progress, describe, parts=parts)
             _point(self.folder / "latest", f"checkpoint-{progress.step}")
             if best:
                 _point(self.folder / "best", f"checkpoint-{progress.step}")
             self._rotate()
         except BaseException as error:  # handed to the loop, which raises it
             self._error = _explain(error, self.folder)
+            if not self.rank:
+                shutil.rmtree(parts, ignore_errors=True)
         finally:
-            self._copied.set()
+            self._written.set()
 
-    def _receive(self, parts: Path, own: list[str]) -> bool:
-        """Wait for the files of the other ranks, `own` being those of rank 0; False if one is gone.
+    def _receive(self, parts: Path, own: list[str]) -> None:
+        """Wait for the files of the other ranks, `own` being those of rank 0. All it takes is a disk that all see.
 
-        All it takes is a disk that all see.
+        Where a rank is gone what each held alone is left out: who goes on from here starts from the one model.
         """
         deadline, all_here = time.monotonic() + PATIENCE, True
         holders = {"ranks": self.world_size, "model": self.island_size, "optimizer": self.island_size}
@@ -196,7 +194,6 @@ class Checkpoints:
                 time.sleep(0.01)
         if not all_here:
             shutil.rmtree(parts / "ranks", ignore_errors=True)  # only now: others were still writing there
-        return all_here
 
     def _rotate(self) -> None:
         """Delete all but the newest ones, never the best; and those of later steps, if the run was walked back."""
@@ -246,11 +243,15 @@ def rank_file(folder: str, rank: int) -> str:
 
 
 def _hand_over(path: Path, tensors: dict[str, Tensor], places: Places) -> None:
-    """Leave a rank's file where rank 0 looks for it, whole or not at all."""
+    """Leave a file where rank 0 puts the checkpoint together, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unready = path.with_suffix(".tmp")
-    stored.write(unready, tensors, places)
-    unready.rename(path)
+    try:
+        stored.write(unready, tensors, places)
+        unready.rename(path)
+    except BaseException:
+        unready.unlink(missing_ok=True)
+        raise
 
 
 def _fill(
@@ -413,7 +414,7 @@ def load_optimizer(
         if param not in held:
             raise UserError(asked, f"it holds {name}, of no parameter of the model", stored.ANOTHER)
         wanted = held[param].shape if part is None else held[param].local.shape
-        if kind in LIKE_PARAMETER and shape != tuple(wanted):
+        if kind.removesuffix(".codes") in LIKE_PARAMETER and shape != tuple(wanted):
             raise UserError(
                 asked, f"{name} has shape {shape}, the model's is {tuple(wanted)}", stored.ANOTHER
             )
@@ -421,13 +422,27 @@ def load_optimizer(
     def read(name: str, piece: Piece) -> Tensor:
         if part is not None:
             return part[name]
-        if saved.shapes[name] != tuple(piece.shape):  # a count of steps is not cut
+        if not saved.shapes[name]:  # a count of steps is not cut
             return saved.read(name)
+        if name.endswith(".scale"):
+            return _for_each(saved, name, piece)
         return saved.piece(name, piece.blocks, piece.local.shape)
 
     state.load(
         lambda param: {name.rsplit("/", 1)[1]: read(name, held[param]) for name in by_param.get(param, [])}
     )
+
+
+def _for_each(saved: Stored, name: str, piece: Piece) -> Tensor:
+    """For each value of a piece the number that it has in a tensor with one for every so many along the last dim."""
+    of_each = piece.shape[-1] // saved.shapes[name][-1]
+    found = torch.empty(piece.local.shape)
+    for block in piece.blocks:
+        (*rows, first), (*sizes, wide) = block.offset, block.size
+        begin, end = first // of_each, -(-(first + wide) // of_each)
+        numbers = saved.read(name, (*rows, begin), (*sizes, end - begin)).repeat_interleave(of_each, -1)
+        found[block.where] = numbers.narrow(-1, first - begin * of_each, wide)
+    return found
 
 
 def load_tensors(folder: Path, file: str) -> dict[str, Tensor]:

@@ -18,11 +18,12 @@ from shoal.errors import UserError
 from shoal.loop import train
 from shoal.mesh import Mesh
 from shoal.models.quantize import quantize, weight_bytes
-from shoal.observe.console import Screen, duration, shown_number
+from shoal.observe.console import GIB, Screen, duration, shown_number
 from shoal.observe.observer import peak_rss_gib
-from shoal.run import Run, assemble
+from shoal.run import Memory, Run, assemble
 from shoal.sync import SYNCS
 
+MIB = 2**20
 LEFT_BEHIND = ("summary.json", "metrics.jsonl", "latest", "best")
 LEFT_FOLDERS = ("final", "ledger", "errors", "tb", "checkpoint-*", ".checkpoint-*")
 
@@ -167,7 +168,7 @@ def _summary(run: Run, metrics: dict[str, float]) -> dict[str, Any]:
         "strategy": run.config.strategy.name,
         "precision": run.replica.policy.name,
         "seed": run.config.train.seed,
-    }
+    } | ({"memory": run.memory} if run.memory else {})
 
 
 def _finish_folder(run: Run, resolved: Resolved, summary: dict[str, Any]) -> None:
@@ -193,6 +194,24 @@ def _finish_folder(run: Run, resolved: Resolved, summary: dict[str, Any]) -> Non
         **({"A sample of text": f"shoal generate {run.folder} --prompt ..."} if model is None else {}),
     }
     run.screen.banner("Finished", facts)
+    if run.memory:
+        run.screen.banner(
+            "Memory of worker 0 at the peak of a step", _shown_memory(run.memory, run.mesh.device)
+        )
+
+
+def _shown_memory(memory: Memory, device: torch.device) -> dict[str, str]:
+    """The report as lines: what tensors held, what arithmetic has for it, and what the process had beside them."""
+    lines, total = {}, 0
+    for part, each in memory.items():
+        measured, formula = each["bytes"] or 0, each["formula"]
+        total += measured
+        lines[part] = f"{measured / MIB:,.2f} MiB" + (f", by formula {formula / MIB:,.2f}" if formula else "")
+    most = torch.cuda.max_memory_reserved() if device.type == "cuda" else peak_rss_gib() * GIB
+    return lines | {
+        "all tensors": f"{total / MIB:,.2f} MiB",
+        "beside them": f"{(most - total) / MIB:,.0f} MiB: the program, its libraries, and what the allocator keeps",
+    }
 
 
 def _setting(resolved: Resolved, key: str) -> Any:

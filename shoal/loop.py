@@ -24,9 +24,10 @@ def train(run: Run, stop: Stop) -> dict[str, float]:
     with Observer(run) as observer:
         for step in range(run.progress.step, run.total_steps):
             batch = run.batches.at(step)
-            losses = run.replica.gradients(batch)
-            run.checkpoints.settle()  # a save in flight still reads the parameters until here
-            run.sync.step(run.replica, step)
+            with observer.watching(step):
+                losses = run.replica.gradients(batch)
+                run.checkpoints.settle()  # a save in flight still reads the parameters until here
+                run.sync.step(run.replica, step)
             tally = _agree(run, losses, stop())
             observer.step(batch, tally.loss)
             run.commit(batch, tally.loss)

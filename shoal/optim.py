@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,10 @@ def build(
         return [torch.optim.SGD(groups, lr=learning_rate, momentum=momentum)]
     if name == "adamw":
         return [torch.optim.AdamW(groups, lr=learning_rate, **ADAM)]
+    if name == "adamw-8bit":
+        from shoal.eight_bit import AdamW8bit  # torchao takes seconds to import
+
+        return [AdamW8bit(groups, lr=learning_rate, betas=ADAM["betas"], eps=ADAM["eps"])]
     if name == "onebit-adam":
         options = ADAM | {"betas": (momentum, ADAM["betas"][1])}
         return [OneBitAdam(groups, lr=learning_rate, **options)]
@@ -93,6 +97,24 @@ def build(
         groups = decay_groups(rest, weight_decay)
         optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, **ADAM))
     return optimizers
+
+
+def state_bytes(name: str, params: NamedParams) -> int:
+    """What an optimizer keeps of these parameters: two moments, one, or codes and scales; and counts of steps."""
+    if name == "sgd":
+        return sum(p.nbytes for _, p in params)
+    if name == "muon":
+        return sum(p.nbytes if _is_hidden_matrix(n, p) else 2 * p.nbytes + 4 for n, p in params)
+    if name == "adamw-8bit":
+        from shoal.eight_bit import held
+
+        return sum(held(p) for _, p in params)
+    return sum(2 * p.nbytes + 4 for _, p in params)
+
+
+def state_dtype(name: str, held: torch.dtype) -> torch.dtype:
+    """In what the optimizer `name` keeps its state of a large parameter, where others keep it in `held`."""
+    return torch.uint8 if name == "adamw-8bit" else held
 
 
 def decay_groups(params: NamedParams, weight_decay: float) -> list[dict[str, Any]]:
@@ -124,6 +146,19 @@ def learning_rate(
     return peak * (0.5 * (1 + math.cos(math.pi * done)) if kind == "cosine" else 1 - done)
 
 
+@runtime_checkable
+class Coded(Protocol):
+    """An optimizer whose state is not plain tensors, but goes in and out as such."""
+
+    def plain(self, p: Tensor) -> dict[str, Tensor]:
+        """The live state of a parameter, by part."""
+        ...
+
+    def adopt(self, p: Tensor, parts: dict[str, Tensor]) -> None:
+        """Set the state of a parameter to such parts, its own or those of another optimizer."""
+        ...
+
+
 class NamedState:
     """The state of several optimizers as tensors named by parameter: what a checkpoint holds."""
 
@@ -135,7 +170,8 @@ class NamedState:
         """Pairs of "parameter/part" and the live tensor, for example "lm_head.weight/exp_avg"."""
         for optimizer in self.optimizers:
             for p, state in optimizer.state.items():
-                for part, tensor in state.items():
+                parts = optimizer.plain(p) if isinstance(optimizer, Coded) else state
+                for part, tensor in parts.items():
                     if isinstance(tensor, Tensor):
                         yield f"{self.names[p]}/{part}", tensor
 
@@ -145,11 +181,22 @@ class NamedState:
             for group in optimizer.param_groups:
                 for p in group["params"]:
                     state = read(self.names[p])
-                    if state:
+                    if state and isinstance(optimizer, Coded):
+                        optimizer.adopt(p, state)
+                    elif state:
+                        if "exp_avg.codes" in state:
+                            state = _wide(state)
                         optimizer.state[p] = {
                             part: _like(p, tensor) if tensor.dim() else tensor.clone()
                             for part, tensor in state.items()
                         }
+
+
+def _wide(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state that an optimizer kept in codes, as others keep it."""
+    from shoal.eight_bit import wide
+
+    return wide(state)
 
 
 def _like(p: Tensor, state: Tensor) -> Tensor:

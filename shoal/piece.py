@@ -24,6 +24,11 @@ class Block:
         """The block in the piece."""
         return tuple(slice(begin, begin + n) for begin, n in zip(self.at, self.size, strict=True))
 
+    def along_last(self, of_each: int) -> "Block":
+        """The same of a tensor that has one number for every so many along the last dim."""
+        at, offset, size = ((*dims[:-1], dims[-1] // of_each) for dims in (self.at, self.offset, self.size))
+        return Block(at, offset, size)
+
     def rows(self, first: int, stop: int) -> "Block":
         """What of it stands in the rows from `first` to `stop` of the piece, as a block of these alone."""
         begin, end = max(self.at[0], first), min(self.at[0] + self.size[0], stop)
@@ -56,6 +61,15 @@ class Piece:
     def blocks(self) -> tuple[Block, ...]:
         """What it holds of the whole."""
         return self.parts or (Block((0,) * self.local.dim(), self.offset, tuple(self.local.shape)),)
+
+    def place(self, held: torch.Size) -> tuple[tuple[int, ...], tuple[Block, ...]]:
+        """The whole's shape, and the blocks, of a tensor with a number for every so many values along the last dim.
+
+        These many have to divide what each block has of that dim, and where it begins.
+        """
+        of_each = self.local.shape[-1] // held[-1]
+        shape = (*self.shape[:-1], self.shape[-1] // of_each)
+        return shape, tuple(block.along_last(of_each) for block in self.blocks)
 
 
 def whole(model: nn.Module) -> list[Piece]:

@@ -12,7 +12,7 @@ from shoal.errors import ShoalError
 
 @dataclass(frozen=True)
 class Policy:
-    """The dtype of each part of the training state, and of the matrix products (`compute`)."""
+    """The dtype of each part of the training state, of activations, and of the products of linear layers."""
 
     name: str
     parameters: torch.dtype
@@ -20,6 +20,7 @@ class Policy:
     reduction: torch.dtype
     optimizer: torch.dtype
     compute: torch.dtype
+    linear: torch.dtype
 
     @property
     def scales_loss(self) -> bool:
@@ -53,7 +54,9 @@ class Policy:
             if p.grad is not None:
                 self._expect("a gradient", self.gradients, p.grad.dtype)
         for tensor in state:
-            if tensor.dim():  # the count of steps is a scalar of its own dtype
+            # Beside codes there are their scales, and what is too small for codes.
+            beside = self.optimizer == torch.uint8 and tensor.dtype == self.parameters
+            if tensor.dim() and not beside:  # the count of steps is a scalar of its own dtype
                 self._expect("optimizer state", self.optimizer, tensor.dtype)
         for dtype in reduced:
             self._expect("sums of gradients", self.reduction, dtype)
@@ -70,8 +73,10 @@ def resolve(precision: str, device: torch.device) -> Policy:
     if precision == "auto":
         precision = "bf16-mixed" if has_bf16(device) else "32-true"
     held = {"64-true": torch.float64, "bf16-true": torch.bfloat16}.get(precision, torch.float32)
-    compute = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision, held)
-    return Policy(precision, held, held, held, held, compute)
+    mixed = {"bf16-mixed": torch.bfloat16, "fp8-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    compute = mixed.get(precision, held)
+    linear = torch.float8_e4m3fn if precision == "fp8-mixed" else compute
+    return Policy(precision, held, held, held, held, compute, linear)
 
 
 def has_bf16(device: torch.device) -> bool:

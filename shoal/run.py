@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,9 @@ from shoal.evaluate import Evaluators, evaluate
 from shoal.island import Island
 from shoal.layouts.base import Loss, Placed
 from shoal.mesh import Mesh
+from shoal.models.float8 import use_float8
 from shoal.models.recompute import recompute
+from shoal.models.start import on_disk
 from shoal.observe.console import Screen
 from shoal.replica import Replica
 from shoal.rounding import RoundedAdamW
@@ -30,6 +33,7 @@ from shoal.sync.guard import Guard
 from shoal.tasks import TASKS, Task
 
 BUILTIN_EPOCHS = 0.5
+Memory = dict[str, dict[str, int | None]]  # part -> "bytes" measured, "formula"
 
 
 @dataclass
@@ -51,6 +55,7 @@ class Run:
     checkpoints: Checkpoints
     progress: Progress
     total_steps: int
+    memory: Memory | None = None  # by part, once a step was watched
     shared: checkpoint.Tensors | None = None  # `tensors()` after the steps done, once they were asked for
 
     def tensors(self) -> checkpoint.Tensors:
@@ -125,8 +130,13 @@ class Run:
 
     @property
     def _places(self) -> Places | None:
-        pieces = self.replica.placed.pieces if self.is_cut else []
-        return {piece.name: (tuple(piece.shape), piece.blocks) for piece in pieces}
+        pieces = {piece.name: piece for piece in self.replica.placed.pieces} if self.is_cut else {}
+        places = {name: (tuple(piece.shape), piece.blocks) for name, piece in pieces.items()}
+        for name, tensor in self.replica.optimizer_state.tensors() if pieces else ():
+            piece = pieces[name.rsplit("/", 1)[0]]
+            if tensor.dim() and tensor.dim() == piece.local.dim():
+                places[name] = piece.place(tensor.shape)
+        return places
 
     def evaluate(self, stop: Callable[[], bool]) -> dict[str, float] | None:
         """The task's metrics over the whole "eval" split, {} if it is empty; None if `stop()` came true."""
@@ -228,7 +238,11 @@ def _replica(
 ) -> Replica:
     """The task's model in its place, with its buckets and optimizers; `nothing` is a micro-batch without samples."""
     policy = precision.resolve(config.train.precision, mesh.device)
-    model = task.model()
+    policy = replace(policy, optimizer=optim.state_dtype(config.train.optim, policy.optimizer))
+    with on_disk(Path(config.checkpoint.output_dir)) if mesh.size("island") > 1 else nullcontext():
+        model = task.model()
+    if policy.linear != policy.compute:
+        use_float8(model, mesh.device)
     recompute(model, config.train.gradient_checkpointing)
     placed = layouts.place(model, task.loss, mesh, policy, config.layout, nothing)
     params = [(piece.name, piece.local) for piece in placed.trained]

@@ -92,6 +92,7 @@ class Session:
         """
         policy = precision.resolve("32-true", self.mesh.device)
         placed = replicated.place(model, _taken_by_the_caller, self.mesh, policy)
+        replicated.share(placed, self.mesh)
         self._replica = Replica(
             placed=placed,
             island=Island(self.mesh),

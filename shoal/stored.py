@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from shoal.errors import UserError
@@ -55,14 +54,16 @@ def write(path: Path, tensors: dict[str, Tensor], places: Places) -> None:
         for name, place in found.items()
         if place and len(place[0]) == tensors[name].dim()
     }
-    metadata = {"format": "pt"} | ({"blocks": json.dumps(cut)} if cut else {})
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    metadata = {"blocks": json.dumps(cut)} if cut else {}
+    stream(path, specs, lambda name: [tensors[name].detach().cpu()], metadata)
 
 
 def stream(
     path: Path,
     tensors: Mapping[str, Spec],
     blocks: Callable[[str], Iterable[Tensor]],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write whole tensors of which only a block at a time is in memory: `blocks(name)` gives them in their order.
 
@@ -70,7 +71,7 @@ def stream(
     the other; the widest elements first, so that all are aligned.
     """
     ordered = sorted(tensors, key=lambda name: -tensors[name][0].itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name in ordered:
         dtype, shape = tensors[name]

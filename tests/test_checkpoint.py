@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,19 +84,19 @@ def dying_at(call: int) -> Iterator[None]:
         if writes or event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir"):
             count()
 
-    fsync, save_file = os.fsync, stored.save_file
+    fsync, stream = os.fsync, stored.stream
 
     def counted_fsync(descriptor: int) -> None:
         count()
         fsync(descriptor)
 
-    def torn_save_file(part: dict, path: Path, **kwargs: dict) -> None:
+    def torn_stream(path: Path, *args: Any) -> None:
         count()  # before it
         path.write_bytes(b"half a file")
         count()
-        save_file(part, path, **kwargs)
+        stream(path, *args)
 
-    os.fsync, stored.save_file = counted_fsync, torn_save_file
+    os.fsync, stored.stream = counted_fsync, torn_stream
     sys.addaudithook(heard)
     yield
 
@@ -263,7 +264,7 @@ def test_a_save_holds_what_was_there_when_it_began(tmp_path: Path) -> None:
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )
-@pytest.mark.parametrize("place", ["stored.save_file", "checkpoint._sync_to_disk", "manifest.sha256"])
+@pytest.mark.parametrize("place", ["stored.stream", "checkpoint._sync_to_disk", "manifest.sha256"])
 def test_a_full_disk_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, place: str
 ) -> None:
@@ -287,7 +288,7 @@ def test_another_failure_to_write_is_one_line_too(tmp_path: Path, monkeypatch: p
     def refused(*args: object, **kwargs: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(stored, "save_file", refused)
+    monkeypatch.setattr(stored, "stream", refused)
     with pytest.raises(ShoalError, match=r"Permission denied.*earlier checkpoints are intact"):
         save(tmp_path, 2)
     monkeypatch.undo()

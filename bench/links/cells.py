@@ -50,6 +50,9 @@ CELLS = {
     "allreduce-compile": Cell("shoal", "--strategy allreduce --compile"),
     "allreduce-int8-compile": Cell("shoal", "--strategy allreduce --codec int8 --compile"),
     "allreduce-powersgd-compile": Cell("shoal", "--strategy allreduce --codec powersgd --compile"),
+    "allreduce-powersgd2-compile": Cell("shoal", "--strategy allreduce --codec powersgd --rank 2 --compile"),
+    "local4-powersgd-compile": Cell("shoal", "--strategy local --sync-every 4 --codec powersgd --compile"),
+    "local8-powersgd-compile": Cell("shoal", "--strategy local --sync-every 8 --codec powersgd --compile"),
     "local-compile": Cell("shoal", f"--strategy local --sync-every {ROUND} --compile"),
 }
 

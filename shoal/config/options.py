@@ -60,6 +60,10 @@ def _contradictions(config: RunConfig) -> Iterator[Refusal]:
             f"with {options.name} every worker updates by its own",
             "take --normalize sum",
         )
+    yield from _eight_bit(config)
+    if config.log.memory_report and config.train.compile:
+        found = "what a compiled graph holds within it cannot be seen"
+        yield "--memory-report", found, "leave --compile out, or the report"
     yield from _momentum(config)
     yield from _codec(options)
     yield from _outer(options)
@@ -85,6 +89,17 @@ def _bfloat16(config: RunConfig) -> Iterator[Refusal]:
     if config.strategy.codec != "none":
         found = f"codec {config.strategy.codec} computes with float32 gradients"
         yield "--precision bf16-true", found, f"leave --codec out, {mixed}"
+
+
+def _eight_bit(config: RunConfig) -> Iterator[Refusal]:
+    """What state in codes cannot be had with."""
+    if config.train.optim != "adamw-8bit":
+        return
+    if config.train.precision == "64-true":
+        yield "--optim adamw-8bit", "it computes in float32", "take adamw, or leave --precision 64-true out"
+    if config.strategy.guard is not None:
+        found = "the guard falls back to the mean of the replicas' state, and codes have none"
+        yield "--guard", found, "take --optim adamw, or leave it out"
 
 
 def _momentum(config: RunConfig) -> Iterator[Refusal]:

@@ -158,6 +158,7 @@ class LogConfig(Section):
 
     logging_steps: Whole = fact(10, "print every so many steps", ge=1)
     report_to: Trackers = fact([], "trackers that also get the metrics: tensorboard")
+    memory_report: bool = fact(False, "tell at the end what held how many bytes when a step held the most")
     ledger: bool = fact(False, "record which rank computed which sample, for `shoal audit`")
 
 

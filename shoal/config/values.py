@@ -80,7 +80,9 @@ def renamed(table: dict[str, str]) -> Callable[[Any], Any]:
 
 
 def _optimizer(given: Any) -> Any:
-    return renamed({"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adam": "adamw"})(given)
+    plain = dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adam"), "adamw")
+    coded = dict.fromkeys(("adamw_8bit", "adamw_torch_8bit", "adamw_bnb_8bit", "adamw8bit"), "adamw-8bit")
+    return renamed(plain | coded)(given)
 
 
 def _precision(given: Any) -> Any:
@@ -92,6 +94,7 @@ def _precision(given: Any) -> Any:
         "bf16": "bf16-mixed",
         "fp16": "16-mixed",
         "16": "16-mixed",
+        "fp8": "fp8-mixed",
         "no": "32-true",
         "fp32": "32-true",
         "32": "32-true",
@@ -152,9 +155,12 @@ Whole = Annotated[int, BeforeValidator(whole_number, json_schema_input_type=int 
 Warmup = Annotated[Number, AfterValidator(_warmup)]
 Names = Annotated[list[str], BeforeValidator(names, json_schema_input_type=list[str] | str)]
 Trackers = Annotated[list[str], BeforeValidator(names), AfterValidator(_trackers)]
-Optimizer = Annotated[Literal["adamw", "muon", "sgd", "onebit-adam"], BeforeValidator(_optimizer)]
+Optimizer = Annotated[
+    Literal["adamw", "adamw-8bit", "muon", "sgd", "onebit-adam"], BeforeValidator(_optimizer)
+]
 Precision = Annotated[
-    Literal["auto", "bf16-mixed", "bf16-true", "16-mixed", "32-true", "64-true"], BeforeValidator(_precision)
+    Literal["auto", "bf16-mixed", "bf16-true", "16-mixed", "fp8-mixed", "32-true", "64-true"],
+    BeforeValidator(_precision),
 ]
 Recompute = Annotated[
     Literal["none", "full", "selective"],

@@ -22,7 +22,7 @@ def place(
     options: LayoutConfig,
     nothing: dict[str, Tensor],
 ) -> Placed:
-    """Give every rank of `mesh` its part of `model`, with the parameters of rank 0.
+    """Give every rank of `mesh` its part of `model`, with the parameters of the first replica.
 
     `nothing` is a micro-batch without samples, of the shape that all have.
     """
@@ -40,4 +40,5 @@ def place(
         from shoal.layouts.pipelined import Pipelined  # torch's schedules take seconds to import
 
         placed = Pipelined(placed, stages, mesh, options, nothing)
+    replicated.share(placed, mesh)
     return placed

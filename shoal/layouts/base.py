@@ -1,6 +1,6 @@
 """What every layout gives: the pieces that a rank holds of one replica, and how that replica computes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -98,6 +98,16 @@ class Placed:
     def reduced(self) -> set[torch.dtype]:
         """The dtypes in which gradients were summed within the island, so far."""
         return set() if self.inner is None else self.inner.reduced
+
+    def gathered(self) -> Iterator[Tensor]:
+        """The tensors into which other ranks' pieces are gathered, whether they hold any memory now or not."""
+        return iter(()) if self.inner is None else self.inner.gathered()
+
+    def held(self) -> dict[str, int]:
+        """The bytes of parameters on this rank and, at most, of what is gathered at a time, as arithmetic."""
+        if self.inner is not None:
+            return self.inner.held()
+        return {"parameters": sum(p.nbytes for p in self.model.parameters())}
 
     def cost(self, turns: int, shape: tuple[int, int]) -> float:
         """The bytes that it sends there in a step of so many micro-batches each, as arithmetic.

@@ -6,18 +6,28 @@ from torch import nn
 from shoal.collectives import Wire
 from shoal.layouts.base import Loss, Placed
 from shoal.mesh import Mesh
+from shoal.models.start import cast, into_memory
 from shoal.precision import Policy
 
 
 def place(model: nn.Module, loss: Loss, mesh: Mesh, policy: Policy) -> Placed:
-    """Move `model` to the rank's device in the policy's dtype, with the parameters and buffers of rank 0.
+    """Move `model` to the rank's device in the policy's dtype.
 
     Buffers stay in at least float32: angles of positions rounded to bf16 would be off by whole turns.
     """
-    model = model.to(device=mesh.device, dtype=torch.promote_types(policy.parameters, torch.float32))
+    model = model.to(mesh.device)
     for p in model.parameters():
-        p.data = p.data.to(policy.parameters)
-    wire = Wire(mesh.group)
-    for tensor in (*model.parameters(), *model.buffers()):
-        wire.broadcast(tensor.data)
+        cast(p, policy.parameters)
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.to(torch.promote_types(policy.parameters, torch.float32))
     return Placed.whole(model, loss)
+
+
+def share(placed: Placed, mesh: Mesh) -> None:
+    """Give every replica the parameters and buffers of the first one; each rank hears of its own pieces alone."""
+    wire = Wire(mesh.replicate.group)
+    into_memory(placed.model)
+    for tensor in (*(piece.local for piece in placed.pieces), *placed.model.buffers()):
+        if tensor.numel():
+            wire.broadcast(tensor.data)

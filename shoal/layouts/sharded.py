@@ -14,7 +14,7 @@ pass reads the weights' bf16 copies, which autograd keeps from the forward pass:
 """
 
 import time
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -107,6 +107,20 @@ class Sharded(Placed):
     def waited(self) -> float:
         """For gathering and scattering."""
         return super().waited() + sum(exchange.seconds for exchange in self._exchanges)
+
+    def gathered(self) -> Iterator[Tensor]:
+        """What FSDP gathers parameters into: freed and allocated again in one place."""
+        for part in self.parts:
+            for group in part._get_fsdp_state()._fsdp_param_groups:
+                for each in group.fsdp_params:
+                    yield from each.all_gather_outputs
+
+    def held(self) -> dict[str, int]:
+        """As the head of this file has it: rows filled up to be even; whole, two blocks at a time or all of them."""
+        *layers, rest = [whole for whole, _ in self._parts]
+        whole = sorted(layers)[-2:] if self.stage == 3 else layers
+        gathered = self.wire.world_size * (sum(whole) + rest)
+        return {"parameters": sum(layers) + rest, "gathered for the island": gathered}
 
     @property
     def reduced(self) -> set[torch.dtype]:

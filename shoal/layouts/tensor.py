@@ -36,7 +36,7 @@ from shoal.mesh import Axis, Mesh
 from shoal.models import attention, plans
 from shoal.models.blocks import blocks
 from shoal.models.heads import has_plain_head
-from shoal.piece import Block, Piece
+from shoal.piece import Block, Piece, empty
 from shoal.precision import Policy
 
 Styles = dict[nn.Module, plans.Style]
@@ -128,8 +128,7 @@ def _part(piece: Piece, cut: _Cut | None, axis: Axis) -> Piece:
     """What this rank holds of a whole piece; nothing of what another one trains."""
     source = piece.source
     if cut is None:
-        empty = nn.Parameter(source.detach()[:0], requires_grad=source.requires_grad)
-        return piece if axis.index == 0 else Piece(piece.name, piece.shape, piece.offset, empty, source)
+        return piece if axis.index == 0 else empty(piece, source)
     length = source.shape[cut.dim] // cut.parts
     first, count = _span(length, axis)
     at = [0] * source.dim()

@@ -3,18 +3,23 @@
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
+from shoal import optim
+from shoal.cost import Sizes
 from shoal.data.batches import Batch
 from shoal.observe.console import GIB, shown_number, step_line
 from shoal.observe.ledger import Ledger
+from shoal.observe.memory import Watch, parts_of, report
 from shoal.observe.metrics import MetricsFile, TensorBoard
 from shoal.replica import Seconds
-from shoal.run import Run
+from shoal.run import Memory, Run
+from shoal.sync import SYNCS
 
 
 class Observer:
@@ -29,6 +34,7 @@ class Observer:
                 self.writers.append(TensorBoard(run.folder / "tb"))
         self.ledger = _ledger(run) if run.config.log.ledger else None
         self.first_step = run.progress.step
+        self.watched = min(self.first_step + 1, run.total_steps - 1)  # by then the optimizer has its state
 
     def __enter__(self) -> Self:
         self.run.screen.start_bar(self.run.total_steps, self.run.progress.step)
@@ -42,6 +48,17 @@ class Observer:
         self.run.screen.stop_bar()
         for writer in self.writers:
             writer.close()
+
+    @contextmanager
+    def watching(self, step: int) -> Iterator[None]:
+        """Around what computes a step: the one that `--memory-report` is of runs under a watch, and slower."""
+        if not self.run.config.log.memory_report or step != self.watched:
+            yield
+            return
+        replica, sync = self.run.replica, self.run.sync
+        with Watch([tensor for part in parts_of(replica, sync).values() for tensor in part]) as watch:
+            yield
+        self.run.memory = _memory(self.run, report(watch.peak, parts_of(replica, sync)))
 
     def step(self, batch: Batch, loss: float) -> None:
         """Record a step that has been taken, before it is committed."""
@@ -121,6 +138,20 @@ def _device_memory(device: torch.device) -> dict[str, float]:
         if device.type == "cuda"
         else {}
     )
+
+
+def _memory(run: Run, measured: dict[str, int]) -> Memory:
+    """What was measured, and what arithmetic has beside it, by part."""
+    replica, options = run.replica, run.config
+    sizes = Sizes(
+        tuple(p.shape for _, p in replica.params), run.mesh.replicate.size, replica.policy.reduction.itemsize
+    )
+    predicted = replica.placed.held() | {
+        "gradients": sum(bucket.flat.nbytes for bucket in replica.buckets),
+        "optimizer state": optim.state_bytes(options.train.optim, replica.params),
+        "sync and codec": SYNCS[options.strategy.name].cost(options, sizes).held,
+    }
+    return {part: {"bytes": found, "formula": predicted.get(part)} for part, found in measured.items()}
 
 
 def _check_policy(run: Run) -> None:

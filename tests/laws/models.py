@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from laws.rows import Rows, RowsTask
+from laws.rows import IGNORED, Rows, RowsTask
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -15,6 +16,8 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     Qwen3Config,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from shoal.models import attention, norm
@@ -31,11 +34,12 @@ DROPOUT: dict[str, tuple[str, ...]] = {
     "gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
     "gpt_neox": ("hidden_dropout", "attention_dropout"),
     "bert": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    "t5": ("dropout_rate",),
 }
 
 
 def build(kind: str, dropout: float) -> nn.Module:
-    """A model of a Hugging Face type; llama and qwen3 with fewer key and value heads, bert reads both ways."""
+    """A model of a Hugging Face type; llama and qwen3 have fewer key and value heads, bert and t5 read ahead."""
     rates = dict.fromkeys(DROPOUT.get(kind, ("attention_dropout",)), dropout)
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}
     configs: dict[str, Any] = {
@@ -43,10 +47,14 @@ def build(kind: str, dropout: float) -> nn.Module:
         "qwen3": lambda: Qwen3Config(**SHAPE | heads | rates, tie_word_embeddings=True),
         "gpt_neox": lambda: GPTNeoXConfig(**SHAPE, **rates),
         "bert": lambda: BertConfig(**SHAPE, **rates),
+        "t5": lambda: T5Config(
+            vocab_size=TOKENS, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, **rates
+        ),
         "gpt2": lambda: GPT2Config(**SHAPE, **rates),
     }
     config = configs[kind]()
-    model = BertForMaskedLM(config) if kind == "bert" else AutoModelForCausalLM.from_config(config)
+    types: dict[str, Any] = {"bert": BertForMaskedLM, "t5": T5ForConditionalGeneration}
+    model = types[kind](config) if kind in types else AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for p in model.parameters():  # else biases are zero, and a key's stays so
             p.add_(torch.randn_like(p), alpha=0.02)
@@ -69,5 +77,10 @@ class ModelTask(RowsTask):
         return rows
 
     def loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        if self.kind == "t5":  # the decoder reads what the encoder has read
+            logits = model(input_ids=inputs["tokens"], decoder_input_ids=inputs["tokens"]).logits.flatten(
+                0, 1
+            )
+            return F.cross_entropy(logits, inputs["labels"].flatten(), ignore_index=IGNORED, reduction="sum")
         packed = packed_inputs(inputs["tokens"], (inputs["tokens"] == 0).cumsum(1))
         return summed_cross_entropy(model, packed, inputs["labels"], chunked=self.kind != "bert")

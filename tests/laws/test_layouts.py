@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from laws.models import ModelTask
 from laws.pool import Pool
 from laws.rows import RowsTask
 from laws.worlds import Arrays, after, as_array, first_difference, follow, run_of
@@ -26,6 +27,7 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "hybrid": (4, 2, {"dp_replicate": 2, "zero_stage": 3}),
     "hybrid-zero1": (4, 2, {"dp_shard": 2, "zero_stage": 1}),
 }
+SHAPES = ("llama", "gpt2", "bert", "t5")
 
 
 def pieces_of(run: Run) -> Pieces:
@@ -88,6 +90,32 @@ def test_a_cut_replica_follows_one_process(pool: Pool, tmp_path: Path) -> None:
                 for losses, _, _ in on_island:
                     assert np.allclose(losses, one.losses, rtol=1e-11), (layout, kind)
             assert len({metrics["eval/loss"] for _, _, metrics in cut}) == 1, (layout, kind)
+
+
+def each_shape(mesh: Mesh, function: Callable[..., Any], folder: str, **settings: Any) -> list[Any]:
+    """`function` for models as they are on Hugging Face: decoders, tied and not, an encoder, and both together."""
+    return [
+        function(
+            mesh,
+            "allreduce",
+            ModelTask(kind, dropout=0.1),
+            output_dir=f"{folder}/{kind}",
+            **STEPS,
+            **settings,
+        )
+        for kind in SHAPES
+    ]
+
+
+def test_models_of_every_shape_follow_one_process(pool: Pool, tmp_path: Path) -> None:
+    (alone,) = pool.world(1, each_shape, follow, str(tmp_path / "alone"))
+    for layout in ("zero1", "zero3", "hybrid"):
+        ranks, island, settings = LAYOUTS[layout]
+        on_ranks = pool.world(ranks, each_shape, follow_in_pieces, str(tmp_path / layout), **settings)
+        for kind, one, cut in zip(SHAPES, alone, zip(*on_ranks, strict=True), strict=True):
+            whole = [together([held[step] for _, held, _ in cut[:island]]) for step in range(4)]
+            assert first_difference(one.tensors, whole, 1e-10) is None, (layout, kind)
+            assert np.allclose(cut[0][0], one.losses, rtol=1e-11), (layout, kind)
 
 
 def test_the_pieces_do_not_fit_where_a_rank_computes_otherwise() -> None:

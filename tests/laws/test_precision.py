@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from laws.models import ModelTask
 from laws.pool import Pool
 from laws.rows import RowsTask
 from laws.test_layouts import LAYOUTS, Pieces, follow_in_pieces, together
@@ -49,6 +50,30 @@ def test_every_precision_under_every_layout(pool: Pool, tmp_path: Path) -> None:
         for precision, found in zip(NEAR, losses, strict=True):
             far[layout, precision] = np.abs(np.array(found) / alone.losses - 1).max()
     assert not {case: away for case, away in far.items() if not away < NEAR[case[1]]}, far
+
+
+def test_float8_under_layouts(pool: Pool, tmp_path: Path) -> None:
+    """Linear layers see whole weights under every stage of ZeRO, and then the same scales; parts have their own."""
+    task, settings = ModelTask("llama"), {**STEPS, "precision": "fp8-mixed"}
+    (alone,) = pool.world(1, follow, "allreduce", task, output_dir=str(tmp_path / "alone"), **settings)
+    (wide,) = pool.world(
+        1, follow, "allreduce", task, output_dir=str(tmp_path / "wide"), **STEPS, precision="32-true"
+    )
+    away = np.abs(alone.losses / wide.losses - 1)
+    assert 1e-5 < away.max() < 0.02  # it is another arithmetic, and trains alike
+    for layout, near in {
+        "replicated": 1e-3,
+        "zero1": 1e-3,
+        "zero3": 1e-3,
+        "hybrid": 1e-3,
+        "tp2": 0.01,
+    }.items():
+        ranks, _, cut = {**PLACES, "tp2": (2, 2, {"tp": 2})}[layout]
+        folder = str(tmp_path / layout)
+        (losses, *_), *_ = pool.world(
+            ranks, follow_in_pieces, "allreduce", task, output_dir=folder, **settings, **cut
+        )
+        assert np.allclose(losses, alone.losses, rtol=near), layout
 
 
 def held_otherwise(mesh: Mesh, **settings: Any) -> str:

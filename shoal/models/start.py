@@ -1,0 +1,70 @@
+"""A model that is whole on disk alone, while it starts: each rank takes into memory what its layout leaves it.
+
+The code that builds a model runs as it is, and so does the code that cuts it. What is registered as a parameter goes
+to a file without a name, whose pages the system takes from memory where it needs room, and which is gone with the
+last tensor that points to it. Costs each rank the model's bytes of disk, until it is cut.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+SMALL = 2**16  # bytes; up to here, as vectors are, a parameter is not worth a file
+
+
+@contextmanager
+def on_disk(folder: Path) -> Iterator[None]:
+    """Within it, parameters that modules register lie in files of `folder`, which has to be on a disk."""
+
+    def registered(module: nn.Module, name: str, p: nn.Parameter | None) -> None:
+        if p is None or p.device.type != "cpu" or is_on_disk(p):
+            return
+        if p.nbytes > SMALL:
+            p.data = _moved(p.data, folder)
+        elif p.untyped_storage().nbytes() > p.nbytes:  # a view of a file that was read, which it would hold
+            p.data = p.data.clone()
+
+    folder.mkdir(parents=True, exist_ok=True)
+    hook = register_module_parameter_registration_hook(registered)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def is_on_disk(tensor: Tensor) -> bool:
+    """Whether its values are pages of a file."""
+    return not isinstance(tensor, DTensor) and tensor.untyped_storage().filename is not None
+
+
+def cast(p: nn.Parameter, dtype: torch.dtype) -> None:
+    """Hold a parameter in another dtype, where it lies now: on disk or in memory."""
+    if p.dtype != dtype:
+        file = None if isinstance(p, DTensor) else p.untyped_storage().filename
+        values = p.data.to(dtype)
+        p.data = values if file is None else _moved(values, Path(file).parent)
+
+
+def into_memory(model: nn.Module) -> None:
+    """Hold in memory what a layout has left of a model."""
+    for p in model.parameters():
+        if is_on_disk(p):
+            p.data = p.data.clone()
+
+
+def _moved(values: Tensor, folder: Path) -> Tensor:
+    descriptor, name = tempfile.mkstemp(dir=folder, prefix=".start-")
+    os.close(descriptor)
+    try:
+        storage = torch.UntypedStorage.from_file(name, True, values.nbytes)
+    finally:
+        os.unlink(name)
+    assert isinstance(storage, torch.UntypedStorage)
+    return torch.empty(0, dtype=values.dtype).set_(storage).view(values.shape).copy_(values)

@@ -1,0 +1,101 @@
+"""`--memory-report`: what held how many bytes when a step held the most, by part, with the arithmetic beside it.
+
+Every operation of one step is watched, and with it every tensor's memory from when it is made until it is given back.
+The part of it that belongs to nothing that outlives the step are activations and what is held in passing.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from shoal.replica import Replica
+
+ACTIVATIONS = "activations, in passing"
+MOVED = ("shoal.sync", "shoal.codecs")  # the packages whose objects hold what replicas agree by
+
+
+class Watch(TorchDispatchMode):
+    """Within it `peak` holds the memory of the moment that held the most: {storage: bytes}."""
+
+    def __init__(self, held: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.peak: dict[StorageWeakRef, int] = {}
+        self._live: dict[StorageWeakRef, int] = {}
+        self._total = self._highest = 0
+        self._see(held)
+        self._look()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation, and see what it was given and what it made."""
+        found = func(*args, **(kwargs or {}))
+        self._see(leaf for leaf in tree_leaves((args, kwargs, found)) if isinstance(leaf, Tensor))
+        self._look()
+        return found
+
+    def _see(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            if type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta:
+                storage = tensor.untyped_storage()
+                key, nbytes = StorageWeakRef(storage), storage.nbytes()
+                self._total += nbytes - self._live.get(key, 0)
+                self._live[key] = nbytes
+
+    def _look(self) -> None:
+        """Keep what is held now if it is more than ever; only then it is worth to ask what is gone already."""
+        if self._total > self._highest:
+            self._live = {key: _bytes(key) for key in self._live if not key.expired()}
+            self._total = sum(self._live.values())
+        if self._total > self._highest:
+            self._highest, self.peak = self._total, dict(self._live)
+
+
+def parts_of(replica: Replica, sync: Any) -> dict[str, list[Tensor]]:
+    """The tensors that outlive a step, by part; what belongs to several counts for the first."""
+    placed, buckets = replica.placed, list(replica.buckets)
+    return {
+        "parameters": [*(piece.local for piece in placed.pieces), *placed.model.buffers()],
+        "gradients": [*(bucket.flat for bucket in buckets), *_reachable(bucket.tree for bucket in buckets)],
+        "optimizer state": [tensor for _, tensor in replica.optimizer_state.tensors()],
+        "gathered for the island": list(placed.gathered()),
+        "sync and codec": list(_reachable([sync])),
+    }
+
+
+def report(peak: dict[StorageWeakRef, int], parts: dict[str, list[Tensor]]) -> dict[str, int]:
+    """The bytes of each part at the peak, and those of activations: all that is in no part."""
+    left, found = dict(peak), {}
+    for part, tensors in parts.items():
+        keys = {StorageWeakRef(tensor.untyped_storage()) for tensor in tensors}
+        found[part] = sum(left.pop(key, 0) for key in keys)
+    return found | {ACTIVATIONS: sum(left.values())}
+
+
+def _bytes(key: StorageWeakRef) -> int:
+    storage = torch.UntypedStorage._new_with_weak_ptr(key.cdata)
+    return 0 if storage is None else storage.nbytes()
+
+
+def _reachable(roots: Iterable[Any]) -> Iterator[Tensor]:
+    """Every tensor that objects of strategies and codecs, and plain containers, lead to."""
+    seen: set[int] = set()
+    stack = list(roots)
+    while stack:
+        each = stack.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, Tensor):
+            yield each
+        elif isinstance(each, dict):
+            stack += [*each.keys(), *each.values()]
+        elif isinstance(each, list | tuple | set):
+            stack += each
+        elif type(each).__module__.startswith((*MOVED, "shoal.summation")) and hasattr(each, "__dict__"):
+            stack += vars(each).values()

@@ -1,0 +1,94 @@
+"""Law 9 of what is held: parts of a replica measured at the peak of a step are those of the formula, to the byte."""
+
+from typing import Any
+
+import pytest
+from laws.pool import Pool
+from laws.rows import VOCABULARY, RowsTask
+from laws.worlds import run_of
+from torch import Tensor, nn
+
+from shoal.mesh import Mesh
+from shoal.observe.memory import ACTIVATIONS
+from shoal.observe.observer import Observer
+from shoal.run import Memory
+
+STEPS = {"precision": "32-true", "max_steps": 2, "global_batch_size": 8, "per_device_train_batch_size": 4}
+WIDTH = 512
+EXACT = ("parameters", "gradients", "optimizer state")
+
+
+class Deep(nn.Module):
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, 64), nn.GELU(), nn.Linear(64, WIDTH), nn.GELU())
+            for _ in range(depth)
+        )
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embed(tokens)
+        for layer in self.layers:
+            hidden = hidden + layer(hidden).mul(0.1)
+        return self.head(hidden)
+
+
+class DeepTask(RowsTask):
+    """The rows of the laws, learnt by as many layers as `seed` says."""
+
+    def __call__(self, *_: Any) -> "DeepTask":
+        return self
+
+    def model(self) -> nn.Module:
+        return Deep(self.seed)
+
+
+def reports(mesh: Mesh, folder: str, cases: list[dict[str, Any]]) -> list[Memory]:
+    """The report of this rank under each of several settings."""
+    found = []
+    for case in cases:
+        run = run_of(
+            mesh, "allreduce", DeepTask(seed=4), memory_report=True, output_dir=folder, **STEPS, **case
+        )
+        run.folder.mkdir(exist_ok=True)
+        with Observer(run) as observer:
+            for step in range(2):
+                batch = run.batches.at(step)
+                with observer.watching(step):
+                    run.replica.gradients(batch)
+                    run.sync.step(run.replica, step)
+        assert run.memory is not None
+        found.append(run.memory)
+    return found
+
+
+CASES: list[dict[str, Any]] = [
+    {},
+    {"gradient_checkpointing": "full"},
+    {"zero_stage": 3},
+    {"zero_stage": 1},
+    {"optim": "adamw-8bit"},
+    {"zero_stage": 3, "optim": "adamw-8bit"},
+]
+
+
+@pytest.fixture(scope="module")
+def measured(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> list[list[Memory]]:
+    return pool.world(2, reports, str(tmp_path_factory.mktemp("reports")), CASES)
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=[str(case) for case in CASES])
+def test_parts_are_those_of_the_formula(measured: list[list[Memory]], case: int) -> None:
+    for on_rank in measured:
+        for part in EXACT:
+            assert on_rank[case][part]["bytes"] == on_rank[case][part]["formula"], part
+        gathered = on_rank[case]["gathered for the island"]
+        assert (gathered["bytes"] or 0) <= (gathered["formula"] or 0)
+
+
+def test_computed_again_activations_are_not_held(measured: list[list[Memory]]) -> None:
+    for on_rank in measured:
+        plain, again = (each[ACTIVATIONS]["bytes"] or 0 for each in on_rank[:2])
+        assert 0 < again < plain

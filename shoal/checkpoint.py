@@ -58,6 +58,7 @@ class Progress:
     strategy: str = "allreduce"
     island_size: Count = 1  # ranks that held a replica together
     precision: str = ""
+    optimizer: str = ""
 
 
 Describe = Callable[[Path], None]  # leaves in the folder of the weights what others need to load them

@@ -17,6 +17,7 @@ LIKE_PARAMETER = {
     "exp_avg_sq",
     "momentum_buffer",
 }  # parts of the state that have a parameter's shape
+MOMENTS = {"adamw", "adamw-8bit", "onebit-adam"}  # optimizers that keep the same two of every parameter
 NamedParams = list[tuple[str, nn.Parameter]]
 
 
@@ -97,6 +98,11 @@ def build(
         groups = decay_groups(rest, weight_decay)
         optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, **ADAM))
     return optimizers
+
+
+def goes_on(saved: str, name: str) -> bool:
+    """Whether the optimizer `name` can take up the state of the one that was `saved` ("": not known)."""
+    return saved in ("", name) or {saved, name} <= MOMENTS
 
 
 def state_bytes(name: str, params: NamedParams) -> int:

@@ -204,6 +204,7 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
         strategy=config.strategy.remembers,
         island_size=mesh.size("island"),
         precision=replica.policy.name,
+        optimizer=config.train.optim,
     )
     run = Run(
         config,
@@ -372,16 +373,22 @@ def _resume(run: Run, folder: Path) -> None:
     placed = run.replica.placed
     checkpoint.load_model(folder, placed, None if own is None else models[own])
     run.sync.attach(run.replica)  # which may take copies of the model
-    checkpoint.load_optimizer(
-        folder, run.replica.optimizer_state, placed, None if own is None else optimizers[own]
-    )
+    if optim.goes_on(progress.optimizer, now.optimizer):
+        part = None if own is None else optimizers[own]
+        checkpoint.load_optimizer(folder, run.replica.optimizer_state, placed, part)
+    else:
+        run.screen.say(f"{folder} was saved under --optim {progress.optimizer}: {now.optimizer} starts anew")
     if len(syncs) and same_strategy:
         _load_sync(run, folder, syncs)
     elif len(syncs) or progress.strategy != now.strategy:
         of = progress.strategy + (f", replicas of {progress.island_size} workers" if len(syncs) else "")
         run.screen.say(f"strategy {now.strategy} starts from the model of {of}")
     run.progress = replace(
-        progress, strategy=now.strategy, island_size=now.island_size, precision=now.precision
+        progress,
+        strategy=now.strategy,
+        island_size=now.island_size,
+        precision=now.precision,
+        optimizer=now.optimizer,
     )
     run.replica.nonfinite_steps = progress.nonfinite_steps
     run.replica.scaler.load_state_dict(progress.scaler if own is None else scalers[own])

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import NoReturn
 
 from shoal.config import Resolved, RunConfig
+from shoal.config.layout import STAGES
 from shoal.errors import DONE, FAILED, ShoalError, choose
 
 JOB = "SHOAL_JOB"  # the verb and the configuration, as JSON
@@ -56,7 +57,7 @@ def work(verb: str, resolved: Resolved) -> None:
     from shoal.tasks import TASKS
 
     config = resolved.config
-    choose("--strategy", config.strategy.name, SYNCS)  # before the work of preparing
+    choose("--strategy", config.strategy.name, {**SYNCS, **STAGES})  # before the work of preparing
     data = choose("--task", config.train.task, TASKS).prepare(config)
     with join(placement()) as mesh:
         JOBS[verb](resolved, mesh, data, stop)

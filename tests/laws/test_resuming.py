@@ -12,6 +12,7 @@ from laws.strategies import STRATEGIES, each_that_keeps
 from laws.worlds import first_difference, follow
 
 from shoal.errors import DONE, FAILED, PREEMPTED
+from shoal.stored import Stored
 
 STEPS, STOPPED = 12, 5
 TASK = RowsTask("tied", dropout=0.1)
@@ -41,6 +42,22 @@ def test_interrupted_equals_uninterrupted(pool: Pool, tmp_path: Path, strategy: 
         assert first_difference(whole.tensors[STOPPED:], record.tensors) is None
         assert [record.progress[key] for key in KEPT] == [whole.progress[key] for key in KEPT]
     assert losses_of(tmp_path / "broken") == wholes[0].losses
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "anew"),
+    [("sgd", "adamw", True), ("muon", "sgd", True), ("adamw", "adamw-8bit", False), ("adamw-8bit", "adamw", False)],
+)
+def test_another_optimizer_starts_anew_or_goes_on(
+    pool: Pool, tmp_path: Path, first: str, then: str, anew: bool
+) -> None:
+    """As if it had begun at the step: it counts its updates from there, or from the start of the run."""
+    pool.world(1, follow, "allreduce", TASK, stop_after=STOPPED, **settings(tmp_path, optim=first))
+    again = settings(tmp_path, optim=then, resume_from_checkpoint="latest", save_steps=STEPS)
+    pool.world(1, follow, "allreduce", TASK, **again)
+    state = Stored(tmp_path / f"checkpoint-{STEPS}" / "optimizer")
+    counts = {int(state.read(name)) for name in state.shapes if name.endswith("/step")}
+    assert counts == (set() if then == "sgd" else {STEPS - STOPPED if anew else STEPS})
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 4])

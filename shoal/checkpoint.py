@@ -18,7 +18,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +34,7 @@ from shoal.errors import ShoalError, UserError
 from shoal.layouts.base import Placed
 from shoal.optim import LIKE_PARAMETER, NamedState
 from shoal.piece import Piece
-from shoal.stored import Places, Stored
+from shoal.stored import CODES, SCALE, Places, Stored
 
 PARTS = ".parts"
 PATIENCE = 120.0  # seconds that rank 0 waits for the parts of the others
@@ -169,8 +170,10 @@ class Checkpoints:
             self._rotate()
         except BaseException as error:  # handed to the loop, which raises it
             self._error = _explain(error, self.folder)
-            if not self.rank:
-                shutil.rmtree(parts, ignore_errors=True)
+            for file in tensors:  # others may be writing theirs
+                (parts / file).unlink(missing_ok=True)
+            with suppress(OSError):
+                parts.rmdir()
         finally:
             self._written.set()
 
@@ -409,29 +412,48 @@ def load_optimizer(
     saved = Stored(folder / "optimizer")
     held = {piece.name: piece for piece in placed.pieces}
     by_param: dict[str, list[str]] = {}
-    for name, (_, shape) in (saved.specs if part is None else _specs(part)).items():
+    specs = saved.specs if part is None else _specs(part)
+    for name, (dtype, shape) in specs.items():
         param, kind = name.rsplit("/", 1)
         by_param.setdefault(param, []).append(name)
         if param not in held:
             raise UserError(asked, f"it holds {name}, of no parameter of the model", stored.ANOTHER)
         wanted = held[param].shape if part is None else held[param].local.shape
-        if kind.removesuffix(".codes") in LIKE_PARAMETER and shape != tuple(wanted):
+        if kind.removesuffix(CODES) in LIKE_PARAMETER and shape != tuple(wanted):
             raise UserError(
                 asked, f"{name} has shape {shape}, the model's is {tuple(wanted)}", stored.ANOTHER
             )
+        if kind.endswith(CODES):
+            _check_scales(asked, name, dtype, shape, specs)
 
     def read(name: str, piece: Piece) -> Tensor:
         if part is not None:
             return part[name]
         if not saved.shapes[name]:  # a count of steps is not cut
             return saved.read(name)
-        if name.endswith(".scale"):
+        if name.endswith(SCALE):
             return _for_each(saved, name, piece)
         return saved.piece(name, piece.blocks, piece.local.shape)
 
     state.load(
         lambda param: {name.rsplit("/", 1)[1]: read(name, held[param]) for name in by_param.get(param, [])}
     )
+
+
+def _check_scales(
+    asked: str, codes: str, dtype: torch.dtype, shape: stored.Shape, specs: Mapping[str, stored.Spec]
+) -> None:
+    """Raise UserError where codes are not one byte each, with a scale for every so many along the last dim."""
+    scales = specs.get(codes.removesuffix(CODES) + SCALE, (None, ()))[1]
+    fit = (
+        len(scales) == len(shape) > 0
+        and scales[:-1] == shape[:-1]
+        and scales[-1]
+        and not shape[-1] % scales[-1]
+    )
+    if dtype != torch.uint8 or not fit:
+        found = f"{codes} are {dtype} {shape} with scales {scales}, which do not fit"
+        raise UserError(asked, found, stored.ANOTHER)
 
 
 def _for_each(saved: Stored, name: str, piece: Piece) -> Tensor:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torchao import optim as torchao
 
+from shoal.stored import CODES, SCALE
+
 BLOCK = 256  # elements that share a scale, fewer where the last dim has no such divisor
 SMALLEST_BLOCK = 32
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # part of the state -> has a sign
-CODES, SCALE = ".codes", ".scale"
 
 
 class AdamW8bit(torchao.AdamW8bit):
@@ -47,6 +48,11 @@ class AdamW8bit(torchao.AdamW8bit):
                 parts[part] = tensor
         return parts
 
+    def state_bytes(self, p: Tensor) -> int:
+        """Codes and scales, or two moments in full; and a count of steps."""
+        block = block_size(p.shape)
+        return 4 + 2 * (p.numel() + 4 * p.numel() // block if block else p.nbytes)
+
     def adopt(self, p: Tensor, parts: dict[str, Tensor]) -> None:
         """Go on from the state that `plain` gave, of which scales may be one for each element by now.
 
@@ -57,14 +63,14 @@ class AdamW8bit(torchao.AdamW8bit):
             state[part] = held = self._new_buffer(p, signed)
             codes, scale = (parts.get(part + each) for each in (CODES, SCALE))
             if codes is None or scale is None:
-                held.copy_(parts[part])
+                held.copy_(parts[part].to(p.device))
                 continue
             of_block = _for_each(codes, scale).reshape(-1, block_size(p.shape) or 1)
             if block_size(p.shape) and (of_block == of_block[:, :1]).all():
                 held.codes.copy_(codes)  # type: ignore[attr-defined]
                 held.scale.copy_(of_block[:, 0])  # type: ignore[attr-defined]
             else:
-                held.copy_(_wide(codes, scale, signed))
+                held.copy_(_wide(codes, scale, signed).to(p.device))
 
 
 def block_size(shape: torch.Size) -> int:
@@ -77,12 +83,6 @@ def block_size(shape: torch.Size) -> int:
         return 0
     largest = min(BLOCK, shape[-1] & -shape[-1])  # the largest power of two that divides it
     return largest if largest >= SMALLEST_BLOCK else 0
-
-
-def held(p: Tensor) -> int:
-    """The bytes of a parameter's state: codes and scales, or two moments in full; and a count of steps."""
-    block = block_size(p.shape)
-    return 4 + 2 * (p.numel() + 4 * p.numel() // block if block else p.nbytes)
 
 
 def wide(parts: dict[str, Tensor]) -> dict[str, Tensor]:

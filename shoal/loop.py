@@ -38,9 +38,9 @@ def train(run: Run, stop: Stop) -> dict[str, float]:
                 run.save(best=improved)
             _give_up_if_not_finite(run)
             if tally.stopping:
-                run.sync.finish(run.replica)
+                _leave(run)
                 raise _preempted(run)
-        run.sync.finish(run.replica)
+        _leave(run)
         run.save()
         metrics = observer.evaluate(stop)
         if metrics is None:
@@ -70,6 +70,12 @@ def _agree(run: Run, losses: Tensor, stopping: bool) -> Tally:
     numbers = run.agree(numbers)
     loss = numbers[: len(losses)].sum() / numbers[-2].clamp(min=1)
     return Tally(loss.item(), numbers[len(losses) : -2].tolist(), bool(numbers[-1] > 0))
+
+
+def _leave(run: Run) -> None:
+    """Part from the others, once no save reads the parameters: a strategy may have to bring the final ones."""
+    run.checkpoints.settle()
+    run.sync.finish(run.replica)
 
 
 def _improves(run: Run, metrics: dict[str, float] | None) -> bool:

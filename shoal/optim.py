@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.config import RunConfig
+from shoal.stored import CODES
 
 MOMENTUM = 0.9  # of SGD
 ADAM: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
@@ -105,17 +106,22 @@ def goes_on(saved: str, name: str) -> bool:
     return saved in ("", name) or {saved, name} <= MOMENTS
 
 
-def state_bytes(name: str, params: NamedParams) -> int:
-    """What an optimizer keeps of these parameters: two moments, one, or codes and scales; and counts of steps."""
-    if name == "sgd":
-        return sum(p.nbytes for _, p in params)
-    if name == "muon":
-        return sum(p.nbytes if _is_hidden_matrix(n, p) else 2 * p.nbytes + 4 for n, p in params)
-    if name == "adamw-8bit":
-        from shoal.eight_bit import held
+def state_bytes(optimizers: list[torch.optim.Optimizer]) -> int:
+    """What they keep of their parameters: two moments, one or none, or codes and scales; and counts of steps."""
+    return sum(
+        _state_bytes(optimizer, p, group)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    )
 
-        return sum(held(p) for _, p in params)
-    return sum(2 * p.nbytes + 4 for _, p in params)
+
+def _state_bytes(optimizer: torch.optim.Optimizer, p: Tensor, group: dict[str, Any]) -> int:
+    if isinstance(optimizer, Coded):
+        return optimizer.state_bytes(p)
+    if "betas" in group:
+        return 2 * p.nbytes + 4
+    return p.nbytes if group["momentum"] else 0
 
 
 def state_dtype(name: str, held: torch.dtype) -> torch.dtype:
@@ -160,6 +166,10 @@ class Coded(Protocol):
         """The live state of a parameter, by part."""
         ...
 
+    def state_bytes(self, p: Tensor) -> int:
+        """Those of a parameter."""
+        ...
+
     def adopt(self, p: Tensor, parts: dict[str, Tensor]) -> None:
         """Set the state of a parameter to such parts, its own or those of another optimizer."""
         ...
@@ -190,7 +200,7 @@ class NamedState:
                     if state and isinstance(optimizer, Coded):
                         optimizer.adopt(p, state)
                     elif state:
-                        if "exp_avg.codes" in state:
+                        if "exp_avg" + CODES in state:
                             state = _wide(state)
                         optimizer.state[p] = {
                             part: _like(p, tensor) if tensor.dim() else tensor.clone()

@@ -21,7 +21,6 @@ from shoal.evaluate import Evaluators, evaluate
 from shoal.island import Island
 from shoal.layouts.base import Loss, Placed
 from shoal.mesh import Mesh
-from shoal.models.float8 import use_float8
 from shoal.models.recompute import recompute
 from shoal.models.start import on_disk
 from shoal.observe.console import Screen
@@ -240,10 +239,16 @@ def _replica(
     """The task's model in its place, with its buckets and optimizers; `nothing` is a micro-batch without samples."""
     policy = precision.resolve(config.train.precision, mesh.device)
     policy = replace(policy, optimizer=optim.state_dtype(config.train.optim, policy.optimizer))
-    with on_disk(Path(config.checkpoint.output_dir)) if mesh.size("island") > 1 else nullcontext():
+    with (
+        on_disk(Path(config.data.cache_dir or "~/.cache/shoal")) if mesh.size("island") > 1 else nullcontext()
+    ):
         model = task.model()
-    if policy.linear != policy.compute:
-        use_float8(model, mesh.device)
+    if (
+        policy.linear != policy.compute and config.eval.quantize == "none"
+    ):  # weights in 8 bits take their place
+        from shoal.models.float8 import use_float8  # torchao takes seconds to import
+
+        use_float8(model, mesh.device, parts=mesh.size("tensor"))
     recompute(model, config.train.gradient_checkpointing)
     placed = layouts.place(model, task.loss, mesh, policy, config.layout, nothing)
     params = [(piece.name, piece.local) for piece in placed.trained]

@@ -22,6 +22,7 @@ from shoal.piece import Block
 
 BLOCK = 16 << 20  # bytes of a tensor that are read at once where it need not be whole
 ANOTHER = "use another checkpoint"
+CODES, SCALE = ".codes", ".scale"  # how the two tensors end that hold one in 8 bits
 # By the names that safetensors has for them.
 DTYPES = {
     "F64": torch.float64,

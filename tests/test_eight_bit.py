@@ -1,5 +1,6 @@
 """Eight-bit state: blocks that a cut does not break, torchao's own update, and the same bits after a checkpoint."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from laws.worlds import first_difference, follow
 from torch import Tensor, nn
 from torchao.optim import AdamW8bit as Theirs
 
+from shoal import checkpoint
 from shoal.config import load_config
 from shoal.config.options import check_options
 from shoal.eight_bit import AdamW8bit, block_size
 from shoal.errors import UserError
+from shoal.layouts.base import Placed
 from shoal.optim import NamedState, build
 
 
@@ -124,7 +127,7 @@ def test_state_goes_in_and_out_of_codes() -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("layout", ["replicated", "local", "zero1", "zero3", "zero3-of-3", "hybrid"])
+@pytest.mark.parametrize("layout", ["replicated", "local", "zero3-of-3", "hybrid"])
 def test_interrupted_equals_uninterrupted(pool: Pool, tmp_path: Path, layout: str) -> None:
     """Law 7, to the bit; between replicas that differ, too."""
     ranks, island, settings = LAYOUTS.get(layout, (2, 1, {}))
@@ -165,12 +168,38 @@ def test_saved_under_one_and_loaded_under_another(pool: Pool, tmp_path: Path) ->
         assert np.isclose(on_rank[0][0][-1], whole.losses[-1], rtol=1e-3)
 
 
+DAMAGES: dict[str, Callable[[dict[str, Tensor]], object]] = {
+    "no scale": lambda held: held.pop("weight/exp_avg.scale"),
+    "no number": lambda held: held.update({"weight/exp_avg.scale": torch.zeros(64, 0)}),
+    "too few rows": lambda held: held.update({"weight/exp_avg.scale": torch.zeros(63, 1)}),
+    "does not divide": lambda held: held.update({"weight/exp_avg.scale": torch.zeros(64, 3)}),
+    "no bytes": lambda held: held.update({"weight/exp_avg.codes": torch.zeros(64, 256)}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_codes_that_do_not_fit_are_refused(tmp_path: Path, damage: str) -> None:
+    model = nn.Linear(256, 64)
+    params = list(model.named_parameters())
+    (optimizer,) = build("adamw-8bit", params, learning_rate=0.05, weight_decay=0.1)
+    draw_gradients(params, 0)
+    optimizer.step()
+    state, folder = NamedState([optimizer], params), tmp_path / "checkpoint-1"
+    held = dict(state.tensors())
+    DAMAGES[damage](held)
+    checkpoint.write(folder, {"optimizer/state.safetensors": held}, checkpoint.Progress(step=1), None)
+    with pytest.raises(UserError, match="do not fit"):
+        checkpoint.load_optimizer(folder, state, Placed.whole(model, lambda *_: torch.zeros(())))
+
+
 @pytest.mark.parametrize("name", ["adamw_8bit", "adamw_torch_8bit", "adamw_bnb_8bit"])
 def test_the_names_of_others(name: str) -> None:
     assert load_config(None, ["--optim", name], {}).config.train.optim == "adamw-8bit"
 
 
-@pytest.mark.parametrize("words", [["--precision", "64-true"], ["--strategy", "local", "--guard", "0.1"]])
+@pytest.mark.parametrize(
+    "words", [["--precision", "64-true"], ["--strategy", "local", "--guard", "0.1"], ["--strategy", "server"]]
+)
 def test_what_codes_cannot_be_had_with_is_refused(words: list[str]) -> None:
     with pytest.raises(UserError):
         check_options(load_config(None, ["--optim", "adamw-8bit", *words], {}))

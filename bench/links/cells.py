@@ -34,6 +34,9 @@ CELLS = {
     "allreduce-topk": Cell("shoal", "--strategy allreduce --codec topk"),
     "allreduce-randomk": Cell("shoal", "--strategy allreduce --codec randomk"),
     "allreduce-powersgd": Cell("shoal", "--strategy allreduce --codec powersgd"),
+    "allreduce-powersgd2": Cell("shoal", "--strategy allreduce --codec powersgd --rank 2"),
+    "local4-powersgd": Cell("shoal", "--strategy local --sync-every 4 --codec powersgd"),
+    "local8-powersgd": Cell("shoal", "--strategy local --sync-every 8 --codec powersgd"),
     "local": Cell("shoal", f"--strategy local --sync-every {ROUND}"),
     "local-int8": Cell("shoal", f"--strategy local --sync-every {ROUND} --codec int8"),
     "diloco": Cell("shoal", f"--strategy diloco --sync-every {ROUND}"),
@@ -50,9 +53,6 @@ CELLS = {
     "allreduce-compile": Cell("shoal", "--strategy allreduce --compile"),
     "allreduce-int8-compile": Cell("shoal", "--strategy allreduce --codec int8 --compile"),
     "allreduce-powersgd-compile": Cell("shoal", "--strategy allreduce --codec powersgd --compile"),
-    "allreduce-powersgd2-compile": Cell("shoal", "--strategy allreduce --codec powersgd --rank 2 --compile"),
-    "local4-powersgd-compile": Cell("shoal", "--strategy local --sync-every 4 --codec powersgd --compile"),
-    "local8-powersgd-compile": Cell("shoal", "--strategy local --sync-every 8 --codec powersgd --compile"),
     "local-compile": Cell("shoal", f"--strategy local --sync-every {ROUND} --compile"),
 }
 

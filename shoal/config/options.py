@@ -64,6 +64,9 @@ def _contradictions(config: RunConfig) -> Iterator[Refusal]:
     if config.log.memory_report and config.train.compile:
         found = "what a compiled graph holds within it cannot be seen"
         yield "--memory-report", found, "leave --compile out, or the report"
+    if config.log.memory_report and options.name in ("server", "async"):
+        found = f"with {options.name} the optimizer computes in the threads of servers, which cannot be seen"
+        yield "--memory-report", found, "take another strategy, or leave it out"
     yield from _momentum(config)
     yield from _codec(options)
     yield from _outer(options)
@@ -97,6 +100,9 @@ def _eight_bit(config: RunConfig) -> Iterator[Refusal]:
         return
     if config.train.precision == "64-true":
         yield "--optim adamw-8bit", "it computes in float32", "take adamw, or leave --precision 64-true out"
+    if config.strategy.name in ("server", "async"):
+        found = f"with {config.strategy.name} the servers hold the optimizer's state, once for all"
+        yield "--optim adamw-8bit", found, "take adamw"
     if config.strategy.guard is not None:
         found = "the guard falls back to the mean of the replicas' state, and codes have none"
         yield "--guard", found, "take --optim adamw, or leave it out"

@@ -52,10 +52,21 @@ class SummedUp:
         self.module, self.line = module, line
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        weight, bias = self.module.weight, self.module.bias
-        found = inputs @ weight if isinstance(self.module, Conv1D) else F.linear(inputs, weight)
-        part: Tensor = Scatter.apply(found, self.line.tokens)
+        bias = self.module.bias
+        part: Tensor = Scatter.apply(self._product(inputs), self.line.tokens)
         return part if bias is None else part + bias.to(part.dtype)
+
+    def _product(self, inputs: Tensor) -> Tensor:
+        """As the layer computes it, in float8 perhaps, but without its bias, which belongs to the sum."""
+        if isinstance(self.module, Conv1D):
+            return inputs @ self.module.weight
+        held, bias = self.module._parameters, self.module._parameters["bias"]
+        held["bias"] = None
+        try:
+            found: Tensor = type(self.module).forward(self.module, inputs)
+        finally:
+            held["bias"] = bias
+        return found
 
 
 class Dropout:

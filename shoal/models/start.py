@@ -13,9 +13,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from shoal.errors import UserError
+
+PLAIN = (Tensor, nn.Parameter)
 SMALL = 2**16  # bytes; up to here, as vectors are, a parameter is not worth a file
 
 
@@ -31,7 +33,11 @@ def on_disk(folder: Path) -> Iterator[None]:
         elif p.untyped_storage().nbytes() > p.nbytes:  # a view of a file that was read, which it would hold
             p.data = p.data.clone()
 
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder.expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _no_room(folder, error) from error
     hook = register_module_parameter_registration_hook(registered)
     try:
         yield
@@ -41,13 +47,13 @@ def on_disk(folder: Path) -> Iterator[None]:
 
 def is_on_disk(tensor: Tensor) -> bool:
     """Whether its values are pages of a file."""
-    return not isinstance(tensor, DTensor) and tensor.untyped_storage().filename is not None
+    return type(tensor) in PLAIN and tensor.untyped_storage().filename is not None
 
 
 def cast(p: nn.Parameter, dtype: torch.dtype) -> None:
     """Hold a parameter in another dtype, where it lies now: on disk or in memory."""
     if p.dtype != dtype:
-        file = None if isinstance(p, DTensor) else p.untyped_storage().filename
+        file = p.untyped_storage().filename
         values = p.data.to(dtype)
         p.data = values if file is None else _moved(values, Path(file).parent)
 
@@ -59,12 +65,18 @@ def into_memory(model: nn.Module) -> None:
             p.data = p.data.clone()
 
 
+def _no_room(folder: Path, error: OSError) -> UserError:
+    found = f"a model that is cut starts on disk, and there is no room: {error.strerror}"
+    return UserError(f"--cache-dir {folder}", found, "free some space, or name another")
+
+
 def _moved(values: Tensor, folder: Path) -> Tensor:
-    descriptor, name = tempfile.mkstemp(dir=folder, prefix=".start-")
-    os.close(descriptor)
     try:
-        storage = torch.UntypedStorage.from_file(name, True, values.nbytes)
-    finally:
-        os.unlink(name)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".start-") as file:
+            if hasattr(os, "posix_fallocate"):  # else a full disk is a signal, when a page is written
+                os.posix_fallocate(file.fileno(), 0, values.nbytes)
+            storage = torch.UntypedStorage.from_file(file.name, True, values.nbytes)
+    except OSError as error:
+        raise _no_room(folder, error) from error
     assert isinstance(storage, torch.UntypedStorage)
     return torch.empty(0, dtype=values.dtype).set_(storage).view(values.shape).copy_(values)

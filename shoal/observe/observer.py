@@ -148,7 +148,7 @@ def _memory(run: Run, measured: dict[str, int]) -> Memory:
     )
     predicted = replica.placed.held() | {
         "gradients": sum(bucket.flat.nbytes for bucket in replica.buckets),
-        "optimizer state": optim.state_bytes(options.train.optim, replica.params),
+        "optimizer state": optim.state_bytes(replica.optimizers),
         "sync and codec": SYNCS[options.strategy.name].cost(options, sizes).held,
     }
     return {part: {"bytes": found, "formula": predicted.get(part)} for part, found in measured.items()}

@@ -46,7 +46,12 @@ def test_interrupted_equals_uninterrupted(pool: Pool, tmp_path: Path, strategy: 
 
 @pytest.mark.parametrize(
     ("first", "then", "anew"),
-    [("sgd", "adamw", True), ("muon", "sgd", True), ("adamw", "adamw-8bit", False), ("adamw-8bit", "adamw", False)],
+    [
+        ("sgd", "adamw", True),
+        ("muon", "sgd", True),
+        ("adamw", "adamw-8bit", False),
+        ("adamw-8bit", "adamw", False),
+    ],
 )
 def test_another_optimizer_starts_anew_or_goes_on(
     pool: Pool, tmp_path: Path, first: str, then: str, anew: bool

@@ -2,13 +2,13 @@
 
 import json
 import os
-import resource
 import socket
 import subprocess
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 from bench.jobs import SHOAL, WORKERS, Corpus
@@ -23,7 +23,7 @@ CASES = {
     "tensor parallel": ["--tp", str(WORKERS)],
 }
 WATCHED = [
-    *("--model", "llama-tiny", "--model.hidden-size", "256", "--model.num-hidden-layers", "8"),
+    *("--model", "llama-tiny", "--model.hidden-size", "256", "--model.num-hidden-layers", "32"),
     *("--model.num-attention-heads", "4", "--model.intermediate-size", "704", "--sequence-length", "64"),
 ]
 
@@ -31,6 +31,8 @@ SHARERS = 4  # ranks that hold the large model together
 LARGE = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_hidden_layers": 32}
 BYTES_OF_EACH = 16  # of a parameter: itself, its gradient, AdamW's two moments, in float32
 AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # the C library gives freed memory back to the system
+# Where control groups are, by the version of the kernel's interface, and the file of the limit.
+GROUPS = {"/sys/fs/cgroup/memory": "memory.limit_in_bytes", "/sys/fs/cgroup": "memory.max"}
 LOOK = 0.02  # seconds
 
 
@@ -55,8 +57,8 @@ def parts(corpus: Corpus, case: str) -> dict[str, Any]:
 def within_a_limit(corpus: Corpus) -> tuple[int, int, list[int], list[int]]:
     """A model of three allowances: the bytes of one, and what each process ended with, four together and one alone.
 
-    The limit (RLIMIT_DATA, `ulimit -d`: memory that a process alone may write) is what the same command takes with
-    two tiny layers, plus the allowance; the first number is that limit.
+    The limit (a control group for each process, which takes root) is what the same command takes with two tiny
+    layers, plus the allowance; the first number is that limit. Pages of files count, but give way.
     """
     needed = BYTES_OF_EACH * _parameters(corpus, LARGE)
     allowance = needed // 3
@@ -80,7 +82,7 @@ def _parameters(corpus: Corpus, model: dict[str, int]) -> int:
 
 
 def _train(corpus: Corpus, ranks: int, model: dict[str, int], limit: int | None) -> tuple[list[int], int]:
-    """Three steps on so many ranks: how each ended, and the most that one of them held (VmData)."""
+    """Three steps on so many ranks: how each ended, and the most memory of its own that one of them held."""
     words = [SHOAL, "train", "--data", "builtin", "--cache-dir", str(corpus.cache), "--model", "llama-tiny"]
     words += [word for key, size in model.items() for word in (f"--model.{key.replace('_', '-')}", str(size))]
     words += ["--sequence-length", "64", *COMMON, "--max-steps", "3", "--eval-fraction", "0"]
@@ -90,13 +92,14 @@ def _train(corpus: Corpus, ranks: int, model: dict[str, int], limit: int | None)
             subprocess.Popen(
                 [*words, "--output-dir", name],
                 env=os.environ | AT_ONCE | each,
-                preexec_fn=None if limit is None else lambda: _limit(limit),
+                preexec_fn=None if limit is None else ending.enter_context(_limited(limit)),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL if limit else None,
             )
             for each in _places(ranks)
         ]
         for process in started:
+            ending.callback(process.wait)
             ending.callback(process.kill)
         most = 0
         while any(process.poll() is None for process in started):
@@ -105,8 +108,20 @@ def _train(corpus: Corpus, ranks: int, model: dict[str, int], limit: int | None)
         return [process.returncode for process in started], most
 
 
-def _limit(most: int) -> None:
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+@contextmanager
+def _limited(most: int) -> Iterator[Callable[[], None]]:
+    """What a process calls at its start to have no more memory than this."""
+    root, limit = next((Path(root), name) for root, name in GROUPS.items() if Path(root).is_dir())
+    group = Path(mkdtemp(prefix="shoal-bench-", dir=root))
+    (group / limit).write_text(str(most))
+
+    def enter() -> None:
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+
+    try:
+        yield enter
+    finally:
+        group.rmdir()  # of its files the kernel takes care
 
 
 def _held(pid: int) -> int:
@@ -114,7 +129,7 @@ def _held(pid: int) -> int:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData")), 0)
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssShmem")))
 
 
 def _places(ranks: int) -> list[dict[str, str]]:

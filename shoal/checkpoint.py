@@ -19,7 +19,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -170,10 +169,8 @@ class Checkpoints:
             self._rotate()
         except BaseException as error:  # handed to the loop, which raises it
             self._error = _explain(error, self.folder)
-            for file in tensors:  # others may be writing theirs
-                (parts / file).unlink(missing_ok=True)
-            with suppress(OSError):
-                parts.rmdir()
+            if self.world_size == 1:  # else others are writing there
+                shutil.rmtree(parts, ignore_errors=True)
         finally:
             self._written.set()
 

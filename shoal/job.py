@@ -173,6 +173,8 @@ def _summary(run: Run, metrics: dict[str, float]) -> dict[str, Any]:
 
 def _finish_folder(run: Run, resolved: Resolved, summary: dict[str, Any]) -> None:
     """Export, show a sample, and write the summary last: it marks the run as finished."""
+    for optimizer in run.replica.optimizers:
+        optimizer.state.clear()  # it is saved, and the export wants room
     model = None if run.is_cut else run.replica.model  # this rank alone never makes a cut one whole
     sample = None if model is None else run.task.example(model)
     if sample:

@@ -195,13 +195,13 @@ class Stored:
     def read(
         self, name: str, offset: Sequence[int] | None = None, size: Sequence[int] | None = None
     ) -> Tensor:
-        """The block of `name` that begins at `offset`; the whole tensor by default. It may lie in the file itself."""
+        """The block of `name` that begins at `offset`; the whole tensor by default."""
         size = self.shapes[name] if size is None else tuple(size)
         offset = (0,) * len(size) if offset is None else tuple(offset)
         found: Tensor | None = None
         for part, where in self._parts(name, offset, size):
             if part.shape == torch.Size(size):
-                return part.contiguous()  # a part of columns is not, and fused optimizers walk over memory
+                return part
             found = part.new_empty(size) if found is None else found
             found[where] = part
         return torch.empty(size, dtype=self.dtypes[name]) if found is None else found
@@ -230,7 +230,9 @@ class Stored:
                         slice(a - o + i, b - o + i)
                         for a, b, o, i in zip(begin, end, block.offset, block.at, strict=True)
                     )
+                    # A copy, for else the whole file stays mapped; contiguous, for fused optimizers walk over memory.
                     part = tensors.get_slice(name)[inner] if inner else tensors.get_tensor(name)
+                    part = part.clone(memory_format=torch.contiguous_format)
                 yield part, tuple(slice(a - o, b - o) for a, b, o in zip(begin, end, offset, strict=True))
 
 

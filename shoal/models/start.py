@@ -26,12 +26,8 @@ def on_disk(folder: Path) -> Iterator[None]:
     """Within it, parameters that modules register lie in files of `folder`, which has to be on a disk."""
 
     def registered(module: nn.Module, name: str, p: nn.Parameter | None) -> None:
-        if p is None or p.device.type != "cpu" or is_on_disk(p):
-            return
-        if p.nbytes > SMALL:
+        if p is not None and p.device.type == "cpu" and p.nbytes > SMALL and not is_on_disk(p):
             p.data = _moved(p.data, folder)
-        elif p.untyped_storage().nbytes() > p.nbytes:  # a view of a file that was read, which it would hold
-            p.data = p.data.clone()
 
     folder = folder.expanduser()
     try:

@@ -182,7 +182,9 @@ def _finish_folder(run: Run, resolved: Resolved, summary: dict[str, Any]) -> Non
     chosen = {key: origin for key, origin in resolved.origins.items() if origin != "default"}
     settings = {key: _setting(resolved, key) for key in ("model.name", "data.path", *chosen)}
     last = run.folder / f"checkpoint-{run.progress.step}"
-    run.task.export(last, run.folder / "final", {**summary, "Settings": settings}, model)
+    policy = run.replica.policy
+    plain = model if policy.linear == policy.compute else None  # what rounds its products has other logits
+    run.task.export(last, run.folder / "final", {**summary, "Settings": settings}, plain)
     (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
     facts = {
         "Steps": summary["steps"],

@@ -1,7 +1,11 @@
 """Products in float8: those of the formats' own rounding, in the layers that can have them, gradients included."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from laws.launches import BATCH, shoal
+from laws.pool import Pool
 from torch import Tensor, nn
 
 from shoal.errors import UserError
@@ -60,3 +64,11 @@ def test_the_head_is_left_out() -> None:
 def test_a_model_without_such_layers_is_refused() -> None:
     with pytest.raises(UserError, match="fp8-mixed"):
         use_float8(Two(width=20), CPU)
+
+
+def test_a_run_ends_with_its_export(pool: Pool, data: list[str], tmp_path: Path) -> None:
+    """Whose logits are those of whole products, and not of the model that was trained."""
+    words = ["train", *data, *BATCH, "--precision", "fp8", "--max-steps", "6", "--output-dir", str(tmp_path)]
+    ended = pool.alone(shoal, [*words, "--nproc-per-node", "1"])
+    assert ended.code == 0, ended.output
+    assert (tmp_path / "final" / "model.safetensors").exists()

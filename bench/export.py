@@ -44,7 +44,7 @@ def _save(folder: Path, tokenizer: Path) -> None:
         model = AutoModelForCausalLM.from_config(config)
     parts = folder.with_name("parts")
     (parts / "model").mkdir(parents=True)
-    for rank in reversed(range(RANKS)):
+    for rank in range(RANKS):
         held: dict[str, torch.Tensor] = {}
         places: stored.Places = {}
         for name, p in model.named_parameters():
@@ -53,13 +53,9 @@ def _save(folder: Path, tokenizer: Path) -> None:
             zero = (0,) * p.dim()
             block = Block(zero, (rank * rows, *zero[1:]), tuple(held[name].shape))
             places[name] = (tuple(p.shape), (block,))
-        file = checkpoint.rank_file("model", rank)
-        if rank:
-            stored.write(parts / file, held, places)
-        else:
-            about = partial(describe, model, tokenizers.load(tokenizer))
-            progress = checkpoint.Progress(step=1)
-            checkpoint.write(folder, {file: held}, progress, about, parts=parts, places=places)
+        stored.write(parts / checkpoint.rank_file("model", rank), held, places)
+    about = partial(describe, model, tokenizers.load(tokenizer))
+    checkpoint.write(folder, {}, checkpoint.Progress(step=1), about, parts=parts)
 
 
 def _measure(source: Path, target: Path) -> int:

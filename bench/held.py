@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
-from bench.jobs import SHOAL, WORKERS, Corpus
+from bench.jobs import SHOAL, WORKERS, Corpus, places
 
 COMMON = ["--no-bf16", "--global-batch-size", "8", "--per-device-train-batch-size", "1", "--threads", "1"]
 CASES = {
@@ -96,7 +95,7 @@ def _train(corpus: Corpus, ranks: int, model: dict[str, int], limit: int | None)
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL if limit else None,
             )
-            for each in _places(ranks)
+            for each in places(ranks)
         ]
         for process in started:
             ending.callback(process.wait)
@@ -130,15 +129,3 @@ def _held(pid: int) -> int:
     except OSError:
         return 0
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssShmem")))
-
-
-def _places(ranks: int) -> list[dict[str, str]]:
-    """As torchrun has it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-    return [
-        common | {"MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        for rank in range(ranks)
-    ]

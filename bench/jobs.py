@@ -147,9 +147,14 @@ def _peer(job: Job, corpus: Corpus, metrics: Path) -> list[Command]:
         return [([sys.executable, *launcher, *module, "--defaults", "--batch", str(MICRO_BATCH)], shared)]
     words = [sys.executable, *module, "--batch", str(job.micro_batch), "--precision", job.precision]
     words += ["--compile"] * job.compile + (["--layout", job.layout] if job.layout else [])
-    shared |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    shared |= {"WORLD_SIZE": str(WORKERS), "LOCAL_WORLD_SIZE": str(WORKERS)}
-    return [(words, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(WORKERS)]
+    return [(words, shared | {"OMP_NUM_THREADS": "1"} | place) for place in places(WORKERS)]
+
+
+def places(ranks: int) -> list[dict[str, str]]:
+    """What each of so many workers on this machine finds in its environment, as torchrun has it."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
 def _environment(job: Job, corpus: Corpus) -> dict[str, str]:

@@ -215,18 +215,17 @@ def write(
     describe: Describe | None,
     *,
     parts: Path | None = None,
-    places: Places | None = None,
 ) -> None:
     """Write a whole checkpoint aside and move it into place, each file on disk before the move.
 
-    `parts` is a folder of files that other ranks have handed over, `places` says where pieces belong.
+    `parts` is a folder of files that are written already, by the ranks that hold what is in them.
     """
     aside = _hidden(folder, "tmp")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         if parts is not None and parts.exists():
             parts.rename(aside)
-        _fill(aside, tensors, places or {}, progress, describe)
+        _fill(aside, tensors, progress, describe)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -255,13 +254,11 @@ def _hand_over(path: Path, tensors: dict[str, Tensor], places: Places) -> None:
         raise
 
 
-def _fill(
-    aside: Path, tensors: Tensors, places: Places, progress: Progress, describe: Describe | None
-) -> None:
+def _fill(aside: Path, tensors: Tensors, progress: Progress, describe: Describe | None) -> None:
     aside.mkdir(parents=True, exist_ok=True)
     for file, part in tensors.items():
         (aside / file).parent.mkdir(exist_ok=True)
-        stored.write(aside / file, part, places)
+        stored.write(aside / file, part, {})
     if describe is not None:
         describe(aside / "model")
     (aside / "state.json").write_text(json.dumps(asdict(progress), indent=1))

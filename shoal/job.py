@@ -13,7 +13,6 @@ import transformers
 
 from shoal import checkpoint
 from shoal.config import Resolved, dump_yaml
-from shoal.cost import Sizes
 from shoal.errors import UserError
 from shoal.loop import train
 from shoal.mesh import Mesh
@@ -21,7 +20,6 @@ from shoal.models.quantize import quantize, weight_bytes
 from shoal.observe.console import GIB, Screen, duration, shown_number
 from shoal.observe.observer import peak_rss_gib
 from shoal.run import Memory, Run, assemble
-from shoal.sync import SYNCS
 
 MIB = 2**20
 LEFT_BEHIND = ("summary.json", "metrics.jsonl", "latest", "best")
@@ -135,9 +133,7 @@ def _layout(run: Run) -> str:
 def _strategy(run: Run) -> str:
     """How replicas agree, and what it is expected to cost a step; the summary tells what was really sent."""
     options = run.config.strategy
-    shapes = tuple(p.shape for _, p in run.replica.params)
-    sizes = Sizes(shapes, run.mesh.replicate.size, run.replica.policy.reduction.itemsize)
-    cost = SYNCS[options.name].cost(run.config, sizes)
+    cost = run.sync_cost
     words = [options.name, *(["exact"] if run.config.train.exact else [])]
     words += [f"codec {options.codec}"] if options.codec != "none" else []
     words += [f"{cost.sent / 1e6:,.3g} MB sent by each worker in an average step"]

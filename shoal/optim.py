@@ -18,7 +18,11 @@ LIKE_PARAMETER = {
     "exp_avg_sq",
     "momentum_buffer",
 }  # parts of the state that have a parameter's shape
-MOMENTS = {"adamw", "adamw-8bit", "onebit-adam"}  # optimizers that keep the same two of every parameter
+OF_TWO_MOMENTS = {
+    "adamw",
+    "adamw-8bit",
+    "onebit-adam",
+}  # optimizers that keep the same two of every parameter
 NamedParams = list[tuple[str, nn.Parameter]]
 
 
@@ -103,7 +107,7 @@ def build(
 
 def goes_on(saved: str, name: str) -> bool:
     """Whether the optimizer `name` can take up the state of the one that was `saved` ("": not known)."""
-    return saved in ("", name) or {saved, name} <= MOMENTS
+    return saved in ("", name) or {saved, name} <= OF_TWO_MOMENTS
 
 
 def state_bytes(optimizers: list[torch.optim.Optimizer]) -> int:

@@ -15,6 +15,7 @@ from shoal.buckets import Buckets
 from shoal.checkpoint import Checkpoints, Progress
 from shoal.collectives import Wire
 from shoal.config import RunConfig, resolve_batch, resolve_grid
+from shoal.cost import Cost, Sizes
 from shoal.data.batches import Batch, Batches
 from shoal.errors import UserError, choose
 from shoal.evaluate import Evaluators, evaluate
@@ -74,6 +75,13 @@ class Run:
     def is_cut(self) -> bool:
         """Whether a replica is held by several ranks."""
         return len(self.replica.island) > 1
+
+    @property
+    def sync_cost(self) -> Cost:
+        """What the strategy is expected to send and to hold, as arithmetic."""
+        shapes = tuple(p.shape for _, p in self.replica.params)
+        sizes = Sizes(shapes, self.mesh.replicate.size, self.replica.policy.reduction.itemsize)
+        return SYNCS[self.config.strategy.name].cost(self.config, sizes)
 
     @property
     def bytes_sent(self) -> int:

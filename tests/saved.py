@@ -22,14 +22,11 @@ def saved(model: nn.Module, tokenizer: Any, folder: Path, *, ranks: int = 1, dim
         checkpoint.write(folder, {"model/model.safetensors": tensors}, progress, about)
         return folder
     parts = folder.with_name("parts")
-    for rank in reversed(range(ranks)):
+    for rank in range(ranks):
         held, places = piece_of(tensors, rank, ranks, dim)
-        file = checkpoint.rank_file("model", rank)
-        if rank:
-            (parts / "model").mkdir(parents=True, exist_ok=True)
-            stored.write(parts / file, held, places)
-        else:
-            checkpoint.write(folder, {file: held}, progress, about, parts=parts, places=places)
+        (parts / "model").mkdir(parents=True, exist_ok=True)
+        stored.write(parts / checkpoint.rank_file("model", rank), held, places)
+    checkpoint.write(folder, {}, progress, about, parts=parts)
     return folder
 
 

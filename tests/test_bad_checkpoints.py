@@ -31,18 +31,12 @@ def cut_checkpoint(folder: Path) -> Path:
     model = checkpoint.model_tensors(placed(Net("plain", 0.0)))
     moments = {f"{name}/exp_avg": torch.zeros_like(tensor) for name, tensor in model.items()}
     parts = folder.with_name("parts")
-    for rank in (1, 0):
-        files, places = {}, {}
-        for kind, tensors in (("model", model), ("optimizer", moments)):
-            held, where = piece_of(tensors, rank, 2, 0)
-            files[checkpoint.rank_file(kind, rank)] = held
-            places |= where
-        if rank:
-            for file, held in files.items():
-                (parts / file).parent.mkdir(parents=True)
-                stored.write(parts / file, held, places)
-        else:
-            checkpoint.write(folder, files, Progress(step=1), lambda folder: None, parts=parts, places=places)
+    for kind, tensors in (("model", model), ("optimizer", moments)):
+        (parts / kind).mkdir(parents=True)
+        for rank in range(2):
+            held, places = piece_of(tensors, rank, 2, 0)
+            stored.write(parts / checkpoint.rank_file(kind, rank), held, places)
+    checkpoint.write(folder, {}, Progress(step=1), lambda folder: None, parts=parts)
     return folder
 
 

@@ -42,9 +42,6 @@ class WideNet(nn.Module):
 class WideTask(RowsTask):
     """The rows of the laws, learnt by a wider net."""
 
-    def __call__(self, *_: Any) -> "WideTask":
-        return self
-
     def model(self) -> nn.Module:
         torch.manual_seed(self.seed)
         return WideNet()

@@ -11,7 +11,6 @@ from typing import Any, Self
 import torch
 
 from shoal import optim
-from shoal.cost import Sizes
 from shoal.data.batches import Batch
 from shoal.observe.console import GIB, shown_number, step_line
 from shoal.observe.ledger import Ledger
@@ -19,7 +18,6 @@ from shoal.observe.memory import Watch, parts_of, report
 from shoal.observe.metrics import MetricsFile, TensorBoard
 from shoal.replica import Seconds
 from shoal.run import Memory, Run
-from shoal.sync import SYNCS
 
 
 class Observer:
@@ -142,14 +140,11 @@ def _device_memory(device: torch.device) -> dict[str, float]:
 
 def _memory(run: Run, measured: dict[str, int]) -> Memory:
     """What was measured, and what arithmetic has beside it, by part."""
-    replica, options = run.replica, run.config
-    sizes = Sizes(
-        tuple(p.shape for _, p in replica.params), run.mesh.replicate.size, replica.policy.reduction.itemsize
-    )
+    replica = run.replica
     predicted = replica.placed.held() | {
         "gradients": sum(bucket.flat.nbytes for bucket in replica.buckets),
         "optimizer state": optim.state_bytes(replica.optimizers),
-        "sync and codec": SYNCS[options.strategy.name].cost(options, sizes).held,
+        "sync and codec": run.sync_cost.held,
     }
     return {part: {"bytes": found, "formula": predicted.get(part)} for part, found in measured.items()}
 

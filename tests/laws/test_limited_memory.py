@@ -5,41 +5,17 @@ import resource
 from pathlib import Path
 from typing import Any
 
+from laws.deep import WIDTH, DeepTask
 from laws.pool import Pool
-from laws.rows import VOCABULARY, RowsTask
+from laws.rows import VOCABULARY
 from laws.worlds import run_of
-from torch import Tensor, nn
 
 from shoal.mesh import Mesh
 
-WIDTH, DEPTH = 512, 96
+DEPTH = 96
 PARAMETERS = DEPTH * (WIDTH * WIDTH + WIDTH) + 2 * VOCABULARY * WIDTH + VOCABULARY
 M_MMAP_THRESHOLD = -3  # of mallopt(3)
 ALLOWANCE = PARAMETERS * 16 // 3  # bytes; 16 a parameter: itself, its gradient, AdamW's two moments
-
-
-class Deep(nn.Module):
-    def __init__(self, depth: int) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(depth))
-        self.head = nn.Linear(WIDTH, VOCABULARY)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.embed(tokens)
-        for layer in self.layers:
-            hidden = hidden + layer(hidden).mul(0.1)
-        return self.head(hidden)
-
-
-class DeepTask(RowsTask):
-    """The rows of the laws, learnt by as many layers as `seed` says."""
-
-    def __call__(self, *_: Any) -> "DeepTask":
-        return self
-
-    def model(self) -> nn.Module:
-        return Deep(self.seed)
 
 
 def data_bytes() -> int:
@@ -54,7 +30,7 @@ def train(mesh: Mesh, depth: int, limit: int, **settings: Any) -> int:
     """Two steps of a model within a limit; returns the memory that is held after them."""
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # what is freed goes back to the system
     resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
-    run = run_of(mesh, "allreduce", DeepTask(seed=depth), **settings)
+    run = run_of(mesh, "allreduce", DeepTask(depth=depth), **settings)
     for step in range(2):
         run.replica.gradients(run.batches.at(step))
         run.sync.step(run.replica, step)

@@ -3,10 +3,9 @@
 from typing import Any
 
 import pytest
+from laws.deep import DeepTask, narrow_inside
 from laws.pool import Pool
-from laws.rows import VOCABULARY, RowsTask
 from laws.worlds import run_of
-from torch import Tensor, nn
 
 from shoal.mesh import Mesh
 from shoal.observe.memory import ACTIVATIONS
@@ -14,43 +13,22 @@ from shoal.observe.observer import Observer
 from shoal.run import Memory
 
 STEPS = {"precision": "32-true", "max_steps": 2, "global_batch_size": 8, "per_device_train_batch_size": 4}
-WIDTH = 512
 EXACT = ("parameters", "gradients", "optimizer state")
-
-
-class Deep(nn.Module):
-    def __init__(self, depth: int) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(WIDTH, 64), nn.GELU(), nn.Linear(64, WIDTH), nn.GELU())
-            for _ in range(depth)
-        )
-        self.head = nn.Linear(WIDTH, VOCABULARY)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.embed(tokens)
-        for layer in self.layers:
-            hidden = hidden + layer(hidden).mul(0.1)
-        return self.head(hidden)
-
-
-class DeepTask(RowsTask):
-    """The rows of the laws, learnt by as many layers as `seed` says."""
-
-    def __call__(self, *_: Any) -> "DeepTask":
-        return self
-
-    def model(self) -> nn.Module:
-        return Deep(self.seed)
 
 
 def reports(mesh: Mesh, folder: str, cases: list[dict[str, Any]]) -> list[Memory]:
     """The report of this rank under each of several settings."""
     found = []
+    task = DeepTask(depth=4, layer=narrow_inside)
     for case in cases:
         run = run_of(
-            mesh, "allreduce", DeepTask(seed=4), memory_report=True, output_dir=folder, **STEPS, **case
+            mesh,
+            "allreduce",
+            DeepTask(depth=4, layer=narrow_inside),
+            memory_report=True,
+            output_dir=folder,
+            **STEPS,
+            **case,
         )
         run.folder.mkdir(exist_ok=True)
         with Observer(run) as observer:

@@ -19,7 +19,6 @@ EXACT = ("parameters", "gradients", "optimizer state")
 def reports(mesh: Mesh, folder: str, cases: list[dict[str, Any]]) -> list[Memory]:
     """The report of this rank under each of several settings."""
     found = []
-    task = DeepTask(depth=4, layer=narrow_inside)
     for case in cases:
         run = run_of(
             mesh,

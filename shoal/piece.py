@@ -80,4 +80,4 @@ def whole(model: nn.Module) -> list[Piece]:
 def empty(piece: Piece, source: nn.Parameter | None = None) -> Piece:
     """Nothing of a parameter that other ranks train; `source` is a copy that the model has of it here."""
     local = nn.Parameter(piece.local.detach()[:0].clone(), requires_grad=piece.source.requires_grad)
-    return replace(piece, local=local, source=local if source is None else source)
+    return replace(piece, local=local, source=local if source is None else source, parts=())

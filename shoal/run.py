@@ -257,8 +257,9 @@ def _replica(
         from shoal.models.float8 import use_float8  # torchao takes seconds to import
 
         use_float8(model, mesh.device, parts=mesh.size("tensor"))
-    recompute(model, config.train.gradient_checkpointing)
     placed = layouts.place(model, task.loss, mesh, policy, config.layout, nothing)
+    again = placed.again if mesh.size("island") > 1 else None  # which a compiler could not read
+    recompute(model, config.train.gradient_checkpointing, again)
     params = [(piece.name, piece.local) for piece in placed.trained]
     buckets = Buckets(
         placed.trained,

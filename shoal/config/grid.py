@@ -74,12 +74,6 @@ def _must_be_whole(config: RunConfig, island: int) -> Iterator[tuple[str, str, s
     train = config.train
     cut = f"{island} workers hold a replica together"
     leave = "leave one of the two out"
-    if config.layout.pp > 1 and config.layout.tp * config.layout.cp > 1:
-        yield (
-            f"--pp {config.layout.pp}",
-            "its stages hand on the hidden states of all tokens, of which --tp and --cp keep a part",
-            "take --pp with --dp-replicate or --dp-shard, or leave it out",
-        )
     if train.exact:
         yield "--exact", f"{cut}, and sum gradients within it first", leave
     if train.compile:

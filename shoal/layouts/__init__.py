@@ -8,7 +8,7 @@ from shoal.layouts import replicated
 from shoal.layouts.base import Loss, Placed
 from shoal.layouts.context import Context
 from shoal.layouts.sharded import Sharded
-from shoal.layouts.stages import Stages
+from shoal.layouts.stages import Stages, look
 from shoal.layouts.tensor import TensorParallel
 from shoal.mesh import Mesh
 from shoal.precision import Policy
@@ -27,13 +27,14 @@ def place(
     `nothing` is a micro-batch without samples, of the shape that all have.
     """
     placed = replicated.place(model, loss, mesh, policy)
+    seen = look(model, mesh, policy, options) if mesh.size("pipeline") > 1 else None
     if mesh.size("tensor") > 1:
         placed = TensorParallel(placed, mesh, policy)
     if mesh.size("context") > 1:
         placed = Context(placed, mesh, policy, nothing)
     stages = None
-    if mesh.size("pipeline") > 1:
-        placed = stages = Stages(placed, mesh, policy, options)
+    if seen is not None:
+        placed = stages = Stages(placed, mesh, seen, options)
     if mesh.size("zero") > 1:
         placed = Sharded(placed, mesh, options.zero_stage or 3)
     if stages is not None:

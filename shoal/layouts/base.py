@@ -1,7 +1,7 @@
 """What every layout gives: the pieces that a rank holds of one replica, and how that replica computes."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +39,9 @@ class Placed:
         self.loss = loss
         self.learnt = loss  # `loss`, or what was compiled of it
         self.inner = inner
-        if inner is not None:
+        while inner is not None:
             inner.pieces = pieces  # what was cut or left out is free
+            inner = inner.inner
 
     @classmethod
     def whole(cls, model: nn.Module, loss: Loss) -> "Placed":
@@ -56,6 +57,19 @@ class Placed:
     def reports(self) -> bool:
         """Whether the losses of this rank count: those of all ranks that report add up to the micro-batch's."""
         return self.inner is None or self.inner.reports
+
+    def hidden(self, rows: int, tokens: int) -> tuple[int, int]:
+        """The rows and tokens of hidden states between the layers here, in a micro-batch of so many."""
+        return (rows, tokens) if self.inner is None else self.inner.hidden(rows, tokens)
+
+    def enter(self, rows: int, tokens: int) -> None:
+        """Where hidden states have come from another worker: a forward pass of so many goes on with its layers."""
+        if self.inner is not None:
+            self.inner.enter(rows, tokens)
+
+    def again(self) -> AbstractContextManager[object]:
+        """Asked as a layer computes: what is to be around it when it computes the same again."""
+        return nullcontext() if self.inner is None else self.inner.again()
 
     def learn(self, taken: Sequence[MicroBatch], scale: float, arithmetic: Arithmetic) -> list[float]:
         """Forward and backward over micro-batches, of each the loss times `scale`; returns the losses that count.

@@ -17,6 +17,8 @@ and sums their gradients.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ from shoal.models.loss import IGNORED
 from shoal.precision import Policy
 
 NAME = "shoal-context"
+SENT = "shoal_sent"  # of an attention: how many elements the keys and values of a token have
 FITS = "leave it out, or take a model of causal attention (llama, gpt2, gpt_neox, qwen3, ...)"
 
 
@@ -51,14 +54,24 @@ class Context(Placed):
         self.ranks, self.rank = axis.size, axis.index
         self.wire = Wire(axis.group)
         self.seconds = 0.0
+        self._dropout: _DropoutOfPart  # of the forward pass that runs
         self._loss_of_part = inner.loss
-        token_elements = self._prove(_checked(inner.model, self.ranks, nothing))
-        self._token_bytes = token_elements * policy.compute.itemsize
+        self._itemsize = policy.compute.itemsize
+        self._prove(_checked(inner.model, self.ranks, nothing))
+
+    def hidden(self, rows: int, tokens: int) -> tuple[int, int]:
+        """Of whole chunks."""
+        return super().hidden(rows, 2 * chunk_tokens(self.ranks, tokens))
 
     def _loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         length = inputs["documents"].shape[-1]
-        with _DropoutOfPart(self._own(length), length):
+        self._dropout = _DropoutOfPart(self._own(length), length)
+        with self._dropout:
             return self._loss_of_part(model, self._part(inputs))
+
+    def again(self) -> AbstractContextManager[object]:
+        """The dropout of now."""
+        return _both(self._dropout, super().again())
 
     def _own(self, length: int) -> Tensor:
         return _places(self.rank, self.ranks, length)
@@ -86,13 +99,14 @@ class Context(Placed):
     ) -> tuple[Tensor, None]:
         """As `attention.attention_forward`, of this rank's tokens; for a mask the `documents` [B, 1, 1, T]."""
         kind, length = query.device.type, documents.shape[-1]
+        setattr(module, SENT, key.shape[1] * (key.shape[-1] + value.shape[-1]))
         compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         kept = None
         if dropout:
             own = self._own(length).clamp(max=length - 1).to(query.device)
-            whole = torch.ones(*query.shape[:2], length, length, dtype=compute, device=query.device)
-            kept = torch.dropout(whole, dropout, train=True)[:, :, own]
+            whole = query.new_empty(*query.shape[:2], length, length, dtype=compute)
+            kept = attention.kept(whole, dropout, getattr(module, attention.HEADS, (0, 1)))[:, :, own]
         with torch.autocast(kind, enabled=False):
             part = torch.cat([key, value], dim=-1).to(compute)
             keys, values = _Gathered.apply(part, self, length).split([key.shape[-1], value.shape[-1]], dim=-1)
@@ -117,11 +131,8 @@ class Context(Placed):
         work.wait()
         self.seconds += time.perf_counter() - started
 
-    def _prove(self, model: PreTrainedModel) -> int:
-        """From now on attention is ours. Raises UserError unless hidden states are what they were, dropout included.
-
-        Returns how many elements the keys and values of a token have, in all layers.
-        """
+    def _prove(self, model: PreTrainedModel) -> None:
+        """From now on attention is ours. Raises UserError unless hidden states are what they were, dropout included."""
         length = 4 * self.ranks - 1
         ids = torch.arange(length, device=model.device)[None] % model.config.vocab_size
         inputs = {
@@ -145,7 +156,6 @@ class Context(Placed):
                     model, packed_inputs(part["input_ids"], part["documents"], part["position_ids"])
                 )
         model.train(was_training)
-        sent = self.wire.bytes_sent
         near = torch.finfo(found.dtype).eps ** 0.5
         differs = not torch.allclose(found[:, real], expected, rtol=near, atol=near)
         if self.wire.sum(torch.tensor([float(differs)])).item():
@@ -153,7 +163,6 @@ class Context(Placed):
             raise UserError(
                 f"--cp {self.ranks}", f"{kind} makes other hidden states of a window that is cut", FITS
             )
-        return sent // ((self.ranks - 1) * len(own) * found.element_size())
 
     def bytes_sent(self) -> int:
         """By gathering keys and values, and scattering their gradients."""
@@ -167,7 +176,8 @@ class Context(Placed):
         """As the head of this file has it, of windows filled up to whole chunks."""
         rows, length = shape
         own = 2 * chunk_tokens(self.ranks, length)
-        sent = (self.ranks - 1) * rows * own * self._token_bytes
+        of_token = sum(getattr(module, SENT, 0) for module in self.model.modules()) * self._itemsize
+        sent = (self.ranks - 1) * rows * own * of_token
         return super().cost(turns, (rows, own)) + turns * 2 * sent
 
     def __str__(self) -> str:
@@ -189,6 +199,12 @@ def chunks(rank: int, ranks: int, length: int) -> tuple[range, range]:
 def _places(rank: int, ranks: int, length: int) -> Tensor:
     """The places in a window of a rank's tokens, int64; from `length` on they are padding."""
     return torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in chunks(rank, ranks, length)])
+
+
+@contextmanager
+def _both(first: AbstractContextManager[object], second: AbstractContextManager[object]) -> Iterator[None]:
+    with first, second:
+        yield
 
 
 class _Gathered(torch.autograd.Function):

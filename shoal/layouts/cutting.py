@@ -57,15 +57,7 @@ class Watched:
     entered: list[Tensor] = field(default_factory=list)  # each layer
     left: list[Any] = field(default_factory=list)
     draws: bool = False  # random numbers, for dropout
-
-    def costs(self) -> tuple[list[float], float, float]:
-        """Of each layer, of what comes before and of what comes after: the weights that a token is multiplied by.
-
-        Of an embedding a token takes one row. What attention costs beside its weights is the same for every layer
-        and depends on the window: it is left out.
-        """
-        before, after = (sum(map(_own_cost, part)) for part in (self.before, self.after))
-        return [sum(map(_own_cost, layer.modules())) for layer in self.layers], before, after
+    costs: tuple[list[float], float, float] = ([], 0, 0)  # of each layer, of what comes before and after
 
 
 @torch.no_grad()
@@ -102,6 +94,7 @@ def watch(
         generator.set_state(state)
     seen.before += [module for module in outside if module not in {*seen.before, *seen.after}]  # never used
     _check(model, seen, outside, ids)
+    seen.costs = _costs(seen)
     return seen
 
 
@@ -137,6 +130,16 @@ def _check(model: nn.Module, seen: Watched, outside: list[nn.Module], ids: Tenso
     outer = {id(p) for module in outside for p in module.parameters(recurse=False)}
     if len(set(inner)) < len(inner) or outer & set(inner):
         raise ValueError("two of its layers share a parameter")
+
+
+def _costs(seen: Watched) -> tuple[list[float], float, float]:
+    """The weights that a token is multiplied by.
+
+    Of an embedding a token takes one row. What attention costs beside its weights is the same for every layer
+    and depends on the window: it is left out.
+    """
+    before, after = (sum(map(_own_cost, part)) for part in (seen.before, seen.after))
+    return [sum(map(_own_cost, layer.modules())) for layer in seen.layers], before, after
 
 
 def _own_cost(module: nn.Module) -> float:

@@ -41,27 +41,14 @@ class Stages(Placed):
     Its loss is that of the stage which `only` has chosen: hidden states, or of the last stage the loss.
     """
 
-    def __init__(self, inner: Placed, mesh: Mesh, policy: Policy, options: LayoutConfig) -> None:
+    def __init__(self, inner: Placed, mesh: Mesh, seen: Watched, options: LayoutConfig) -> None:
         model, axis = inner.model, mesh.axes["pipeline"]
-        if not is_recent_torch():
-            found = f"this is torch {torch.__version__}"
-            raise UserError(f"--pp {axis.size}", found, "install torch 2.13 or later")
-        owners = _owners(options, axis.size)
         self.device = mesh.device
         self.generator = _generator(mesh.device)
-        try:
-            seen = watch(model, policy.autocast(mesh.device), self.generator)
-        except ValueError as error:
-            raise UserError(
-                f"--pp {axis.size}", f"the model has no stages: {error}", "leave it out"
-            ) from error
-        if len(seen.layers) < len(owners):
-            found = f"the model has {len(seen.layers)} layers, fewer than the {len(owners)} stages"
-            raise UserError(f"--pp {axis.size}", found, "take a smaller number, or another model")
-        self.owners = owners
+        self.owners = owners = _owners(options, axis.size)
         self.last = len(owners) - 1
         self.mine = [stage for stage, owner in enumerate(owners) if owner == axis.index]
-        self.layers = balance(*seen.costs(), len(owners))
+        self.layers = balance(*seen.costs, len(owners))
         self.width = seen.entered[0].shape[-1]
         self.dtypes = [seen.entered[own.start].dtype for own in self.layers]
         self.draws = seen.draws
@@ -85,14 +72,9 @@ class Stages(Placed):
         """Have the model be one stage of this worker's; `entering` gives the hidden states when they are wanted."""
         own = self.layers[stage]
         hooks = []
+        # In front of what other layouts do before a layer; behind what they do after one.
         if entering is not None:
-            # In front of what other layouts do before a layer; behind what they do after one.
-            first = self._list[own.start]
-            hooks.append(
-                first.register_forward_pre_hook(
-                    lambda _, args, kwargs: ((entering(), *args[1:]), kwargs), prepend=True, with_kwargs=True
-                )
-            )
+            hooks.append(self._list[own.start].register_forward_pre_hook(self._entry(entering), prepend=True))
         if stage < self.last:
             hooks.append(self._list[own.stop - 1].register_forward_hook(_leave))
         whole, self._list._modules = self._list._modules, {**self._views[stage]}
@@ -103,12 +85,20 @@ class Stages(Placed):
             for hook in hooks:
                 hook.remove()
 
+    def _entry(self, entering: Callable[[], Tensor]) -> Callable[[nn.Module, Any], Any]:
+        def enter(layer: nn.Module, args: Any) -> Any:
+            zeros, *others = args  # which have come through the layers of others
+            self.enter(*zeros.shape[:2])
+            return (entering(), *others)
+
+        return enter
+
     def room(self, stage: int, inputs: dict[str, Tensor]) -> list[Tensor]:
-        """Memory for what a stage hands on: hidden states, a row of `width` for each element of the first input.
+        """Memory for what a stage hands on: hidden states, a row of `width` for each token of the first input here.
 
         And the state of the random numbers, in a model that draws some.
         """
-        rows, dtype = next(iter(inputs.values())).shape, self.dtypes[stage + 1]
+        rows, dtype = self.hidden(*next(iter(inputs.values())).shape), self.dtypes[stage + 1]
         hidden = torch.empty(*rows, self.width, dtype=dtype, device=self.device)
         return [hidden, torch.empty(self._state_bytes, dtype=torch.uint8, device=self.device)][
             : 1 + self.draws
@@ -168,6 +158,22 @@ class Zeros(nn.Module):
         """Zeros [..., width] for indices [...], or for rows [..., any]."""
         rows = given.shape[:-1] if given.is_floating_point() else given.shape
         return torch.zeros(*rows, self.width, dtype=self.dtype, device=given.device)
+
+
+def look(model: nn.Module, mesh: Mesh, policy: Policy, options: LayoutConfig) -> Watched:
+    """See how a model computes, before anything of it is cut. Raises UserError where it has no such stages."""
+    asked = f"--pp {mesh.size('pipeline')}"
+    if not is_recent_torch():
+        raise UserError(asked, f"this is torch {torch.__version__}", "install torch 2.13 or later")
+    try:
+        seen = watch(model, policy.autocast(mesh.device), _generator(mesh.device))
+    except ValueError as error:
+        raise UserError(asked, f"the model has no stages: {error}", "leave it out") from error
+    stages = len(_owners(options, mesh.size("pipeline")))
+    if len(seen.layers) < stages:
+        found = f"the model has {len(seen.layers)} layers, fewer than the {stages} stages"
+        raise UserError(asked, found, "take a smaller number, or another model")
+    return seen
 
 
 def _owners(options: LayoutConfig, ranks: int) -> list[int]:

@@ -19,6 +19,8 @@ but the first alone trains it: the others follow, by one broadcast a step. Copie
 
 import inspect
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -53,7 +55,7 @@ class TensorParallel(Placed):
         styles = _styles(model, layers, axis.size)
         cuts = _cuts(model, styles)
         self._sizes = _Sizes.of(model, layers, styles, cuts, policy, axis.size)
-        self._common = [piece.name for piece in inner.pieces if piece.source not in cuts]
+        self._common = {piece.name for piece in inner.pieces if piece.source not in cuts}
         pieces = [_part(piece, cuts.get(piece.source), axis) for piece in inner.pieces]
         new = {old.source: piece.source for old, piece in zip(inner.pieces, pieces, strict=True)}
         cut_tokens_within(layers, self.line)
@@ -71,10 +73,33 @@ class TensorParallel(Placed):
         """All ranks of a team find the same loss."""
         return self.is_first and super().reports
 
+    def hidden(self, rows: int, tokens: int) -> tuple[int, int]:
+        """This rank's part."""
+        return 1, Tokens(self.line, *super().hidden(rows, tokens)).share
+
+    def enter(self, rows: int, tokens: int) -> None:
+        """They are parts."""
+        self.line.tokens = Tokens(self.line, rows, tokens)
+
+    def again(self) -> AbstractContextManager[object]:
+        """The tokens of now."""
+        return self._with_tokens(self.line.tokens, super().again())
+
+    @contextmanager
+    def _with_tokens(self, tokens: Tokens, below: AbstractContextManager[object]) -> Iterator[None]:
+        now, self.line.tokens = self.line.tokens, tokens
+        with below:
+            yield
+        self.line.tokens = now
+
+    def _common_here(self) -> list[nn.Parameter]:
+        """What is not cut, of the layers that this rank has."""
+        return [p for name, p in self.model.named_parameters() if name in self._common]
+
     def refresh(self) -> None:
         """Have of the first rank what is not cut."""
         super().refresh()
-        params = [self.model.get_parameter(name) for name in self._common]
+        params = self._common_here()
         held = [_local(p) for p in params]
         if not held:
             return
@@ -95,7 +120,7 @@ class TensorParallel(Placed):
 
     def cost(self, turns: int, shape: tuple[int, int]) -> float:
         """As the head of this file has it."""
-        told = sum(_local(self.model.get_parameter(name)).nbytes for name in self._common)
+        told = sum(_local(p).nbytes for p in self._common_here())
         sent = turns * self._sizes.sent(Tokens(self.line, *shape))
         return super().cost(turns, shape) + sent + (told if self.is_first else 0)
 

@@ -93,12 +93,17 @@ def _by_products(
 
 def _dropped(seen: Tensor, heads: int, dropout: float, part: tuple[int, int]) -> Tensor:
     """Dropout over [B * heads, T, T], as it would be if the other parts of the heads were here."""
-    index, parts = part
-    if not dropout or parts == 1:
+    if not dropout or part == (0, 1):
         return F.dropout(seen, dropout)
-    batch = len(seen) // heads
-    drawn = F.dropout(seen.new_ones(batch, parts * heads, *seen.shape[1:]), dropout)
-    return seen * drawn[:, index * heads : (index + 1) * heads].flatten(0, 1)
+    return seen * kept(seen.unflatten(0, (-1, heads)), dropout, part).flatten(0, 1)
+
+
+def kept(probabilities: Tensor, dropout: float, part: tuple[int, int]) -> Tensor:
+    """What dropout multiplies the `part` of the heads by, [B, heads, Q, T], as drawn for all heads together."""
+    index, parts = part
+    batch, heads, *scores = probabilities.shape
+    drawn = torch.dropout(probabilities.new_ones(batch, parts * heads, *scores), dropout, train=True)
+    return drawn[:, index * heads : (index + 1) * heads]
 
 
 AttentionInterface.register(NAME, attention_forward)

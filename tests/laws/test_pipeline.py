@@ -188,7 +188,7 @@ def test_what_is_watched() -> None:
     names = {module: name.removeprefix("transformer.") for name, module in model.named_modules()}
     assert [names[each] for each in seen.before] == ["wte", "wpe"]
     assert [names[each] for each in seen.after] == ["ln_f", "lm_head"]
-    layers, before, after = seen.costs()
+    layers, before, after = seen.costs
     assert layers == [12 * 32**2 + 13 * 32] * 4  # attention and MLP with their biases, two norms
     assert (before, after) == (2 * 32, 2 * 32 + 37 * 32)  # a row of each embedding; norm and head
     assert seen.draws

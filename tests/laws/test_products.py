@@ -26,11 +26,26 @@ RANKS = 64
 EXCHANGES = ("start_all_gather", "start_reduce_scatter", "start_exchange")
 
 
-def test_tensor_and_context_together(pool: Pool, tmp_path: Path) -> None:
-    task = PackedTask("llama", length=16)
+WINDOWS, ROWS = PackedTask("gpt2", dropout=0.1, length=16), ModelTask("gpt2", dropout=0.1)
+# Of each a task whose micro-batches may be of any length, where the layouts take it, and how it is asked for.
+PRODUCTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "tensor-context": (WINDOWS, {"tp": 2, "cp": 2}),
+    "pipeline-context": (WINDOWS, {"pp": 2, "cp": 2}),
+    "pipeline-context-gpipe": (PackedTask("llama", length=16), {"pp": 2, "cp": 2, "pp_schedule": "gpipe"}),
+    "pipeline-tensor": (ROWS, {"pp": 2, "tp": 2}),
+    "pipeline-tensor-untied": (ModelTask("llama", dropout=0.1), {"pp": 2, "tp": 2}),
+    "pipeline-tensor-again": (ROWS, {"pp": 2, "tp": 2, "gradient_checkpointing": "full"}),
+    "pipeline-context-again": (WINDOWS, {"pp": 2, "cp": 2, "gradient_checkpointing": "full"}),
+    "tensor-context-again": (WINDOWS, {"tp": 2, "cp": 2, "gradient_checkpointing": "full"}),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_product_follows_one_process(pool: Pool, name: str, tmp_path: Path) -> None:
+    task, settings = PRODUCTS[name]
     (alone,) = pool.world(1, follow, "allreduce", task, output_dir=str(tmp_path / "alone"), **STEPS)
     cut = pool.world(
-        4, follow_in_pieces, "allreduce", task, output_dir=str(tmp_path / "cut"), tp=2, cp=2, **STEPS
+        4, follow_in_pieces, "allreduce", task, output_dir=str(tmp_path / "cut"), **STEPS, **settings
     )
     whole = [together([held[step] for _, held, _ in cut]) for step in range(4)]
     assert first_difference(alone.tensors, whole, 1e-10) is None

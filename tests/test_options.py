@@ -108,7 +108,11 @@ def test_what_is_not_given_of_the_grid_follows(words: str, workers: int, grid: t
         ("--dp-shard 2 --dp-replicate 3", 4, "3 replicas x 2 each = 6, and there are 4 workers"),
         ("--tp 2 --pp 2", 6, "--pp 2 --tp 2: 6 workers do not divide by 4"),
         ("--dp-shard 2 --dp-replicate 3 --cp 2", 8, "= 6, and there are 4 teams of 2 workers"),
-        ("--tp 2 --pp 2", 4, "--pp 2: its stages hand on the hidden states of all tokens"),
+        (
+            "--tp 2 --pp 2 --pp-schedule zbv-zero-bubble",
+            4,
+            "--pp-schedule zbv-zero-bubble: it splits backward passes",
+        ),
         ("--tp 2 --exact", 2, "--exact: 2 workers hold a replica together"),
         ("--strategy zero3 --exact", 2, "--exact: 2 workers hold a replica together"),
         ("--dp-shard 2 --compile", 4, "--compile: 2 workers hold a replica together"),

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from shoal.config.layout import ONE_STAGE, THERE_AND_BACK, LayoutConfig
+from shoal.config.layout import ONE_STAGE, SPLIT, THERE_AND_BACK, LayoutConfig
 from shoal.config.record import RunConfig
 from shoal.errors import UserError
 
@@ -67,6 +67,9 @@ def _no_pipeline(layout: LayoutConfig, grid: dict[str, int]) -> Iterator[tuple[s
     if layout.pp > 1 and stages > 1 and grid["shard"] * grid["context"] > 1:
         found = f"{stages} stages on each worker, and FSDP2 cannot tell which backward pass is a stage's last"
         yield f"--pp-schedule {schedule}", found, "take gpipe or 1f1b, or leave --dp-shard out"
+    if layout.tp > 1 and schedule in SPLIT:
+        found = "it splits backward passes, and those of a team exchange what is of both halves at once"
+        yield f"--pp-schedule {schedule}", found, "take gpipe, 1f1b or interleaved-1f1b, or leave --tp out"
 
 
 def _must_be_whole(config: RunConfig, island: int) -> Iterator[tuple[str, str, str]]:

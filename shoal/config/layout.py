@@ -20,6 +20,8 @@ Schedule = Literal[
     "dualpipev",
 ]
 ONE_STAGE = ("gpipe", "1f1b")  # on each worker
+# A backward pass for the inputs, which the stage before waits for, and one for the weights.
+SPLIT = ("interleaved-zero-bubble", "zbv-zero-bubble", "dualpipev")
 THERE_AND_BACK = ("zbv-zero-bubble", "dualpipev")  # two, of which the first worker has the first and the last
 
 

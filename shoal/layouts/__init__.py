@@ -40,6 +40,6 @@ def place(
     if stages is not None:
         from shoal.layouts.pipelined import Pipelined  # torch's schedules take seconds to import
 
-        placed = Pipelined(placed, stages, mesh, options, nothing)
+        placed = Pipelined(placed, stages, mesh, options)
     replicated.share(placed, mesh)
     return placed

@@ -132,7 +132,7 @@ class Context(Placed):
         self.seconds += time.perf_counter() - started
 
     def _prove(self, model: PreTrainedModel) -> None:
-        """From now on attention is ours. Raises UserError unless hidden states are what they were, dropout included."""
+        """From now on attention is ours. Raises UserError unless hidden states, dropped out, stay what they were."""
         length = 4 * self.ranks - 1
         ids = torch.arange(length, device=model.device)[None] % model.config.vocab_size
         inputs = {

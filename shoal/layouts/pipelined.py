@@ -47,9 +47,7 @@ class Pipelined(Placed):
 
     one_by_one = False
 
-    def __init__(
-        self, inner: Placed, stages: Stages, mesh: Mesh, options: LayoutConfig, nothing: dict[str, Tensor]
-    ) -> None:
+    def __init__(self, inner: Placed, stages: Stages, mesh: Mesh, options: LayoutConfig) -> None:
         super().__init__(inner.model, inner.pieces, self._evaluated, inner)
         logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)  # else an error is pages
         axis = mesh.axes["pipeline"]
@@ -61,7 +59,6 @@ class Pipelined(Placed):
             Stage(stages, index, axis.group, self._compute, lambda last: inner.begin(last=last))
             for index in stages.mine
         ]
-        self._nothing = nothing
         self._schedules: dict[int, Any] = {}  # by the count of micro-batches
         self._tied = [piece for piece in self.pieces if piece.name in stages.tied]
         self._arithmetic: Arithmetic
@@ -124,7 +121,8 @@ class Pipelined(Placed):
         for stage in self.own:
             index = stage.stage_index
             if stage.is_apart(index - 1):
-                made = self.stages.room(index - 1, inputs)[0]
+                rows, tokens = next(iter(inputs.values())).shape
+                made = self.stages.room(index - 1, rows, tokens)[0]
                 self.wire.start_receive(made, self.stages.owners[index - 1]).wait()
             made = self._run(index, partial(_itself, made) if index else None, inputs)
             if stage.is_apart(index + 1):
@@ -184,14 +182,14 @@ class Pipelined(Placed):
         return super().waited() + self._seconds
 
     def cost(self, turns: int, shape: tuple[int, int]) -> float:
-        """As the head of this file has it, of micro-batches that all have the same shape."""
+        """As the head of this file has it."""
         sent = 0
         for stage in self.own:
             index = stage.stage_index
             if stage.is_apart(index + 1):
-                sent += sum(each.nbytes for each in self.stages.room(index, self._nothing))
+                sent += sum(each.nbytes for each in self.stages.room(index, *shape))
             if stage.is_apart(index - 1):
-                sent += self.stages.room(index - 1, self._nothing)[0].nbytes
+                sent += self.stages.room(index - 1, *shape)[0].nbytes
         tied = [piece for piece in self._tied if piece.source.requires_grad or not self.stages.follows]
         count = self._filled(turns)
         return super().cost(count, shape) + count * sent + sum(_values(piece).nbytes for piece in tied)

@@ -96,7 +96,7 @@ class Stage(_PipelineStageBase):
         """Receive the hidden states of a micro-batch."""
         if self.is_first:
             return []
-        self._entering[chunk] = self.stages.room(self.stage_index - 1, self._taken[chunk].inputs)
+        self._entering[chunk] = self._room(self.stage_index - 1, chunk)
         return [self._op(dist.irecv, each, self.stage_index - 1) for each in self._entering[chunk]]
 
     def get_fwd_send_ops(self, chunk: int) -> list[dist.P2POp]:
@@ -110,7 +110,7 @@ class Stage(_PipelineStageBase):
         """Receive the gradient of what it has sent on."""
         if self.is_last:
             return []
-        self._returning[chunk] = self.stages.room(self.stage_index, self._taken[chunk].inputs)[0]
+        self._returning[chunk] = self._room(self.stage_index, chunk)[0]
         return [self._op(dist.irecv, self._returning[chunk], self.stage_index + 1)]
 
     def get_bwd_send_ops(self, chunk: int) -> list[dist.P2POp]:
@@ -120,6 +120,10 @@ class Stage(_PipelineStageBase):
         grad = self.bwd_cache.pop(chunk)[0]
         assert grad is not None
         return [self._op(dist.isend, grad, self.stage_index - 1)]
+
+    def _room(self, stage: int, chunk: int) -> list[Tensor]:
+        rows, tokens = next(iter(self._taken[chunk].inputs.values())).shape
+        return self.stages.room(stage, rows, tokens)
 
     def _op(self, kind: Any, tensor: Tensor, stage: int) -> dist.P2POp:
         self.bytes_sent += tensor.nbytes if kind is dist.isend else 0

@@ -93,13 +93,13 @@ class Stages(Placed):
 
         return enter
 
-    def room(self, stage: int, inputs: dict[str, Tensor]) -> list[Tensor]:
-        """Memory for what a stage hands on: hidden states, a row of `width` for each token of the first input here.
+    def room(self, stage: int, rows: int, tokens: int) -> list[Tensor]:
+        """Memory for what a stage hands on of a micro-batch: hidden states, `width` numbers for each token here.
 
         And the state of the random numbers, in a model that draws some.
         """
-        rows, dtype = self.hidden(*next(iter(inputs.values())).shape), self.dtypes[stage + 1]
-        hidden = torch.empty(*rows, self.width, dtype=dtype, device=self.device)
+        shape, dtype = self.hidden(rows, tokens), self.dtypes[stage + 1]
+        hidden = torch.empty(*shape, self.width, dtype=dtype, device=self.device)
         return [hidden, torch.empty(self._state_bytes, dtype=torch.uint8, device=self.device)][
             : 1 + self.draws
         ]

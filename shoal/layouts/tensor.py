@@ -18,6 +18,7 @@ but the first alone trains it: the others follow, by one broadcast a step. Copie
 """
 
 import inspect
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -121,7 +122,8 @@ class TensorParallel(Placed):
     def cost(self, turns: int, shape: tuple[int, int]) -> float:
         """As the head of this file has it."""
         told = sum(_local(p).nbytes for p in self._common_here())
-        sent = turns * self._sizes.sent(Tokens(self.line, *shape))
+        here = [any(True for _ in layer.parameters()) for layer in blocks(self.model)]
+        sent = turns * self._sizes.sent(Tokens(self.line, *shape), here)
         return super().cost(turns, shape) + sent + (told if self.is_first else 0)
 
     def __str__(self) -> str:
@@ -226,7 +228,7 @@ class _Sizes:
 
     ranks: int
     width: int  # of hidden states
-    between: int  # numbers of a token that are gathered or scattered in all layers, one way
+    between: tuple[int, ...]  # numbers of a token that are gathered or scattered in each layer, one way
     common: tuple[int, ...]  # numbers of each layer that are trained and not cut
     vocabulary: int
     logits: bool  # whether they are gathered, where no loss can be taken without
@@ -244,13 +246,13 @@ class _Sizes:
         ranks: int,
     ) -> "_Sizes":
         """Those of a model that is still whole."""
-        inputs = sum(plans.sizes(module)[0] for module in _pairs(model, styles).values())
-        outputs = sum(plans.sizes(module)[1] for module, style in styles.items() if style.side == "in")
+        between = {module: plans.sizes(module)[0] for module in _pairs(model, styles).values()}
+        between |= {module: plans.sizes(module)[1] for module, each in styles.items() if each.side == "in"}
         embedding = model.get_input_embeddings().weight
         return cls(
             ranks,
             width=embedding.shape[1],
-            between=inputs + outputs,
+            between=tuple(sum(between.get(module, 0) for module in layer.modules()) for layer in layers),
             common=tuple(
                 sum(p.numel() for p in layer.parameters() if p.requires_grad and p not in cuts)
                 for layer in layers
@@ -261,15 +263,19 @@ class _Sizes:
             narrow=policy.compute.itemsize,
         )
 
-    def sent(self, tokens: Tokens) -> int:
-        """By a rank for the forward and backward pass of a micro-batch."""
+    def sent(self, tokens: Tokens, here: list[bool]) -> int:
+        """By a rank for the forward and backward pass of a micro-batch through the layers that are `here`."""
         count, others = tokens.rows * tokens.length, self.ranks - 1
         shares = others * tokens.share
-        layers = 2 * shares * self.between * self.narrow + sum(map(self._summed, self.common))
-        around = 2 * shares * self.width * self.wide + 2 * self._summed(count * self.width)
+        sent = sum(
+            2 * shares * between * self.narrow + self._summed(common)
+            for between, common in itertools.compress(zip(self.between, self.common, strict=True), here)
+        )
+        ends = here[0] + here[-1]  # the first with the embedding before it, the last with the head behind it
+        sent += ends * (shares * self.width * self.wide + self._summed(count * self.width))
         rows = -(-self.vocabulary // self.ranks)
         loss = others * count * (rows * self.narrow if self.logits else 3 * self.wide)
-        return layers + around + loss
+        return sent + here[-1] * loss
 
     def _summed(self, numbers: int) -> int:
         return 2 * (numbers * self.wide * (self.ranks - 1) // self.ranks)

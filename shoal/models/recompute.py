@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from shoal.errors import UserError
 from shoal.models.blocks import blocks
 
-
 Surroundings = Callable[[], AbstractContextManager[object]]
 
 

@@ -12,7 +12,7 @@ from laws.models import ModelTask
 from laws.packed import PackedTask
 from laws.pool import Pool
 from laws.staged import ModelTask as StagedTask
-from laws.test_layouts import STEPS, follow_in_pieces, together
+from laws.test_layouts import STEPS, follow_in_pieces, resume_all, sent_and_predicted, together
 from laws.worlds import first_difference, follow
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -34,6 +34,10 @@ PRODUCTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "pipeline-context-gpipe": (PackedTask("llama", length=16), {"pp": 2, "cp": 2, "pp_schedule": "gpipe"}),
     "pipeline-tensor": (ROWS, {"pp": 2, "tp": 2}),
     "pipeline-tensor-untied": (ModelTask("llama", dropout=0.1), {"pp": 2, "tp": 2}),
+    "pipeline-tensor-interleaved": (
+        StagedTask("llama"),
+        {"pp": 2, "tp": 2, "pp_schedule": "interleaved-1f1b"},
+    ),
     "pipeline-tensor-again": (ROWS, {"pp": 2, "tp": 2, "gradient_checkpointing": "full"}),
     "pipeline-context-again": (WINDOWS, {"pp": 2, "cp": 2, "gradient_checkpointing": "full"}),
     "tensor-context-again": (WINDOWS, {"tp": 2, "cp": 2, "gradient_checkpointing": "full"}),
@@ -51,6 +55,42 @@ def test_a_product_follows_one_process(pool: Pool, name: str, tmp_path: Path) ->
     assert first_difference(alone.tensors, whole, 1e-10) is None
     for losses, _, _ in cut:
         assert np.allclose(losses, alone.losses, rtol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("task", "settings"),
+    [
+        (PackedTask("gpt2", length=16), {"pp": 2, "cp": 2}),
+        (PackedTask("gpt2", length=16), {"tp": 2, "cp": 2}),
+        (ModelTask("llama", full=True), {"pp": 2, "tp": 2}),
+        (ModelTask("gpt2", dropout=0.1, full=True), {"pp": 2, "tp": 2}),
+    ],
+)
+def test_predicted_bytes_are_sent(pool: Pool, task: Any, settings: dict[str, Any]) -> None:
+    """Law 9, within an island."""
+    for on_rank in pool.world(4, sent_and_predicted, task, **STEPS, **settings):
+        for sent, predicted in on_rank:
+            assert sent == predicted > 0
+
+
+def test_saved_under_one_and_loaded_under_another(pool: Pool, tmp_path: Path) -> None:
+    """Law 8, of tied embeddings cut by rows, held by two stages."""
+    layouts: dict[str, tuple[int, dict[str, Any]]] = {
+        "alone": (1, {}),
+        "zero3": (2, {"zero_stage": 3}),
+        "pipeline-tensor": (4, {"pp": 2, "tp": 2}),
+    }
+    (whole,) = pool.world(1, follow, "allreduce", ROWS, output_dir=str(tmp_path / "whole"), **STEPS)
+    saved = []
+    for name, (ranks, settings) in layouts.items():
+        first = {"output_dir": str(tmp_path / name), "save_steps": 3, "stop_after": 3}
+        pool.world(ranks, follow, "allreduce", ROWS, **STEPS, **settings, **first)
+        saved.append(str(tmp_path / name / "checkpoint-3"))
+    for name, (ranks, settings) in layouts.items():
+        on_rank = pool.world(ranks, resume_all, ROWS, saved, str(tmp_path / f"from-{name}"), **settings)
+        for number, start in enumerate(saved):
+            found = together([each[number][0] for each in on_rank])
+            assert first_difference([whole.tensors[-1]], [found], 1e-10) is None, (name, start)
 
 
 def seen_from(rank: int, task: Any, settings: dict[str, int]) -> tuple[dict[str, Any], Counter[str]]:
@@ -102,6 +142,11 @@ def island_of(task: Any, settings: dict[str, int], size: int) -> list[tuple[dict
 GRIDS: dict[str, tuple[Any, dict[str, int], int]] = {
     "tensor": (ModelTask("llama", full=True), {"dp_replicate": 2, "dp_shard": 8, "tp": 4}, 32),
     "pipeline": (StagedTask("llama", full=True), {"dp_replicate": 4, "dp_shard": 4, "pp": 4}, 16),
+    "tensor-pipeline": (
+        StagedTask("llama", full=True),
+        {"dp_replicate": 4, "dp_shard": 2, "tp": 4, "pp": 2},
+        16,
+    ),
 }
 
 

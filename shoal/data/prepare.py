@@ -51,6 +51,7 @@ def prepare(
     eval_content = [[part.format, fingerprint(part)] for part in eval_parts]
     fraction = 0.0 if eval_parts else float(data.eval_fraction)
     recipe = [shards.FORMAT, content, eval_content, data.text_field, fraction]
+    _make(cache)
     with _full_disk_is_an_error(cache):
         if tokenizer_name == TRAIN:
             name = _key(recipe, data.vocab_size)
@@ -220,6 +221,14 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("tokenizing", total=total)
         yield lambda step: bar.advance(task, step)
+
+
+def _make(cache: Path) -> None:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        found = f"it cannot be made ({error.strerror})"
+        raise UserError(f"--cache-dir {cache}", found, "name a folder on a disk that can be written") from error
 
 
 @contextmanager

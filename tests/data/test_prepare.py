@@ -200,6 +200,11 @@ def test_a_full_disk_is_one_clear_error_and_loses_nothing(
     )
 
 
+def test_a_cache_that_cannot_be_made_is_one_clear_error(corpus: Path) -> None:
+    with pytest.raises(UserError, match=r"--cache-dir .*: it cannot be made \(Not a directory\)"):
+        prepare(data_at(corpus, cache_dir=str(corpus / "01.txt" / "cache")), report=silent)
+
+
 @pytest.mark.usefixtures("many_units")
 def test_bad_input_found_by_a_process_of_the_pool_is_the_same_error(corpus: Path) -> None:
     (corpus / "07.txt").write_bytes(b"one\ntwo \xff\n")

@@ -1,8 +1,9 @@
 """`python -m bench.device`: tokens per second, MFU and peak memory on one device, beside a loop in nanoGPT's way.
 
-On a GPU it trains a Llama of 124M and one of 1B parameters in bf16, compiled and not; without one a small model, so
-that the script is known to run. MFU is the share of the device's bf16 peak that 6 operations for each parameter in a
-matrix product and each token, and 6 L H T a token for causal attention, come to.
+On a GPU it trains a Llama of 124M and one of 1B parameters in bf16, compiled and not, and with the optimizer's state
+on the host; without one a small model, so that the script is known to run. MFU is the share of the device's bf16 peak
+that 6 operations for each parameter in a matrix product and each token, and 6 L H T a token for causal attention,
+come to.
 """
 
 import argparse
@@ -73,6 +74,8 @@ ON_GPU = (
     Size("124M", 768, 12, 12, 2048, window=1024, batch=32, accumulation=4),
     Size("1B", 2048, 18, 16, 5632, window=2048, batch=8, accumulation=4),
 )
+OFFLOADED = "state on the host"
+WAYS = {"eager": [], "compiled": ["--compile"], OFFLOADED: ["--offload", "optimizer"]}
 ON_CPU = (Size("7M", 256, 6, 4, 688, window=256, batch=4, accumulation=2),)
 
 
@@ -86,10 +89,11 @@ def main() -> None:
     with TemporaryDirectory(prefix="shoal-bench-") as work:
         data = corpus.prepare(Path(work))
         cases = [
-            (size, tool, compiled)
+            (size, tool, way)
             for size in (ON_GPU if device != "CPU" else ON_CPU)
-            for compiled in (False, True)
+            for way in WAYS
             for tool in ("shoal", "nanogpt_loop")
+            if way != OFFLOADED or (tool == "shoal" and device != "CPU")
         ]
         turns: dict[Any, list[tuple[float, float]]] = {case: [] for case in cases}
         for _ in range(options.turns):
@@ -103,20 +107,20 @@ def main() -> None:
 
 def _rows(turns: dict[Any, list[tuple[float, float]]], device: str) -> Iterator[tuple[str, ...]]:
     peak = next((peak for name, peak in PEAK_BF16.items() if name in device), None)
-    for (size, tool, compiled), found in turns.items():
+    for (size, tool, way), found in turns.items():
         speed, memory = median(s for s, _ in found), max(m for _, m in found)
         mfu = f"{speed * size.operations / peak:.1%}" if peak else ""
-        yield size.name, tool, "compiled" if compiled else "eager", f"{speed:,.0f}", mfu, f"{memory:.2f}"
+        yield size.name, tool, way, f"{speed:,.0f}", mfu, f"{memory:.2f}"
 
 
-def _run(size: Size, tool: str, compiled: bool, data: Corpus, steps: int) -> tuple[float, float]:
+def _run(size: Size, tool: str, way: str, data: Corpus, steps: int) -> tuple[float, float]:
     """Tokens a second over the timed steps, and the most memory held, in GiB."""
     with TemporaryDirectory(dir=data.work) as name:
         metrics = Path(name) / "metrics.jsonl"
         words = (
             _shoal(size, data, steps, Path(name)) if tool == "shoal" else _peer(size, data, steps, metrics)
         )
-        subprocess.run(words + ["--compile"] * compiled, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(words + WAYS[way], check=True, stdout=subprocess.DEVNULL)
         records = [json.loads(line) for line in metrics.read_text().splitlines()]
     seconds = [record["perf/step_seconds"] for record in records if "perf/step_seconds" in record][WARM_UP:]
     last = records[-1] if tool != "shoal" else records[steps - 1]

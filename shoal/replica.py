@@ -16,6 +16,7 @@ from shoal.data.order import derive_seed
 from shoal.island import Island
 from shoal.layouts.base import MicroBatch, Placed
 from shoal.optim import NamedState
+from shoal.piece import Piece
 from shoal.precision import Policy
 from shoal.scaler import Scaler
 
@@ -52,6 +53,7 @@ class Replica:
     island: Island
     buckets: Buckets
     optimizers: list[torch.optim.Optimizer]
+    updated: list[Piece]  # what these change: the trained pieces, or copies of them
     policy: Policy
     device: torch.device
     seed: int
@@ -90,7 +92,7 @@ class Replica:
     @property
     def optimizer_state(self) -> NamedState:
         """The optimizers' state, named by parameter."""
-        return NamedState(self.optimizers, self.params)
+        return NamedState(self.optimizers, [(piece.name, piece.local) for piece in self.updated])
 
     def gradients(self, batch: Batch) -> Tensor:
         """Forward and backward over this rank's share of `batch`, into the buckets.

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shoal import checkpoint, codecs, layouts, optim, precision, shares
+from shoal import checkpoint, codecs, layouts, offload, optim, precision, shares
 from shoal.buckets import Buckets
 from shoal.checkpoint import Checkpoints, Progress
 from shoal.collectives import Wire
@@ -20,11 +20,13 @@ from shoal.data.batches import Batch, Batches
 from shoal.errors import UserError, choose
 from shoal.evaluate import Evaluators, evaluate
 from shoal.island import Island
-from shoal.layouts.base import Loss, Placed
+from shoal.layouts.base import Loss
 from shoal.mesh import Mesh
 from shoal.models.recompute import recompute
 from shoal.models.start import on_disk
 from shoal.observe.console import Screen
+from shoal.piece import Piece
+from shoal.precision import Policy
 from shoal.replica import Replica
 from shoal.rounding import RoundedAdamW
 from shoal.stored import Places
@@ -183,6 +185,7 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
     `data` is the folder that the task prepared. Raises UserError where the configuration, the data, the model
     or the checkpoint do not fit together.
     """
+    offload.check(config.layout.offload, mesh.device)
     torch.set_num_threads(config.train.threads)
     mesh = mesh.cut(resolve_grid(config, mesh.world_size))
     everyone = Wire(mesh.group)
@@ -268,13 +271,15 @@ def _replica(
         exact=config.train.exact,
         listen=placed.one_by_one,
     )
+    optimizers, updated = _optimizers(config, placed.trained, policy)
     if config.train.compile:
         placed.learnt = _compiled(placed.loss)
     return Replica(
         placed=placed,
         island=Island(mesh),
         buckets=buckets,
-        optimizers=[_rounded(config, placed)] if policy.rounds_by_chance else optim.of(config, params),
+        optimizers=optimizers,
+        updated=updated,
         policy=policy,
         device=mesh.device,
         seed=config.train.seed,
@@ -291,10 +296,25 @@ def _replica(
     )
 
 
-def _rounded(config: RunConfig, placed: Placed) -> RoundedAdamW:
+def _optimizers(
+    config: RunConfig, pieces: list[Piece], policy: Policy
+) -> tuple[list[torch.optim.Optimizer], list[Piece]]:
+    """The optimizers of these pieces, and what they change: the pieces, or copies on the host."""
+    moved = config.layout.offload == "optimizer"
+    updated = offload.on_host(pieces) if moved else pieces
+    if policy.rounds_by_chance:
+        optimizers = [_rounded(config, updated)]
+    else:
+        optimizers = optim.of(config, [(piece.name, piece.local) for piece in updated])
+    if moved:
+        offload.step_there(optimizers, pieces, updated)
+    return optimizers, updated
+
+
+def _rounded(config: RunConfig, pieces: list[Piece]) -> torch.optim.Optimizer:
     train = config.train
     return RoundedAdamW(
-        placed.trained, seed=train.seed, learning_rate=train.learning_rate, weight_decay=train.weight_decay
+        pieces, seed=train.seed, learning_rate=train.learning_rate, weight_decay=train.weight_decay
     )
 
 

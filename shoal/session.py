@@ -103,6 +103,7 @@ class Session:
                 exact=self.exact,
             ),
             optimizers=[optimizer],
+            updated=placed.trained,
             policy=policy,
             device=self.mesh.device,
             seed=self.seed,

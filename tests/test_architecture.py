@@ -17,7 +17,8 @@ PACKAGE = Path(__file__).parents[1] / "shoal"
 ORDER = """
     errors crew config manifest piece stored
     data models tasks
-    precision scaler placement mesh collectives island cost summation buckets layouts codecs eight_bit optim rounding
+    precision scaler placement mesh collectives island cost summation buckets layouts codecs eight_bit optim offload
+    rounding
     replica shares sync
     checkpoint evaluate observe run observe.observer loop job
     engines session api

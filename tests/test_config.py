@@ -57,6 +57,7 @@ def another(fact) -> tuple[str, object]:
         "strategy.balance": ("3,1", "3,1"),
         "layout.zero_stage": ("2", 2),
         "layout.pp_schedule": ("gpipe", "gpipe"),
+        "layout.offload": ("optimizer", "optimizer"),
         "train.gradient_checkpointing": ("selective", "selective"),
         "launch.nproc_per_node": ("3", 3),
         "data.eval_fraction": ("0.25", 0.25),

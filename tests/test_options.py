@@ -26,6 +26,7 @@ REFUSED = {
     "--strategy diloco --fragments 31": "--fragments 31: there are only 30 steps",
     "--strategy diloco --overlap-steps 30": "--overlap-steps 30: the next sync starts after 30 steps",
     "--strategy diloco --sync-every 1ktokens --fragments 2": "timed in steps",
+    "--strategy demo --offload optimizer": "--offload optimizer: with demo a worker keeps no state",
     "--strategy local --guard-steps 5": "there is no guard",
     "--strategy local --guard-drift 0.5": "there is no guard",
     "--strategy local --normalize each": "--normalize each: with local",
@@ -117,6 +118,8 @@ def test_what_is_not_given_of_the_grid_follows(words: str, workers: int, grid: t
         ("--strategy zero3 --exact", 2, "--exact: 2 workers hold a replica together"),
         ("--dp-shard 2 --compile", 4, "--compile: 2 workers hold a replica together"),
         ("--zero-stage 1 --optim muon", 3, "--optim muon: 3 workers hold a replica together"),
+        ("--offload parameters", 2, "--offload parameters: parameters are brought to the GPU block by block"),
+        ("--offload parameters --strategy zero2", 2, "--offload parameters: parameters are brought"),
         ("--pp-schedule gpipe", 2, "--pp-schedule gpipe: there is no pipeline"),
         ("--pp 2 --pp-virtual-stages 2", 2, "--pp-virtual-stages 2: 1f1b has one stage on each worker"),
         (

@@ -16,6 +16,13 @@ def resolve_grid(config: RunConfig, workers: int) -> dict[str, int]:
     grid = grid_sizes(config, workers)
     for refusal in _no_pipeline(config.layout, grid):
         raise UserError(*refusal)
+    if config.layout.offload == "parameters" and (
+        grid["shard"] * grid["context"] == 1 or (config.layout.zero_stage or 3) < 3
+    ):
+        found = "parameters are brought to the GPU block by block where ZeRO cuts them, at stage 3 alone"
+        raise UserError(
+            "--offload parameters", found, "add --strategy zero3 on 2 workers or more, or take optimizer"
+        )
     if grid["replicate"] < workers:
         for refusal in _must_be_whole(config, workers // grid["replicate"]):
             raise UserError(*refusal)

@@ -86,6 +86,11 @@ class LayoutConfig(Section):
         le=3,
     )
 
+    offload: Literal["none", "optimizer", "parameters"] = fact(
+        "none",
+        "held by the host in place of the GPU: optimizer = its state; parameters = they, gradients and state (zero3)",
+    )
+
     @property
     def schedule(self) -> str:
         """That of pipelines."""

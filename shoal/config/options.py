@@ -67,6 +67,9 @@ def _contradictions(config: RunConfig) -> Iterator[Refusal]:
     if config.log.memory_report and options.name in ("server", "async"):
         found = f"with {options.name} the optimizer computes in the threads of servers, which cannot be seen"
         yield "--memory-report", found, "take another strategy, or leave it out"
+    if config.layout.offload == "optimizer" and options.name in ("server", "async", "demo"):
+        found = f"with {options.name} a worker keeps no state of an optimizer"
+        yield "--offload optimizer", found, "leave it out, or take another strategy"
     yield from _momentum(config)
     yield from _codec(options)
     yield from _outer(options)

@@ -228,7 +228,9 @@ def _make(cache: Path) -> None:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         found = f"it cannot be made ({error.strerror})"
-        raise UserError(f"--cache-dir {cache}", found, "name a folder on a disk that can be written") from error
+        raise UserError(
+            f"--cache-dir {cache}", found, "name a folder on a disk that can be written"
+        ) from error
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def place(
     if seen is not None:
         placed = stages = Stages(placed, mesh, seen, options)
     if mesh.size("zero") > 1:
-        placed = Sharded(placed, mesh, options.zero_stage or 3)
+        placed = Sharded(placed, mesh, options.zero_stage or 3, offload=options.offload == "parameters")
     if stages is not None:
         from shoal.layouts.pipelined import Pipelined  # torch's schedules take seconds to import
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.distributed.tensor import DTensor
 
@@ -48,7 +48,7 @@ class Whole(nn.Module):
 class Sharded(Placed):
     """The pieces of another layout cut over the ranks that compute other tokens, at a stage of ZeRO."""
 
-    def __init__(self, inner: Placed, mesh: Mesh, stage: int) -> None:
+    def __init__(self, inner: Placed, mesh: Mesh, stage: int, *, offload: bool = False) -> None:
         axis, model = mesh.axes["zero"], inner.model
         layers = [layer for layer in blocks(model) if any(True for _ in layer.parameters())]
         _check(model, layers, mesh)
@@ -60,9 +60,11 @@ class Sharded(Placed):
         self._parts.append(_part_bytes(model, axis.size, without=below))
         names = {p: name for name, p in model.named_parameters()}
         grid = DeviceMesh.from_group(axis.group, mesh.device.type, mesh_dim_names=("shard",))
+        host = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if offload else OffloadPolicy()
         for module in layers:
-            fully_shard(module, mesh=grid, reshard_after_forward=stage == 3)
-        fully_shard(self.root, mesh=grid, reshard_after_forward=False)  # its backward pass comes at once
+            fully_shard(module, mesh=grid, reshard_after_forward=stage == 3, offload_policy=host)
+        # The backward pass of what is outside the blocks comes at once.
+        fully_shard(self.root, mesh=grid, reshard_after_forward=False, offload_policy=host)
         self.parts = [module for module in self.root.modules() if isinstance(module, FSDPModule)]
         gather, scatter = self._exchanges = (Gather(self.wire), Scatter(self.wire))
         self._reduced = scatter.dtypes

@@ -20,10 +20,11 @@ MOVED = ("shoal.sync", "shoal.codecs")  # the packages whose objects hold what r
 
 
 class Watch(TorchDispatchMode):
-    """Within it `peak` holds the memory of the moment that held the most: {storage: bytes}."""
+    """Within it `peak` holds the memory of a device at the moment that held the most: {storage: bytes}."""
 
-    def __init__(self, held: Iterable[Tensor]) -> None:
+    def __init__(self, held: Iterable[Tensor], device: torch.device) -> None:
         super().__init__()
+        self.device = device.type
         self.peak: dict[StorageWeakRef, int] = {}
         self._live: dict[StorageWeakRef, int] = {}
         self._total = self._highest = 0
@@ -41,7 +42,7 @@ class Watch(TorchDispatchMode):
 
     def _see(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
-            if type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta:
+            if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == self.device:
                 storage = tensor.untyped_storage()
                 key, nbytes = StorageWeakRef(storage), storage.nbytes()
                 self._total += nbytes - self._live.get(key, 0)
@@ -59,10 +60,13 @@ class Watch(TorchDispatchMode):
 def parts_of(replica: Replica, sync: Any) -> dict[str, list[Tensor]]:
     """The tensors that outlive a step, by part; what belongs to several counts for the first."""
     placed, buckets = replica.placed, list(replica.buckets)
+    trained = {piece.local for piece in placed.trained}
+    copies = [piece.local for piece in replica.updated if piece.local not in trained]
     return {
         "parameters": [*(piece.local for piece in placed.pieces), *placed.model.buffers()],
         "gradients": [*(bucket.flat for bucket in buckets), *_reachable(bucket.tree for bucket in buckets)],
         "optimizer state": [tensor for _, tensor in replica.optimizer_state.tensors()],
+        "copies for the host": [each for p in copies for each in (p, p.grad) if each is not None],
         "gathered for the island": list(placed.gathered()),
         "sync and codec": list(_reachable([sync])),
     }

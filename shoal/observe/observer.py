@@ -54,7 +54,8 @@ class Observer:
             yield
             return
         replica, sync = self.run.replica, self.run.sync
-        with Watch([tensor for part in parts_of(replica, sync).values() for tensor in part]) as watch:
+        held = [tensor for part in parts_of(replica, sync).values() for tensor in part]
+        with Watch(held, replica.device) as watch:
             yield
         self.run.memory = _memory(self.run, report(watch.peak, parts_of(replica, sync)))
 
@@ -146,6 +147,12 @@ def _memory(run: Run, measured: dict[str, int]) -> Memory:
         "optimizer state": optim.state_bytes(replica.optimizers),
         "sync and codec": run.sync_cost.held,
     }
+    moved = run.config.layout.offload
+    if moved == "optimizer":
+        predicted["copies for the host"] = 2 * sum(p.nbytes for _, p in replica.params)
+    if moved != "none" and run.mesh.device.type == "cuda":  # of which alone the report is
+        host = {"optimizer": ["copies for the host"], "parameters": ["parameters", "gradients"]}[moved]
+        predicted |= dict.fromkeys(["optimizer state", *host], 0)
     return {part: {"bytes": found, "formula": predicted.get(part)} for part, found in measured.items()}
 
 

@@ -21,8 +21,13 @@ CASES: dict[str, tuple[str, float | None]] = {
     BASELINE: ("--strategy allreduce", None),
     **{
         f"allreduce-{codec}": (f"--strategy allreduce --codec {codec}", None if codec in ("bf16", "fp16") else 0.02)
-        for codec in ("bf16", "fp16", "int8", "int4", "sign", "topk", "randomk")
+        for codec in ("bf16", "fp16", "int8", "int4")
     },
+    "allreduce-sign": ("--strategy allreduce --codec sign --codec-warmup 200", 0.02),
+    "allreduce-topk": ("--strategy allreduce --codec topk --density 0.1 --codec-warmup 200", 0.02),
+    "allreduce-randomk": ("--strategy allreduce --codec randomk --density 0.5 --codec-warmup 200", 0.02),
+    **{f"allreduce-{codec}-at-once": (f"--strategy allreduce --codec {codec}", None)
+       for codec in ("sign", "topk", "randomk")},
     "allreduce-powersgd": ("--strategy allreduce --codec powersgd --rank 16 --codec-warmup 100", 0.02),
     "allreduce-powersgd-4": ("--strategy allreduce --codec powersgd", None),
     "onebit-adam": (
@@ -30,6 +35,8 @@ CASES: dict[str, tuple[str, float | None]] = {
     ),
     "server": ("--strategy server", None),
     "async": ("--strategy async", 0.04),
+    "async-after-300": ("--strategy async --guard 1 --guard-steps 300", None),
+    "async-after-half": ("--strategy async --guard 1 --guard-steps 200", None),
     "local": ("--strategy local --local-after 300 --sync-every 4", 0.02),
     "diloco": ("--strategy diloco --local-after 300 --sync-every 10", 0.02),
     "local-after-half": ("--strategy local --local-after 200 --sync-every 4", None),

@@ -264,7 +264,7 @@ def test_a_save_holds_what_was_there_when_it_began(tmp_path: Path) -> None:
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )
-@pytest.mark.parametrize("place", ["stored.stream", "checkpoint._sync_to_disk", "manifest.sha256"])
+@pytest.mark.parametrize("place", ["stored.stream", "checkpoint.saving.sync_to_disk", "manifest.sha256"])
 def test_a_full_disk_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, place: str
 ) -> None:

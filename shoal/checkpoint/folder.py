@@ -1,0 +1,116 @@
+"""A run's folder: which checkpoints are in place, which are on their way there, and to which it points."""
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from shoal import manifest
+from shoal.errors import UserError
+
+PARTS = ".parts"
+
+
+def find(asked: str, folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint to resume from: the newest valid one of `folder` ("latest"), or what a path names.
+
+    None if "latest" was asked and there is no checkpoint at all. Raises UserError if none is valid.
+    """
+    flag = f"--resume-from-checkpoint {asked}"
+    _finish_moves(folder if asked == "latest" else Path(asked))
+    if asked != "latest":
+        return named(Path(asked), flag, say)
+    return newest(candidates(folder), flag, say) if candidates(folder) else None
+
+
+def named(folder: Path, asked: str, say: Callable[[str], None], *, best: bool = False) -> Path:
+    """The checkpoint that a folder is, or of a run's folder the newest valid one, or the best.
+
+    Raises UserError, as an answer to `asked`, if there is none or it is not valid.
+    """
+    if not folder.is_dir():
+        raise UserError(asked, "there is no such folder", "give a checkpoint folder, or a run's")
+    if not best and not (folder / manifest.NAME).exists():
+        return newest(candidates(folder), asked, say)
+    name = pointed(folder / "best") if best else "."
+    if name is None:
+        raise UserError(
+            asked, "no checkpoint was the best one", "train with --eval-steps, or take the newest"
+        )
+    if problem := manifest.verify(folder / name):
+        raise UserError(asked, problem, "use another checkpoint")
+    return folder / name
+
+
+def newest(choices: Sequence[Path], asked: str, say: Callable[[str], None]) -> Path:
+    """The first valid one; those before it are told of. Raises UserError if none is."""
+    for path in choices:
+        problem = manifest.verify(path)
+        if problem is None:
+            return path
+        say(f"{path} cannot be used: {problem}; trying the one before it")
+    raise UserError(asked, "no valid checkpoint was found", "name another folder")
+
+
+def candidates(folder: Path) -> list[Path]:
+    """All checkpoints in place below a run folder, newest first."""
+    steps = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(steps, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def hidden(path: Path, suffix: str) -> Path:
+    """A name beside a checkpoint that none has."""
+    return path.with_name(f".{path.name}.{suffix}")
+
+
+def parts_of(path: Path, best: bool) -> Path:
+    """Where ranks hand over their parts: of each save its own, since a step may be saved again as the best."""
+    return path.with_name(f".{path.name}{'.best' if best else ''}{PARTS}")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what saves, killed or done, have left beside the checkpoints; but no part of the next one."""
+    for path in folder.glob(".checkpoint-*"):
+        if not path.name.endswith(PARTS):
+            shutil.rmtree(path)
+
+
+def forget_parts(folder: Path) -> None:
+    """Remove the parts that ranks of an earlier attempt handed over. Call it before any rank of this one saves."""
+    for path in folder.glob(f".checkpoint-*{PARTS}"):
+        shutil.rmtree(path)
+
+
+def _finish_moves(folder: Path) -> None:
+    """Move into place what was whole when a kill came just before the move."""
+    for aside in folder.glob(".checkpoint-*.tmp"):
+        place = folder / aside.name.removeprefix(".").removesuffix(".tmp")
+        if not place.exists() and manifest.verify(aside) is None:
+            aside.rename(place)
+
+
+def point(pointer: Path, name: str) -> None:
+    """Have `latest` or `best` name a checkpoint, whole or not at all."""
+    aside = pointer.with_name(f".{pointer.name}.tmp")
+    aside.write_text(name + "\n")
+    sync_to_disk(aside)
+    aside.replace(pointer)
+
+
+def pointed(pointer: Path) -> str | None:
+    """The checkpoint that it names."""
+    return pointer.read_text().strip() if pointer.exists() else None
+
+
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

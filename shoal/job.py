@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from shoal import checkpoint
+from shoal.assemble import assemble
 from shoal.config import Resolved, dump_yaml
 from shoal.errors import UserError
 from shoal.loop import train
@@ -19,7 +20,7 @@ from shoal.mesh import Mesh
 from shoal.models.quantize import quantize, weight_bytes
 from shoal.observe.console import GIB, Screen, duration, shown_number
 from shoal.observe.observer import peak_rss_gib
-from shoal.run import Memory, Run, assemble
+from shoal.run import Memory, Run
 
 MIB = 2**20
 LEFT_BEHIND = ("summary.json", "metrics.jsonl", "latest", "best")

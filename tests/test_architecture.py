@@ -20,7 +20,7 @@ ORDER = """
     precision scaler placement mesh collectives island cost summation buckets layouts codecs eight_bit optim offload
     rounding
     replica shares sync
-    checkpoint evaluate observe run observe.observer loop job
+    checkpoint evaluate observe run resume assemble observe.observer loop job
     engines session api
     trained export serve probe doctor cli __main__
 """.split()  # noqa: SIM905

@@ -11,12 +11,13 @@ import torch
 from laws.rows import RowsTask
 from laws.strategies import STRATEGIES
 
+from shoal.assemble import assemble
 from shoal.config import load_config
 from shoal.errors import Preempted
 from shoal.loop import train
 from shoal.mesh import Mesh
 from shoal.observe.console import Screen
-from shoal.run import Run, assemble
+from shoal.run import Run
 from shoal.tasks import TASKS
 
 Arrays = dict[str, np.ndarray]

@@ -10,6 +10,8 @@ from transformers.pytorch_utils import Conv1D
 from shoal.errors import UserError
 from shoal.layouts.tokens import Columns, Enter, Gather, Leave, Line, Scatter, Share, Sum, Tokens
 
+ENCODED = "encoder_hidden_states"  # what the models of Hugging Face call it
+
 
 def cut_tokens_within(layers: list[nn.Module], line: Line) -> None:
     """Have each rank with a part of the tokens from the first of the layers to the last."""
@@ -26,6 +28,21 @@ def cut_tokens_within(layers: list[nn.Module], line: Line) -> None:
 
     layers[0].register_forward_pre_hook(enter, with_kwargs=True)
     layers[-1].register_forward_hook(leave)
+
+
+def share_encoded(module: nn.Module, line: Line) -> None:
+    """Have the layers within a module each attend, with the heads that are here, to what an encoder has found.
+
+    The gradient is summed over the layers first, and then once over the ranks.
+    """
+
+    def share(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if kwargs.get(ENCODED) is None:
+            return None
+        (shared,) = Share.apply(line, kwargs[ENCODED])
+        return args, {**kwargs, ENCODED: shared}
+
+    module.register_forward_pre_hook(share, with_kwargs=True)
 
 
 def gather_for(module: nn.Module, line: Line) -> None:
@@ -84,6 +101,20 @@ class Dropout:
             raise UserError(f"--tp {self.line.size}", found, "set its dropout to 0")
         drawn = F.dropout(part.new_ones(tokens.rows, tokens.length, part.shape[-1]), p)
         return part * tokens.own(drawn)
+
+
+class DropoutBetween:
+    """The same between the linear layers of a pair: of all tokens, over a part of the width."""
+
+    def __init__(self, module: nn.Dropout, line: Line) -> None:
+        self.module, self.line = module, line
+
+    def __call__(self, part: Tensor) -> Tensor:
+        line, p = self.line, self.module.p
+        if not (self.module.training and p):
+            return part
+        drawn = F.dropout(part.new_ones(*part.shape[:-1], line.size * part.shape[-1]), p)
+        return part * drawn.chunk(line.size, -1)[line.index]
 
 
 class Common:

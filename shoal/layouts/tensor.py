@@ -9,12 +9,16 @@ never whole. Parameters are plain tensors, so that ZeRO cuts them further as it 
 
 With t ranks, per micro-batch of N tokens with H numbers each, a rank sends
 
-- for a layer of two pairs  8 (t - 1) / t N H, forward and backward, in the dtype of the matrix products
-- before and after the layers  6 (t - 1) / t N H: a sum of the embeddings, a gather each way, a sum for the head
+- for each pair  4 (t - 1) / t N H, forward and backward, in the dtype of the matrix products
+- before and after the layers  6 (t - 1) / t N H: a sum of the embeddings, a gather each way, a sum for the head, or
+  after an encoder for the attentions to it: so much for each of the two stacks of layers
 - for the loss  3 (t - 1) N numbers, and for norms and biases within the layers 2 (t - 1) / t of their gradients
 
 and holds of linear layers, embedding and head, their gradients and moments 1 / t. What is not cut every rank has,
 but the first alone trains it: the others follow, by one broadcast a step. Copies never part, whatever strategy runs.
+
+What an encoder has found leaves its layers whole. An attention to it gathers the decoder's tokens alone, and takes
+keys and values of all of the encoder's, for the heads that are here.
 """
 
 import inspect
@@ -33,11 +37,21 @@ from transformers.pytorch_utils import Conv1D
 from shoal.collectives import Wire
 from shoal.errors import UserError
 from shoal.layouts.base import Placed
-from shoal.layouts.modules import Common, Dropout, Embedding, Head, SummedUp, cut_tokens_within, gather_for
+from shoal.layouts.modules import (
+    Common,
+    Dropout,
+    DropoutBetween,
+    Embedding,
+    Head,
+    SummedUp,
+    cut_tokens_within,
+    gather_for,
+    share_encoded,
+)
 from shoal.layouts.tokens import Line, Tokens
 from shoal.mesh import Axis, Mesh
 from shoal.models import attention, plans
-from shoal.models.blocks import blocks
+from shoal.models.blocks import blocks, stacks
 from shoal.models.heads import has_plain_head
 from shoal.piece import Block, Piece, empty
 from shoal.precision import Policy
@@ -59,9 +73,11 @@ class TensorParallel(Placed):
         self._common = {piece.name for piece in inner.pieces if piece.source not in cuts}
         pieces = [_part(piece, cuts.get(piece.source), axis) for piece in inner.pieces]
         new = {old.source: piece.source for old, piece in zip(inner.pieces, pieces, strict=True)}
-        cut_tokens_within(layers, self.line)
-        for layer in layers:
-            _share(layer, cuts, self.line)
+        parents = _parents(model)
+        for stack in stacks(model):
+            cut_tokens_within(list(stack), self.line)
+            share_encoded(parents[stack], self.line)
+        _share(model, layers, cuts, self.line)
         for module in model.modules():
             for name, p in module._parameters.items():
                 module._parameters[name] = new.get(p) if p is not None else None
@@ -120,7 +136,7 @@ class TensorParallel(Placed):
         return super().waited() + self.line.seconds
 
     def cost(self, turns: int, shape: tuple[int, int]) -> float:
-        """As the head of this file has it."""
+        """As the head of this file has it. Encoder and decoder are taken to read as many tokens, those of `shape`."""
         told = sum(_local(p).nbytes for p in self._common_here())
         here = [any(True for _ in layer.parameters()) for layer in blocks(self.model)]
         sent = turns * self._sizes.sent(Tokens(self.line, *shape), here)
@@ -146,8 +162,9 @@ def _cuts(model: Any, styles: Styles) -> dict[Tensor, _Cut]:
     for module, style in styles.items():
         out = plans.out_dim(module)
         cuts[plans.weight_of(module)] = _Cut(out if style.side == "out" else 1 - out, style.parts)
-        if style.side == "out" and isinstance(module.bias, Tensor):
-            cuts[module.bias] = _Cut(0, style.parts)
+        bias = getattr(module, "bias", None)
+        if style.side == "out" and isinstance(bias, Tensor):
+            cuts[bias] = _Cut(0, style.parts)
     return cuts
 
 
@@ -181,13 +198,16 @@ def _local(p: Tensor) -> Tensor:
     return p.to_local().detach() if isinstance(p, DTensor) else p.detach()
 
 
-def _share(layer: nn.Module, cuts: dict[Tensor, _Cut], line: Line) -> None:
-    common = [name for name, p in layer.named_parameters() if p.requires_grad and p not in cuts]
-    if common:
-        Common(layer, common, line)
-    dropouts: list[Any] = [module for module in layer.modules() if isinstance(module, nn.Dropout)]
-    for dropout in dropouts:
-        dropout.forward = Dropout(dropout, line)
+def _share(model: Any, layers: list[nn.Module], cuts: dict[Tensor, _Cut], line: Line) -> None:
+    """Have what layers hold whole, and their dropout, be as of one process."""
+    between = plans.BETWEEN.get(model.config.model_type, ())
+    for layer in layers:
+        common = [name for name, p in layer.named_parameters() if p.requires_grad and p not in cuts]
+        if common:
+            Common(layer, common, line)
+        dropouts: dict[str, Any] = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Dropout)}
+        for name, dropout in dropouts.items():
+            dropout.forward = (DropoutBetween if name.endswith(between) else Dropout)(dropout, line)
 
 
 def _compute_in_part(model: Any, styles: Styles, line: Line) -> None:
@@ -207,18 +227,25 @@ def _compute_in_part(model: Any, styles: Styles, line: Line) -> None:
 
 def _pairs(model: nn.Module, styles: Styles) -> dict[nn.Module, nn.Module]:
     """The modules that hold linear layers cut by their outputs, each with one of these."""
-    names = {module: name for name, module in model.named_modules()}
+    parents = _parents(model)
     return {
-        model.get_submodule(names[module].rpartition(".")[0]): module
+        parents[module]: module
         for module, style in styles.items()
-        if style.side == "out"
+        if style.side == "out" and not isinstance(module, nn.Embedding)
     }
+
+
+def _parents(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    return {child: parent for parent in model.modules() for child in parent.children()}
 
 
 def _cut_vocabulary(model: Any, rows: int, axis: Axis, line: Line) -> None:
     first, _ = _span(rows, axis)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    embedding.forward = Embedding(embedding, line, first)
+    weight, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    embeddings: list[Any] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    for embedding in embeddings:
+        if embedding.weight is weight:  # encoder and decoder have one each
+            embedding.forward = Embedding(embedding, line, first)
     head.forward = Head(head, line, first, rows)
 
 
@@ -227,6 +254,7 @@ class _Sizes:
     """Of a model: what a rank's bytes depend on."""
 
     ranks: int
+    ends: tuple[int, ...]  # the numbers of the layers where hidden states enter and leave: of each stack two
     width: int  # of hidden states
     between: tuple[int, ...]  # numbers of a token that are gathered or scattered in each layer, one way
     common: tuple[int, ...]  # numbers of each layer that are trained and not cut
@@ -251,6 +279,7 @@ class _Sizes:
         embedding = model.get_input_embeddings().weight
         return cls(
             ranks,
+            ends=tuple(layers.index(stack[end]) for stack in stacks(model) for end in (0, -1)),
             width=embedding.shape[1],
             between=tuple(sum(between.get(module, 0) for module in layer.modules()) for layer in layers),
             common=tuple(
@@ -271,7 +300,9 @@ class _Sizes:
             2 * shares * between * self.narrow + self._summed(common)
             for between, common in itertools.compress(zip(self.between, self.common, strict=True), here)
         )
-        ends = here[0] + here[-1]  # the first with the embedding before it, the last with the head behind it
+        ends = sum(
+            here[end] for end in self.ends
+        )  # with the embedding before, or the head or a decoder behind
         sent += ends * (shares * self.width * self.wide + self._summed(count * self.width))
         rows = -(-self.vocabulary // self.ranks)
         loss = others * count * (rows * self.narrow if self.logits else 3 * self.wide)

@@ -36,12 +36,14 @@ def attention_forward(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    position_bias: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Heads' outputs [B, T, heads, D] of query [B, heads, T, D], key and value [B, key heads, T, D].
 
-    `attention_mask` [B, 1, T, T] is true where a query may look, None is causal. Of a part of the heads the dropout
-    is that of all heads together, and its kernel therefore ours.
+    `attention_mask` [B, 1, T, T] is true where a query may look, None is causal; `position_bias` [1, heads, T, T] is
+    added to the scores. Of a part of the heads the dropout is that of all heads together, and its kernel therefore
+    ours; there keys and values may be of another length.
     """
     kind = query.device.type
     compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
@@ -52,17 +54,23 @@ def attention_forward(
     draws = dropout > 0 and part != (0, 1)
     if not draws and not (kind == "cpu" and compute == torch.bfloat16 and short and (masked or causal)):
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            position_bias=position_bias,
+            **options,
         )
     if attention_mask is None:
-        length = query.shape[2]
-        attention_mask = torch.ones(length, length, dtype=torch.bool, device=query.device)
+        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
         attention_mask = attention_mask.tril() if causal else attention_mask
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast(kind, enabled=False):
-        out = _by_products(
-            query.to(compute), key.to(compute), value.to(compute), attention_mask, dropout, scale, part
-        )
+        bias = _additive(attention_mask, position_bias, compute)
+        out = _by_products(query.to(compute), key.to(compute), value.to(compute), bias, dropout, scale, part)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -76,15 +84,22 @@ def _in_compute_dtype(module: nn.Module, inputs: Any, turned: tuple[Tensor, ...]
     return tuple(each.to(torch.get_autocast_dtype("cpu")) for each in turned) if narrow else turned
 
 
+def _additive(allowed: Tensor, position_bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores: the bias where a query may look, else the least number that there is."""
+    least = torch.finfo(dtype).min
+    if position_bias is None:
+        return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, least)
+    return position_bias.to(dtype).masked_fill(~allowed, least)
+
+
 def _by_products(
-    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, dropout: float, scale: float, part: tuple[int, int]
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float, scale: float, part: tuple[int, int]
 ) -> Tensor:
     batch, heads, length, _ = q.shape
     shared = heads // k.shape[1]
     if shared > 1:
         k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
-    blocked = torch.zeros_like(allowed, dtype=q.dtype).masked_fill_(~allowed, torch.finfo(q.dtype).min)
-    bias = blocked.expand(batch, heads, length, length).flatten(0, 1)
+    bias = bias.expand(batch, heads, length, k.shape[2]).flatten(0, 1)
     # The mask is what the product is added to: one pass over the scores less, forward and backward.
     scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale)
     seen = _dropped(scores.softmax(-1), heads, dropout, part)

@@ -56,7 +56,7 @@ def has_plain_head(model: "PreTrainedModel") -> bool:
     Families that scale or cap their logits (Gemma 2, Cohere, Granite, ...) are found by trying, not by name.
     """
     layer = model.get_output_embeddings()
-    if not isinstance(layer, nn.Linear):
+    if not isinstance(layer, nn.Linear) or model.base_model is model:  # it has no body that could run alone
         return False
     was_training = model.training
     model.eval()

@@ -1,7 +1,8 @@
-"""Which linear layers of a model are cut by their outputs, and which by their inputs, to be computed by several.
+"""Which layers of a model are cut by their outputs, and which by their inputs, to be computed by several.
 
 The outputs of one (queries, keys and values; the wide side of an MLP) are the inputs of another, and between the two
-nothing is exchanged. Most Hugging Face models say it of themselves; the table has others.
+nothing is exchanged. Most Hugging Face models say it of themselves; the table has others. An embedding that gives a
+number for each head (a position bias) is a layer that is cut by its outputs.
 """
 
 import re
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Style:
-    """By which side a linear layer is cut; `parts` as large as each other lie end to end there, each cut alike."""
+    """By which side a layer is cut; `parts` as large as each other lie end to end there, each cut alike."""
 
     side: Literal["out", "in"]
     parts: int = 1
@@ -40,9 +41,27 @@ PLANS: dict[str, dict[str, Style]] = {
         "h.*.mlp.c_fc": COLWISE,
         "h.*.mlp.c_proj": ROWWISE,
     },
+    "t5": {
+        f"{stack}.block.*.layer.*.{name}": style
+        for stack in ("encoder", "decoder")
+        for name, style in {
+            **{
+                f"{attention}.{name}": style
+                for attention in ("SelfAttention", "EncDecAttention")
+                for name, style in {"q": COLWISE, "k": COLWISE, "v": COLWISE, "o": ROWWISE}.items()
+            },
+            "SelfAttention.relative_attention_bias": COLWISE,
+            "DenseReluDense.wi": COLWISE,
+            "DenseReluDense.wi_0": COLWISE,
+            "DenseReluDense.wi_1": COLWISE,
+            "DenseReluDense.wo": ROWWISE,
+        }.items()
+    },
 }
 # What modules remember of the width that they are cut in, and would cut the outputs by.
-WIDTHS: dict[str, tuple[str, ...]] = {"gpt2": ("split_size",)}
+WIDTHS: dict[str, tuple[str, ...]] = {"gpt2": ("split_size",), "t5": ("n_heads", "inner_dim")}
+# The ends of the names of dropouts between the layers of a pair, which see a part of the width.
+BETWEEN: dict[str, tuple[str, ...]] = {"t5": ("DenseReluDense.dropout",)}
 # The words of Hugging Face; None: nothing of it is cut.
 STYLES: dict[str, Style | None] = {
     "colwise": COLWISE,
@@ -56,7 +75,7 @@ class Unknown(Exception):
 
 
 def plan(model: nn.Module, layers: list[nn.Module]) -> dict[nn.Module, Style]:
-    """The style of every linear layer within the `layers` of a model. Raises Unknown, which names one without."""
+    """The style of all that is cut within the `layers` of a model. Raises Unknown, which names one without."""
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     named = _named(model, kind)
     within = {id(module) for layer in layers for module in layer.modules()}
@@ -79,18 +98,18 @@ def plan(model: nn.Module, layers: list[nn.Module]) -> dict[nn.Module, Style]:
 
 
 def out_dim(module: nn.Module) -> int:
-    """The dim of a linear layer's weight that is its outputs."""
-    return 1 if isinstance(module, Conv1D) else 0
+    """The dim of a layer's weight that is its outputs."""
+    return 1 if isinstance(module, Conv1D | nn.Embedding) else 0
 
 
 def sizes(module: nn.Module) -> tuple[int, int]:
-    """How many inputs and outputs a linear layer has."""
+    """How many inputs and outputs a layer has."""
     weight, out = weight_of(module), out_dim(module)
     return weight.shape[1 - out], weight.shape[out]
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The weight of a linear layer."""
+    """The weight of a layer."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight

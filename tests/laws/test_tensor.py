@@ -32,6 +32,7 @@ CASES = {
     "bert": ("tp2", "tp2-zero3"),
     "qwen3": ("tp2",),
     "gpt_neox": ("tp4",),
+    "t5": ("tp2", "tp2-zero3"),
 }
 
 
@@ -55,7 +56,15 @@ def test_a_team_follows_one_process(pool: Pool, kind: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("kind", "layout"),
-    [("llama", "tp2"), ("llama", "tp2-zero3"), ("gpt2", "tp4"), ("gpt2", "tp2-zero1"), ("bert", "tp2")],
+    [
+        ("llama", "tp2"),
+        ("llama", "tp2-zero3"),
+        ("gpt2", "tp4"),
+        ("gpt2", "tp2-zero1"),
+        ("bert", "tp2"),
+        ("t5", "tp2"),
+        ("t5", "tp2-zero3"),
+    ],
 )
 def test_predicted_bytes_are_sent(pool: Pool, kind: str, layout: str) -> None:
     """Law 9, within an island."""

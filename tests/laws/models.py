@@ -78,9 +78,9 @@ class ModelTask(RowsTask):
 
     def loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         if self.kind == "t5":  # the decoder reads what the encoder has read
-            logits = model(input_ids=inputs["tokens"], decoder_input_ids=inputs["tokens"]).logits.flatten(
-                0, 1
-            )
-            return F.cross_entropy(logits, inputs["labels"].flatten(), ignore_index=IGNORED, reduction="sum")
+            tokens, labels = inputs["tokens"], inputs["labels"].flatten()
+            read = {"input_ids": inputs.get("encoded", tokens), "decoder_input_ids": tokens}
+            logits = model(**read, use_cache=False).logits.flatten(0, 1)
+            return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
         packed = packed_inputs(inputs["tokens"], (inputs["tokens"] == 0).cumsum(1))
         return summed_cross_entropy(model, packed, inputs["labels"], chunked=self.kind != "bert")

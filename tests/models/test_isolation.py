@@ -1,11 +1,18 @@
 """Packed documents do not see each other, in every family; the halves of a model make the whole."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from shoal.errors import UserError
 from shoal.models import attention, isolation, lstm
@@ -71,19 +78,35 @@ def test_attention_by_products_is_attention(family: str) -> None:
     model = model_of(family)
     ids = torch.arange(2 * 24).view(2, 24) * 7 % WORDS
     for documents in (torch.tensor([[0] * 9 + [1] * 15, [2] * 24]), torch.zeros(2, 24, dtype=torch.long)):
-        found = {}
-        for name, bf16 in itertools.product(("sdpa", attention.NAME), (True, False)):
-            model.set_attn_implementation(name)
-            model.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                summed_cross_entropy(model, packed_inputs(ids, documents), ids).backward()
-            found[name, bf16] = torch.cat(
-                [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-            )
-        exact = found["sdpa", False]
-        torch.testing.assert_close(found[attention.NAME, False], exact)
-        rounding = (found["sdpa", True] - exact).norm()
-        assert 0 < (found[attention.NAME, True] - exact).norm() < 2 * rounding
+        check_kernel(model, lambda each=documents: summed_cross_entropy(model, packed_inputs(ids, each), ids))
+
+
+def test_attention_by_products_adds_a_position_bias() -> None:
+    """And its gradient is that of torch's kernel, with a mask and without; keys of an encoder are fewer."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=WORDS, **sizes))
+    attention.use_fastest(model)
+    ids = torch.arange(2 * 24).view(2, 24) * 7 % WORDS
+    for mask in (torch.arange(20) < torch.tensor([[12], [20]]), None):
+        check_kernel(
+            model, lambda each=mask: model(input_ids=ids[:, :20], attention_mask=each, labels=ids).loss
+        )
+
+
+def check_kernel(model: PreTrainedModel, loss: Callable[[], torch.Tensor]) -> None:
+    """The gradients of a loss are those of torch's kernel, in bf16 within twice its rounding."""
+    found = {}
+    for name, bf16 in itertools.product(("sdpa", attention.NAME), (True, False)):
+        model.set_attn_implementation(name)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss().backward()
+        found[name, bf16] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    exact = found["sdpa", False]
+    torch.testing.assert_close(found[attention.NAME, False], exact)
+    rounding = (found["sdpa", True] - exact).norm()
+    assert 0 < (found[attention.NAME, True] - exact).norm() < 2 * rounding
 
 
 @pytest.mark.parametrize("family", FAMILIES)

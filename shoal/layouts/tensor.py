@@ -300,9 +300,7 @@ class _Sizes:
             2 * shares * between * self.narrow + self._summed(common)
             for between, common in itertools.compress(zip(self.between, self.common, strict=True), here)
         )
-        ends = sum(
-            here[end] for end in self.ends
-        )  # with the embedding before, or the head or a decoder behind
+        ends = sum(here[end] for end in self.ends)  # an embedding stands before, head or decoder behind
         sent += ends * (shares * self.width * self.wide + self._summed(count * self.width))
         rows = -(-self.vocabulary // self.ranks)
         loss = others * count * (rows * self.narrow if self.logits else 3 * self.wide)

@@ -85,13 +85,12 @@ def test_attention_by_products_adds_a_position_bias() -> None:
     """And its gradient is that of torch's kernel, with a mask and without; keys of an encoder are fewer."""
     torch.manual_seed(0)
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
-    model = T5ForConditionalGeneration(T5Config(vocab_size=WORDS, **sizes))
+    model = T5ForConditionalGeneration(T5Config(vocab_size=WORDS, decoder_start_token_id=0, **sizes))
     attention.use_fastest(model)
     ids = torch.arange(2 * 24).view(2, 24) * 7 % WORDS
+    read = {"input_ids": ids[:, :20], "labels": ids}
     for mask in (torch.arange(20) < torch.tensor([[12], [20]]), None):
-        check_kernel(
-            model, lambda each=mask: model(input_ids=ids[:, :20], attention_mask=each, labels=ids).loss
-        )
+        check_kernel(model, lambda each=mask: model(**read, attention_mask=each).loss)
 
 
 def check_kernel(model: PreTrainedModel, loss: Callable[[], torch.Tensor]) -> None:

@@ -1,8 +1,8 @@
-"""Which layers of a model are cut by their outputs, and which by their inputs, to be computed by several.
+"""Which linear layers of a model are cut by their outputs, and which by their inputs, to be computed by several.
 
 The outputs of one (queries, keys and values; the wide side of an MLP) are the inputs of another, and between the two
-nothing is exchanged. Most Hugging Face models say it of themselves; the table has others. An embedding that gives a
-number for each head (a position bias) is a layer that is cut by its outputs.
+nothing is exchanged. Most Hugging Face models say it of themselves; the table has others. (An embedding within the
+layers, as T5's position bias with a number for each head, is a linear layer of one-hot inputs.)
 """
 
 import re
@@ -18,13 +18,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Style:
-    """By which side a layer is cut; `parts` as large as each other lie end to end there, each cut alike."""
+    """By which side a linear layer is cut; `parts` as large as each other lie end to end there, each cut alike."""
 
     side: Literal["out", "in"]
     parts: int = 1
 
 
 COLWISE, ROWWISE = Style("out"), Style("in")
+T5_LAYER = {
+    "SelfAttention.q": COLWISE,
+    "SelfAttention.k": COLWISE,
+    "SelfAttention.v": COLWISE,
+    "SelfAttention.o": ROWWISE,
+    "SelfAttention.relative_attention_bias": COLWISE,
+    "EncDecAttention.q": COLWISE,
+    "EncDecAttention.k": COLWISE,
+    "EncDecAttention.v": COLWISE,
+    "EncDecAttention.o": ROWWISE,
+    "DenseReluDense.wi": COLWISE,
+    "DenseReluDense.wi_0": COLWISE,
+    "DenseReluDense.wi_1": COLWISE,
+    "DenseReluDense.wo": ROWWISE,
+}
 # Names of modules below the base model, numbers as *.
 PLANS: dict[str, dict[str, Style]] = {
     "bert": {
@@ -44,23 +59,12 @@ PLANS: dict[str, dict[str, Style]] = {
     "t5": {
         f"{stack}.block.*.layer.*.{name}": style
         for stack in ("encoder", "decoder")
-        for name, style in {
-            **{
-                f"{attention}.{name}": style
-                for attention in ("SelfAttention", "EncDecAttention")
-                for name, style in {"q": COLWISE, "k": COLWISE, "v": COLWISE, "o": ROWWISE}.items()
-            },
-            "SelfAttention.relative_attention_bias": COLWISE,
-            "DenseReluDense.wi": COLWISE,
-            "DenseReluDense.wi_0": COLWISE,
-            "DenseReluDense.wi_1": COLWISE,
-            "DenseReluDense.wo": ROWWISE,
-        }.items()
+        for name, style in T5_LAYER.items()
     },
 }
 # What modules remember of the width that they are cut in, and would cut the outputs by.
 WIDTHS: dict[str, tuple[str, ...]] = {"gpt2": ("split_size",), "t5": ("n_heads", "inner_dim")}
-# The ends of the names of dropouts between the layers of a pair, which see a part of the width.
+# The ends of the names of dropouts between the linear layers of a pair, which see a part of the width.
 BETWEEN: dict[str, tuple[str, ...]] = {"t5": ("DenseReluDense.dropout",)}
 # The words of Hugging Face; None: nothing of it is cut.
 STYLES: dict[str, Style | None] = {
@@ -75,7 +79,7 @@ class Unknown(Exception):
 
 
 def plan(model: nn.Module, layers: list[nn.Module]) -> dict[nn.Module, Style]:
-    """The style of all that is cut within the `layers` of a model. Raises Unknown, which names one without."""
+    """The style of every linear layer within the `layers` of a model. Raises Unknown, which names one without."""
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     named = _named(model, kind)
     within = {id(module) for layer in layers for module in layer.modules()}
@@ -98,18 +102,18 @@ def plan(model: nn.Module, layers: list[nn.Module]) -> dict[nn.Module, Style]:
 
 
 def out_dim(module: nn.Module) -> int:
-    """The dim of a layer's weight that is its outputs."""
+    """The dim of a linear layer's weight that is its outputs."""
     return 1 if isinstance(module, Conv1D | nn.Embedding) else 0
 
 
 def sizes(module: nn.Module) -> tuple[int, int]:
-    """How many inputs and outputs a layer has."""
+    """How many inputs and outputs a linear layer has."""
     weight, out = weight_of(module), out_dim(module)
     return weight.shape[1 - out], weight.shape[out]
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The weight of a layer."""
+    """The weight of a linear layer."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight

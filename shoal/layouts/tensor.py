@@ -105,9 +105,11 @@ class TensorParallel(Placed):
     @contextmanager
     def _with_tokens(self, tokens: Tokens, below: AbstractContextManager[object]) -> Iterator[None]:
         now, self.line.tokens = self.line.tokens, tokens
-        with below:
-            yield
-        self.line.tokens = now
+        try:
+            with below:
+                yield
+        finally:
+            self.line.tokens = now
 
     def _common_here(self) -> list[nn.Parameter]:
         """What is not cut, of the layers that this rank has."""

@@ -253,13 +253,15 @@ class _DropoutOfPart(TorchFunctionMode):
 
 
 def _checked(model: nn.Module, ranks: int, nothing: dict[str, Tensor]) -> PreTrainedModel:
-    """The model. Raises UserError where its attention is not ours, or windows are too short."""
+    """The model. Raises UserError where its attention is not ours, or windows are no good."""
     asked, kind = f"--cp {ranks}", type(model).__name__
     if not isinstance(model, PreTrainedModel) or model.config._attn_implementation != attention.NAME:
         raise UserError(asked, f"{kind} has no attention that could be cut", FITS)
     if getattr(model.config, "sliding_window", None) is not None:
         found = f"{kind} has layers that look back {model.config.sliding_window} tokens only"
         raise UserError(asked, found, FITS)
+    if "documents" not in nothing:
+        raise UserError(asked, "this task does not say which document a token belongs to", "leave it out")
     length = nothing["documents"].shape[-1]
     if length < 2 * ranks:
         found = f"windows of {length} tokens are cut into {2 * ranks} chunks"

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from laws.models import ModelTask
 from laws.packed import PackedTask
 from laws.pool import Pool
 from laws.rows import RowsTask
@@ -150,6 +151,7 @@ REFUSED = {
     "attention of its own": (PackedTask("eager"), "LlamaForCausalLM has no attention that could be cut"),
     "sliding windows": (PackedTask("sliding"), "MistralForCausalLM has layers that look back 8 tokens only"),
     "tokens that mix": (PackedTask("mixing"), "makes other hidden states of a window that is cut"),
+    "rows without documents": (ModelTask("llama"), "does not say which document a token belongs to"),
     "another model": (RowsTask(), "Net has no attention that could be cut"),
     "short windows": (
         PackedTask(length=3),

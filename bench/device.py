@@ -75,7 +75,7 @@ ON_GPU = (
     Size("1B", 2048, 18, 16, 5632, window=2048, batch=8, accumulation=4),
 )
 OFFLOADED = "state on the host"
-WAYS = {"eager": [], "compiled": ["--compile"], OFFLOADED: ["--offload", "optimizer"]}
+WAYS = {"eager": [], "compiled": ["--compile"], OFFLOADED: ["--offload", "optimizer", "--threads", "8"]}
 ON_CPU = (Size("7M", 256, 6, 4, 688, window=256, batch=4, accumulation=2),)
 
 

@@ -250,7 +250,8 @@ def _of_trained(folder: Path, flags: list[str]) -> "Resolved":
         found_again = data == trained.data and trained.model.name in PRESETS
         data = data.model_copy(update={"tokenizer": "train" if found_again else model})
     fresh = asked.config.checkpoint.model_copy(update={"resume_from_checkpoint": ""})
-    sections = {"model": ModelConfig(name=model), "data": data, "checkpoint": fresh}
+    layout = asked.config.layout.model_copy(update={"offload": "none"})  # nothing is trained
+    sections = {"model": ModelConfig(name=model), "data": data, "checkpoint": fresh, "layout": layout}
     return Resolved(asked.config.model_copy(update=sections), asked.origins)
 
 

@@ -3,7 +3,7 @@
 - optimizer    their state (Ren et al. 2021, "ZeRO-Offload", without its delayed update), under any layout. In a step
   parameters and gradients go to the host and new parameters come back: 3 P bytes of P bytes of parameters, since a
   strategy may have changed these. Frees what the optimizer keeps, 2 P of AdamW; costs the host as much, and copies of
-  parameters and gradients, 2 P
+  parameters and gradients, 2 P, each tensor's rounded up to a power of two; and the time of an update by its cores
 - parameters   under stage 3 of ZeRO, by FSDP2: a rank's part of parameters, gradients and state is the host's, and a
   block's parameters are on the GPU while it computes. Per micro-batch 2 P / S go there, and P / S of gradients come
 """

@@ -206,8 +206,10 @@ class NamedState:
                     elif state:
                         if "exp_avg" + CODES in state:
                             state = _wide(state)
+                        # A fused kernel reads the count of steps where the parameter is.
+                        counts = p.device if group.get("fused") else torch.device("cpu")
                         optimizer.state[p] = {
-                            part: _like(p, tensor) if tensor.dim() else tensor.clone()
+                            part: _like(p, tensor) if tensor.dim() else tensor.to(counts, copy=True)
                             for part, tensor in state.items()
                         }
 

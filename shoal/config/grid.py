@@ -76,7 +76,8 @@ def _no_pipeline(layout: LayoutConfig, grid: dict[str, int]) -> Iterator[tuple[s
         yield f"--pp-schedule {schedule}", found, "take gpipe or 1f1b, or leave --dp-shard out"
     if layout.tp > 1 and schedule in SPLIT:
         found = "it splits backward passes, and those of a team exchange what is of both halves at once"
-        yield f"--pp-schedule {schedule}", found, "take gpipe, 1f1b or interleaved-1f1b, or leave --tp out"
+        change = "take gpipe, 1f1b, interleaved-1f1b or looped-bfs, or leave --tp out"
+        yield f"--pp-schedule {schedule}", found, change
 
 
 def _must_be_whole(config: RunConfig, island: int) -> Iterator[tuple[str, str, str]]:

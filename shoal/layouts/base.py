@@ -68,7 +68,7 @@ class Placed:
             self.inner.enter(rows, tokens)
 
     def again(self) -> AbstractContextManager[object]:
-        """Asked as a layer computes: what is to be around it when it computes the same again."""
+        """Asked as a layer computes: what is to be around it, once, when it computes the same again."""
         return nullcontext() if self.inner is None else self.inner.again()
 
     def learn(self, taken: Sequence[MicroBatch], scale: float, arithmetic: Arithmetic) -> list[float]:

@@ -11,7 +11,8 @@ number r and number 2 C - 1 - r: head and tail together see equally many keys on
 "Striped attention", balances by interleaving tokens instead).
 
 Per micro-batch of B windows of T tokens, with W elements in the keys and values of a token in a layer, a rank sends
-(C - 1) / C * 2 B T W elements a layer, half of them in the forward pass; it holds activations of T / C tokens, and of
+(C - 1) / C * 2 B T W elements a layer, half of them in the forward pass (and in one that is done again for the
+backward pass, which `cost` leaves out); it holds activations of T / C tokens, and of
 each layer's keys and values all T. Weights are whole on every rank: ZeRO (`sharded`) cuts them over the same ranks,
 and sums their gradients.
 """
@@ -105,8 +106,9 @@ class Context(Placed):
         kept = None
         if dropout:
             own = self._own(length).clamp(max=length - 1).to(query.device)
-            whole = query.new_empty(*query.shape[:2], length, length, dtype=compute)
-            kept = attention.kept(whole, dropout, getattr(module, attention.HEADS, (0, 1)))[:, :, own]
+            part = getattr(module, attention.HEADS, (0, 1))
+            shape = (*query.shape[:2], length, length)
+            kept = attention.kept(query.to(compute), shape, dropout, part)[:, :, own]
         with torch.autocast(kind, enabled=False):
             part = torch.cat([key, value], dim=-1).to(compute)
             keys, values = _Gathered.apply(part, self, length).split([key.shape[-1], value.shape[-1]], dim=-1)

@@ -11,11 +11,12 @@ from shoal.precision import Policy
 
 
 def place(model: nn.Module, loss: Loss, mesh: Mesh, policy: Policy) -> Placed:
-    """Move `model` to the rank's device in the policy's dtype.
+    """Move `model` to the rank's device in the policy's dtype; where ZeRO alone cuts it, FSDP does so layer by layer.
 
     Buffers stay in at least float32: angles of positions rounded to bf16 would be off by whole turns.
     """
-    model = model.to(mesh.device)
+    if mesh.size("zero") == 1 or mesh.size("team") > 1:
+        model = model.to(mesh.device)
     for p in model.parameters():
         cast(p, policy.parameters)
     for buffer in model.buffers():

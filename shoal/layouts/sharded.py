@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_common import _from_local_no_grad
 from torch.distributed.tensor import DTensor
 
 from shoal.collectives import Wire, Work
@@ -191,16 +192,14 @@ def _part_bytes(module: nn.Module, ranks: int, without: Container[int] = ()) -> 
 def _cut(piece: Piece, source: nn.Parameter, rank: int) -> Piece:
     """What this rank holds of a piece, all of whose rows are in the model, as `source`."""
     assert isinstance(source, DTensor)
-    mesh, placements = source.device_mesh, source.placements
-    rows = -(-source.shape[0] // mesh.size())
+    rows = -(-source.shape[0] // source.device_mesh.size())
     local, first = source.to_local().detach(), min(rank * rows, source.shape[0])
     held = len(local) if piece.local.numel() else 0  # another rank trains it, or this one its rows
     blocks = (block.rows(first, first + held) for block in piece.parts)
 
     def wrap(view: Tensor) -> Tensor:
-        return DTensor.from_local(
-            view, mesh, placements, run_check=False, shape=source.shape, stride=source.stride()
-        )
+        """The view where it lies: `DTensor.from_local` would copy one on the host to the mesh's device."""
+        return _from_local_no_grad(view, source._spec)
 
     return Piece(
         piece.name,

@@ -11,7 +11,7 @@ A worker may hold several stages. Embeddings that are tied to the head belong to
 is another worker's, that one has a copy, which follows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,6 +57,10 @@ class Stages(Placed):
         self._views = self._leave_out(seen)
         keeps_first, keeps_last = (stage in self.mine for stage in (0, self.last))
         _strip(model, seen, keeps_first, keeps_last)
+        self._before = _places(model, seen.before) if keeps_first else []
+        self._stubs = [
+            Zeros(seen.widths.get(module, 0), seen.entered[0].dtype) for *_, module in self._before
+        ]
         before, after = (
             {p for m in part for p in m.parameters(recurse=False)} for part in (seen.before, seen.after)
         )
@@ -78,12 +82,20 @@ class Stages(Placed):
         if stage < self.last:
             hooks.append(self._list[own.stop - 1].register_forward_hook(_leave))
         whole, self._list._modules = self._list._modules, {**self._views[stage]}
+        if stage:  # whoever has the first stage as well computes nothing of it
+            self._put(self._stubs)
         try:
             yield
         finally:
             self._list._modules = whole
+            self._put([module for *_, module in self._before])
             for hook in hooks:
                 hook.remove()
+
+    def _put(self, modules: Sequence[nn.Module]) -> None:
+        """In the place of what stands before the layers."""
+        for (parent, child, _), module in zip(self._before, modules, strict=True):
+            parent._modules[child] = module
 
     def _entry(self, entering: Callable[[], Tensor]) -> Callable[[nn.Module, Any], Any]:
         def enter(layer: nn.Module, args: Any) -> Any:
@@ -194,6 +206,16 @@ def _strip(model: nn.Module, seen: Watched, keeps_first: bool, keeps_last: bool)
         if module in stubs and module not in kept:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, stubs[module])
+
+
+def _places(model: nn.Module, modules: list[nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Where these stand: in which modules, by which name."""
+    return [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if child in modules
+    ]
 
 
 def _own(piece: Piece, held: set[nn.Parameter], *, follows: bool) -> Piece:

@@ -12,6 +12,7 @@ With t ranks, per micro-batch of N tokens with H numbers each, a rank sends
 - for each pair  4 (t - 1) / t N H, forward and backward, in the dtype of the matrix products
 - before and after the layers  6 (t - 1) / t N H: a sum of the embeddings, a gather each way, a sum for the head, or
   after an encoder for the attentions to it: so much for each of the two stacks of layers
+- in a layer that is computed again in the backward pass half as much once more, which `cost` leaves out
 - for the loss  3 (t - 1) N numbers, and for norms and biases within the layers 2 (t - 1) / t of their gradients
 
 and holds of linear layers, embedding and head, their gradients and moments 1 / t. What is not cut every rank has,

@@ -16,15 +16,15 @@ from torch.utils._pytree import tree_leaves
 from shoal.replica import Replica
 
 ACTIVATIONS = "activations, in passing"
+COPIES = "copies on the host"  # of parameters and gradients, where the optimizer steps
 MOVED = ("shoal.sync", "shoal.codecs")  # the packages whose objects hold what replicas agree by
 
 
 class Watch(TorchDispatchMode):
-    """Within it `peak` holds the memory of a device at the moment that held the most: {storage: bytes}."""
+    """Within it `peak` holds the memory of the moment that held the most, a host's too: {storage: bytes}."""
 
-    def __init__(self, held: Iterable[Tensor], device: torch.device) -> None:
+    def __init__(self, held: Iterable[Tensor]) -> None:
         super().__init__()
-        self.device = device.type
         self.peak: dict[StorageWeakRef, int] = {}
         self._live: dict[StorageWeakRef, int] = {}
         self._total = self._highest = 0
@@ -42,7 +42,7 @@ class Watch(TorchDispatchMode):
 
     def _see(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
-            if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == self.device:
+            if type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta:
                 storage = tensor.untyped_storage()
                 key, nbytes = StorageWeakRef(storage), storage.nbytes()
                 self._total += nbytes - self._live.get(key, 0)
@@ -62,14 +62,14 @@ def parts_of(replica: Replica, sync: Any) -> dict[str, list[Tensor]]:
     placed, buckets = replica.placed, list(replica.buckets)
     trained = {piece.local for piece in placed.trained}
     copies = [piece.local for piece in replica.updated if piece.local not in trained]
+    host = {COPIES: [each for p in copies for each in (p, p.grad) if each is not None]} if copies else {}
     return {
         "parameters": [*(piece.local for piece in placed.pieces), *placed.model.buffers()],
         "gradients": [*(bucket.flat for bucket in buckets), *_reachable(bucket.tree for bucket in buckets)],
         "optimizer state": [tensor for _, tensor in replica.optimizer_state.tensors()],
-        "copies for the host": [each for p in copies for each in (p, p.grad) if each is not None],
         "gathered for the island": list(placed.gathered()),
         "sync and codec": list(_reachable([sync])),
-    }
+    } | host
 
 
 def report(peak: dict[StorageWeakRef, int], parts: dict[str, list[Tensor]]) -> dict[str, int]:

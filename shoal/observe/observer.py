@@ -14,7 +14,7 @@ from shoal import optim
 from shoal.data.batches import Batch
 from shoal.observe.console import GIB, shown_number, step_line
 from shoal.observe.ledger import Ledger
-from shoal.observe.memory import Watch, parts_of, report
+from shoal.observe.memory import COPIES, Watch, parts_of, report
 from shoal.observe.metrics import MetricsFile, TensorBoard
 from shoal.replica import Seconds
 from shoal.run import Memory, Run
@@ -55,7 +55,7 @@ class Observer:
             return
         replica, sync = self.run.replica, self.run.sync
         held = [tensor for part in parts_of(replica, sync).values() for tensor in part]
-        with Watch(held, replica.device) as watch:
+        with Watch(held) as watch:
             yield
         self.run.memory = _memory(self.run, report(watch.peak, parts_of(replica, sync)))
 
@@ -146,13 +146,8 @@ def _memory(run: Run, measured: dict[str, int]) -> Memory:
         "gradients": sum(bucket.flat.nbytes for bucket in replica.buckets),
         "optimizer state": optim.state_bytes(replica.optimizers),
         "sync and codec": run.sync_cost.held,
+        COPIES: 2 * sum(p.nbytes for _, p in replica.params),
     }
-    moved = run.config.layout.offload
-    if moved == "optimizer":
-        predicted["copies for the host"] = 2 * sum(p.nbytes for _, p in replica.params)
-    if moved != "none" and run.mesh.device.type == "cuda":  # of which alone the report is
-        host = {"optimizer": ["copies for the host"], "parameters": ["parameters", "gradients"]}[moved]
-        predicted |= dict.fromkeys(["optimizer state", *host], 0)
     return {part: {"bytes": found, "formula": predicted.get(part)} for part, found in measured.items()}
 
 

@@ -136,7 +136,8 @@ def _work(env: dict[str, str], pass_fds: tuple[int, ...], fault: Fault | None) -
 
 def insert(fault: Fault) -> None:
     """Have this process meet `fault`."""
-    from shoal import checkpoint, mesh
+    from shoal import mesh
+    from shoal.checkpoint import saving
     from shoal.observe.observer import Observer
     from shoal.replica import Replica
     from shoal.run import Run
@@ -191,7 +192,7 @@ def insert(fault: Fault) -> None:
     before(Run, "evaluate", lambda *args: meet("evaluate"))
     before(CausalLM, "export", lambda *args: meet("export"))
     before(
-        checkpoint, "write",  # in a thread, while the loop is at a later step
+        saving, "write",  # in a thread, while the loop is at a later step
         lambda folder, *args, **kwargs: meet("save", int(folder.name.removeprefix("checkpoint-")) - 1),
     )  # fmt: skip
 

@@ -26,7 +26,7 @@ from shoal.models.loss import summed_cross_entropy
 
 TOKENS = 37  # no number of ranks divides it
 SHAPE = {
-    "vocab_size": TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": TOKENS, "hidden_size": 32, "num_attention_heads": 4,
     "intermediate_size": 48, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 0,
     "pad_token_id": None,
 }  # fmt: skip
@@ -38,19 +38,20 @@ DROPOUT: dict[str, tuple[str, ...]] = {
 }
 
 
-def build(kind: str, dropout: float) -> nn.Module:
+def build(kind: str, dropout: float, layers: int) -> nn.Module:
     """A model of a Hugging Face type; llama and qwen3 have fewer key and value heads, bert and t5 read ahead."""
     rates = dict.fromkeys(DROPOUT.get(kind, ("attention_dropout",)), dropout)
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}
+    shape = SHAPE | {"num_hidden_layers": layers}
     configs: dict[str, Any] = {
-        "llama": lambda: LlamaConfig(**SHAPE | heads | rates),
-        "qwen3": lambda: Qwen3Config(**SHAPE | heads | rates, tie_word_embeddings=True),
-        "gpt_neox": lambda: GPTNeoXConfig(**SHAPE, **rates),
-        "bert": lambda: BertConfig(**SHAPE, **rates),
+        "llama": lambda: LlamaConfig(**shape | heads | rates),
+        "qwen3": lambda: Qwen3Config(**shape | heads | rates, tie_word_embeddings=True),
+        "gpt_neox": lambda: GPTNeoXConfig(**shape, **rates),
+        "bert": lambda: BertConfig(**shape, **rates),
         "t5": lambda: T5Config(
-            vocab_size=TOKENS, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, **rates
+            vocab_size=TOKENS, d_model=32, d_kv=8, d_ff=48, num_layers=layers, num_heads=4, **rates
         ),
-        "gpt2": lambda: GPT2Config(**SHAPE, **rates),
+        "gpt2": lambda: GPT2Config(**shape, **rates),
     }
     config = configs[kind]()
     types: dict[str, Any] = {"bert": BertForMaskedLM, "t5": T5ForConditionalGeneration}
@@ -67,9 +68,11 @@ def build(kind: str, dropout: float) -> nn.Module:
 class ModelTask(RowsTask):
     """`RowsTask` with such a model; a token of 0 begins a document."""
 
+    layers: int = 2
+
     def model(self) -> nn.Module:
         torch.manual_seed(self.seed)
-        return build(self.kind, self.dropout)
+        return build(self.kind, self.dropout, self.layers)
 
     def samples(self, split: str) -> Rows:
         rows = super().samples(split)

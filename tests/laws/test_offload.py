@@ -18,6 +18,7 @@ from laws.worlds import first_difference, follow, run_of
 from shoal import offload
 from shoal.errors import UserError
 from shoal.mesh import Mesh
+from shoal.observe.memory import COPIES
 from shoal.observe.observer import Observer
 from shoal.run import Memory
 
@@ -103,6 +104,23 @@ def test_every_part_is_offloaded_where_it_is_asked_for(pool: Pool) -> None:
         assert pool.world(2, taken, policies, zero_stage=3, offload=moved) == [{moved != "none"}] * 2
 
 
+def gradients_stay(mesh: Mesh) -> bool:
+    """Whether what FSDP is given as a gradient is the bucket's own memory, though its mesh is of another device."""
+    replica = run_of(mesh, "allreduce", TASK, **STEPS, zero_stage=3).replica
+    found = []
+    for bucket in replica.buckets:
+        for piece in bucket.pieces:
+            of_mesh: Any = piece.source.device_mesh
+            of_mesh._device_type = "meta"
+            wrapped: Any = piece.wrap(bucket.views[piece.local])
+            found.append(wrapped.to_local().data_ptr() == bucket.views[piece.local].data_ptr())
+    return all(found)
+
+
+def test_gradients_stay_on_the_host(pool: Pool) -> None:
+    assert pool.world(2, gradients_stay) == [True, True]
+
+
 def test_saved_under_one_and_loaded_under_another(pool: Pool, tmp_path: Path) -> None:
     """Law 8: state that lay on the host goes on where the optimizer is, and the other way round."""
     layouts: dict[str, tuple[int, dict[str, Any]]] = {
@@ -143,9 +161,9 @@ def apart(mesh: Mesh, folder: str) -> tuple[bool, Memory]:
 def test_what_the_host_holds_is_told(pool: Pool, tmp_path: Path) -> None:
     ((is_apart, memory),) = pool.world(1, taken, apart, str(tmp_path / "run"))
     assert is_apart
-    for part in ("parameters", "gradients", "optimizer state", "copies for the host"):
+    for part in ("parameters", "gradients", "optimizer state", COPIES):
         assert memory[part]["bytes"] == memory[part]["formula"], part
-    assert (memory["copies for the host"]["bytes"] or 0) > 0
+    assert (memory[COPIES]["bytes"] or 0) > 0
 
 
 def test_it_is_refused_where_the_processor_computes() -> None:

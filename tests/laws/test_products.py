@@ -63,6 +63,7 @@ def test_a_product_follows_one_process(pool: Pool, name: str, tmp_path: Path) ->
         (PackedTask("gpt2", length=16), {"pp": 2, "cp": 2}),
         (PackedTask("gpt2", length=16), {"tp": 2, "cp": 2}),
         (ModelTask("llama", full=True), {"pp": 2, "tp": 2}),
+        (ModelTask("gpt2", layers=4, full=True), {"pp": 2, "tp": 2, "pp_schedule": "interleaved-1f1b"}),
         (ModelTask("gpt2", dropout=0.1, full=True), {"pp": 2, "tp": 2}),
     ],
 )

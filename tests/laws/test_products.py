@@ -29,11 +29,8 @@ EXCHANGES = ("start_all_gather", "start_reduce_scatter", "start_exchange")
 WINDOWS, ROWS = PackedTask("gpt2", dropout=0.1, length=16), ModelTask("gpt2", dropout=0.1)
 # Of each a task whose micro-batches may be of any length, where the layouts take it, and how it is asked for.
 PRODUCTS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "tensor-context": (WINDOWS, {"tp": 2, "cp": 2}),
     "pipeline-context": (WINDOWS, {"pp": 2, "cp": 2}),
-    "pipeline-context-gpipe": (PackedTask("llama", length=16), {"pp": 2, "cp": 2, "pp_schedule": "gpipe"}),
     "pipeline-tensor": (ROWS, {"pp": 2, "tp": 2}),
-    "pipeline-tensor-untied": (ModelTask("llama", dropout=0.1), {"pp": 2, "tp": 2}),
     "pipeline-tensor-interleaved": (
         StagedTask("llama"),
         {"pp": 2, "tp": 2, "pp_schedule": "interleaved-1f1b"},
@@ -78,7 +75,6 @@ def test_saved_under_one_and_loaded_under_another(pool: Pool, tmp_path: Path) ->
     """Law 8, of tied embeddings cut by rows, held by two stages."""
     layouts: dict[str, tuple[int, dict[str, Any]]] = {
         "alone": (1, {}),
-        "zero3": (2, {"zero_stage": 3}),
         "pipeline-tensor": (4, {"pp": 2, "tp": 2}),
     }
     (whole,) = pool.world(1, follow, "allreduce", ROWS, output_dir=str(tmp_path / "whole"), **STEPS)

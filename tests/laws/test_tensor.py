@@ -27,7 +27,7 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
 }
 SOME = ("tp2", "tp4", "tp2-zero3", "tp2-replicate2")
 CASES = {
-    "llama": SOME,
+    "llama": ("tp2", "tp2-zero3"),
     "gpt2": (*SOME, "tp2-zero1"),
     "bert": ("tp2", "tp2-zero3"),
     "qwen3": ("tp2",),
@@ -76,7 +76,7 @@ def test_saved_under_one_and_loaded_under_another(pool: Pool, tmp_path: Path) ->
     """Law 8, for every ordered pair, of a model whose pieces are several blocks of a matrix."""
     task = ModelTask("gpt2", dropout=0.1)
     layouts = {"alone": (1, 1, {}), "zero3": (2, 2, {"zero_stage": 3})}
-    layouts |= {name: LAYOUTS[name] for name in ("tp2", "tp4", "tp2-zero3")}
+    layouts |= {name: LAYOUTS[name] for name in ("tp4", "tp2-zero3")}
     (whole,) = pool.world(1, follow, "allreduce", task, output_dir=str(tmp_path / "whole"), **STEPS)
     saved = []
     for name, (ranks, _, settings) in layouts.items():

@@ -115,7 +115,7 @@ def test_saved_under_one_and_loaded_under_another(pool: Pool, tmp_path: Path) ->
     task = PackedTask("gpt2", dropout=0.1)
     (whole,) = pool.world(1, follow, "allreduce", task, output_dir=str(tmp_path / "whole"), **STEPS)
     others = {"alone": (1, 1, {}), "zero3": (2, 2, {"zero_stage": 3})}
-    chosen = {**others, **{name: LAYOUTS[name] for name in ("cp2-shard2",)}}
+    chosen = {**others, "cp2-shard2": LAYOUTS["cp2-shard2"]}
     saved = []
     for name, (ranks, _, settings) in chosen.items():
         first = {"output_dir": str(tmp_path / name), "save_steps": 3, "stop_after": 3}

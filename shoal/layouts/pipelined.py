@@ -195,8 +195,7 @@ class Pipelined(Placed):
         return super().cost(count, shape) + count * sent + sum(_values(piece).nbytes for piece in tied)
 
     def __str__(self) -> str:
-        line = f"pipelines of {self.wire.world_size} workers by {self.schedule}, {self.stages}"
-        return line if self.inner is self.stages else f"{line}; {self.inner}"
+        return f"pipelines of {self.wire.world_size} workers by {self.schedule}, {self.inner}"
 
 
 def _values(piece: Piece) -> Tensor:

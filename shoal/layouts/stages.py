@@ -141,7 +141,8 @@ class Stages(Placed):
         return views
 
     def __str__(self) -> str:
-        return f"stages of {' + '.join(str(len(own)) for own in self.layers)} layers"
+        stages = f"stages of {' + '.join(str(len(own)) for own in self.layers)} layers"
+        return stages if self.inner is None or self.inner.inner is None else f"{stages}; {self.inner}"
 
 
 class Skip(nn.Module):

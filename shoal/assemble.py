@@ -22,7 +22,7 @@ from shoal.mesh import Mesh
 from shoal.models.recompute import recompute
 from shoal.models.start import on_disk
 from shoal.observe.console import Screen
-from shoal.piece import Piece
+from shoal.piece import Piece, named
 from shoal.precision import Policy
 from shoal.replica import Replica
 from shoal.resume import checkpoint_of, resume
@@ -107,7 +107,7 @@ def _replica(
     policy = precision.resolve(config.train.precision, mesh.device)
     policy = replace(policy, optimizer=optim.state_dtype(config.train.optim, policy.optimizer))
     placed = _placed(config, mesh, task, policy, nothing)
-    params = [(piece.name, piece.local) for piece in placed.trained]
+    params = named(placed.trained)
     buckets = Buckets(
         placed.trained,
         bucket_bytes=_bucket_bytes(config, params),
@@ -161,10 +161,8 @@ def _optimizers(
     """The optimizers of these pieces, and what they change: the pieces, or copies on the host."""
     moved = config.layout.offload == "optimizer"
     updated = offload.on_host(pieces) if moved else pieces
-    if policy.rounds_by_chance:
-        optimizers = [_rounded(config, updated)]
-    else:
-        optimizers = optim.of(config, [(piece.name, piece.local) for piece in updated])
+    rounds = policy.rounds_by_chance
+    optimizers = [_rounded(config, updated)] if rounds else optim.of(config, named(updated))
     if moved:
         offload.step_there(optimizers, pieces, updated)
     return optimizers, updated

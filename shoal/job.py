@@ -15,6 +15,7 @@ from shoal import checkpoint
 from shoal.assemble import assemble
 from shoal.config import Resolved, dump_yaml
 from shoal.errors import UserError
+from shoal.layouts.base import shape_of
 from shoal.loop import train
 from shoal.mesh import Mesh
 from shoal.models.quantize import quantize, weight_bytes
@@ -126,8 +127,7 @@ def _facts(run: Run) -> dict[str, Any]:
 def _layout(run: Run) -> str:
     """Where a replica lives, and what its workers are to send each other in a step."""
     placed = run.replica.placed
-    first = next(iter(run.batches.at(0).micro_batch(0).values()))
-    sent = placed.cost(run.replica.turns, (first.shape[0], first.shape[1]))
+    sent = placed.cost(run.replica.turns, shape_of(run.batches.at(0).micro_batch(0)))
     return f"{placed}" + (f", {sent / 1e6:,.3g} MB sent by each within it in a step" if sent else "")
 
 

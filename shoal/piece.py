@@ -1,6 +1,6 @@
 """What one rank holds of each parameter. Everything but the layouts sees a replica as these pieces alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -75,6 +75,11 @@ class Piece:
 def whole(model: nn.Module) -> list[Piece]:
     """Every parameter once, tied ones under their first name, as the one piece of itself."""
     return [Piece(name, p.shape, (0,) * p.dim(), p, p) for name, p in model.named_parameters()]
+
+
+def named(pieces: Iterable[Piece]) -> list[tuple[str, nn.Parameter]]:
+    """What is held of each parameter, with its name."""
+    return [(piece.name, piece.local) for piece in pieces]
 
 
 def empty(piece: Piece, source: nn.Parameter | None = None) -> Piece:

@@ -16,7 +16,7 @@ from shoal.data.order import derive_seed
 from shoal.island import Island
 from shoal.layouts.base import MicroBatch, Placed
 from shoal.optim import NamedState
-from shoal.piece import Piece
+from shoal.piece import Piece, named
 from shoal.precision import Policy
 from shoal.scaler import Scaler
 
@@ -87,12 +87,12 @@ class Replica:
     @property
     def params(self) -> list[tuple[str, nn.Parameter]]:
         """What this rank holds of every trained parameter, with its name; tied ones under their first name."""
-        return [(piece.name, piece.local) for piece in self.placed.trained]
+        return named(self.placed.trained)
 
     @property
     def optimizer_state(self) -> NamedState:
         """The optimizers' state, named by parameter."""
-        return NamedState(self.optimizers, [(piece.name, piece.local) for piece in self.updated])
+        return NamedState(self.optimizers, named(self.updated))
 
     def gradients(self, batch: Batch) -> Tensor:
         """Forward and backward over this rank's share of `batch`, into the buckets.

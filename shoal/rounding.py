@@ -15,7 +15,7 @@ from torch.optim.adamw import adamw
 
 from shoal.data.order import derive_seed
 from shoal.optim import ADAM, decay_groups
-from shoal.piece import Piece
+from shoal.piece import Piece, named
 
 BELOW = 16  # bits of a float32 that a bfloat16 has not
 ODDS = (1 << BELOW) - 1
@@ -33,9 +33,8 @@ class RoundedAdamW(torch.optim.AdamW):
     def __init__(
         self, pieces: Sequence[Piece], *, seed: int, learning_rate: float, weight_decay: float
     ) -> None:
-        params = [(piece.name, piece.local) for piece in pieces]
         options: dict[str, Any] = {"betas": ADAM["betas"], "eps": ADAM["eps"]}
-        super().__init__(decay_groups(params, weight_decay), lr=learning_rate, **options)
+        super().__init__(decay_groups(named(pieces), weight_decay), lr=learning_rate, **options)
         self.seed = seed
         self.pieces = {piece.local: piece for piece in pieces}
 

@@ -14,15 +14,8 @@ def resolve_grid(config: RunConfig, workers: int) -> dict[str, int]:
     replica would be cut that must be whole.
     """
     grid = grid_sizes(config, workers)
-    for refusal in _no_pipeline(config.layout, grid):
+    for refusal in (*_no_pipeline(config.layout, grid), *_no_offload(config.layout, grid)):
         raise UserError(*refusal)
-    if config.layout.offload == "parameters" and (
-        grid["shard"] * grid["context"] == 1 or (config.layout.zero_stage or 3) < 3
-    ):
-        found = "parameters are brought to the GPU block by block where ZeRO cuts them, at stage 3 alone"
-        raise UserError(
-            "--offload parameters", found, "add --strategy zero3 on 2 workers or more, or take optimizer"
-        )
     if grid["replicate"] < workers:
         for refusal in _must_be_whole(config, workers // grid["replicate"]):
             raise UserError(*refusal)
@@ -78,6 +71,18 @@ def _no_pipeline(layout: LayoutConfig, grid: dict[str, int]) -> Iterator[tuple[s
         found = "it splits backward passes, and those of a team exchange what is of both halves at once"
         change = "take gpipe, 1f1b, interleaved-1f1b or looped-bfs, or leave --tp out"
         yield f"--pp-schedule {schedule}", found, change
+
+
+def _no_offload(layout: LayoutConfig, grid: dict[str, int]) -> Iterator[tuple[str, str, str]]:
+    """Parameters that nothing would bring back: what was asked, what was found, what to change."""
+    at_stage_3 = grid["shard"] * grid["context"] > 1 and layout.zero_stage in (None, 3)
+    if layout.offload == "parameters" and not at_stage_3:
+        found = "parameters are brought to the GPU block by block where ZeRO cuts them, at stage 3 alone"
+        yield (
+            "--offload parameters",
+            found,
+            "add --strategy zero3 on 2 workers or more, or take optimizer",
+        )
 
 
 def _must_be_whole(config: RunConfig, island: int) -> Iterator[tuple[str, str, str]]:

@@ -22,6 +22,12 @@ class MicroBatch:
     seed: int
 
 
+def shape_of(inputs: dict[str, Tensor]) -> tuple[int, int]:
+    """The rows of a micro-batch, and the tokens in each: those of its first tensor."""
+    rows, tokens = next(iter(inputs.values())).shape[:2]
+    return rows, tokens
+
+
 class Placed:
     """A model in its place. The rest of the program sees `pieces`, of every parameter one that may be empty here.
 

@@ -103,17 +103,17 @@ class Context(Placed):
         setattr(module, SENT, key.shape[1] * (key.shape[-1] + value.shape[-1]))
         compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        kept = None
+        query, kept = query.to(compute), None
         if dropout:
             own = self._own(length).clamp(max=length - 1).to(query.device)
             part = getattr(module, attention.HEADS, (0, 1))
             shape = (*query.shape[:2], length, length)
-            kept = attention.kept(query.to(compute), shape, dropout, part)[:, :, own]
+            kept = attention.kept(query, shape, dropout, part)[:, :, own]
         with torch.autocast(kind, enabled=False):
             part = torch.cat([key, value], dim=-1).to(compute)
             keys, values = _Gathered.apply(part, self, length).split([key.shape[-1], value.shape[-1]], dim=-1)
             places = chunks(self.rank, self.ranks, length)
-            out = blockwise.attend(query.to(compute), keys, values, places, documents[:, 0, 0], scale, kept)
+            out = blockwise.attend(query, keys, values, places, documents[:, 0, 0], scale, kept)
         return out.transpose(1, 2).contiguous(), None
 
     def gather(self, part: Tensor) -> Tensor:

@@ -93,28 +93,26 @@ class Dropout:
         self.module, self.line = module, line
 
     def __call__(self, part: Tensor) -> Tensor:
-        tokens, p = self.line.tokens, self.module.p
-        if not (self.module.training and p):
-            return part
+        return part * self._drawn(part) if self.module.training and self.module.p else part
+
+    def _drawn(self, part: Tensor) -> Tensor:
+        """What this part is multiplied by."""
+        tokens = self.line.tokens
         if part.shape[:2] != (1, tokens.share):
             found = "the model has a dropout within its layers of something else than hidden states"
             raise UserError(f"--tp {self.line.size}", found, "set its dropout to 0")
-        drawn = F.dropout(part.new_ones(tokens.rows, tokens.length, part.shape[-1]), p)
-        return part * tokens.own(drawn)
+        return tokens.own(self._draw(part, tokens.rows, tokens.length, part.shape[-1]))
+
+    def _draw(self, part: Tensor, *whole: int) -> Tensor:
+        return F.dropout(part.new_ones(whole), self.module.p)
 
 
-class DropoutBetween:
+class DropoutBetween(Dropout):
     """The same between the linear layers of a pair: of all tokens, over a part of the width."""
 
-    def __init__(self, module: nn.Dropout, line: Line) -> None:
-        self.module, self.line = module, line
-
-    def __call__(self, part: Tensor) -> Tensor:
-        line, p = self.line, self.module.p
-        if not (self.module.training and p):
-            return part
-        drawn = F.dropout(part.new_ones(*part.shape[:-1], line.size * part.shape[-1]), p)
-        return part * drawn.chunk(line.size, -1)[line.index]
+    def _drawn(self, part: Tensor) -> Tensor:
+        width = self.line.size * part.shape[-1]
+        return self._draw(part, *part.shape[:-1], width).chunk(self.line.size, -1)[self.line.index]
 
 
 class Common:

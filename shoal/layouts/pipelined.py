@@ -35,7 +35,7 @@ from torch import Tensor
 from shoal.collectives import Wire, Work
 from shoal.config import LayoutConfig
 from shoal.layouts import schedule
-from shoal.layouts.base import Arithmetic, MicroBatch, Placed
+from shoal.layouts.base import Arithmetic, MicroBatch, Placed, shape_of
 from shoal.layouts.schedule import Stage
 from shoal.layouts.stages import Stages
 from shoal.mesh import Mesh
@@ -121,8 +121,7 @@ class Pipelined(Placed):
         for stage in self.own:
             index = stage.stage_index
             if stage.is_apart(index - 1):
-                rows, tokens = next(iter(inputs.values())).shape
-                made = self.stages.room(index - 1, rows, tokens)[0]
+                made = self.stages.room(index - 1, *shape_of(inputs))[0]
                 self.wire.start_receive(made, self.stages.owners[index - 1]).wait()
             made = self._run(index, partial(_itself, made) if index else None, inputs)
             if stage.is_apart(index + 1):

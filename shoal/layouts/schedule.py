@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
-from shoal.layouts.base import MicroBatch
+from shoal.layouts.base import MicroBatch, shape_of
 from shoal.layouts.stages import Stages
 
 SCHEDULES: dict[str, Any] = {
@@ -122,8 +122,7 @@ class Stage(_PipelineStageBase):
         return [self._op(dist.isend, grad, self.stage_index - 1)]
 
     def _room(self, stage: int, chunk: int) -> list[Tensor]:
-        rows, tokens = next(iter(self._taken[chunk].inputs.values())).shape
-        return self.stages.room(stage, rows, tokens)
+        return self.stages.room(stage, *shape_of(self._taken[chunk].inputs))
 
     def _op(self, kind: Any, tensor: Tensor, stage: int) -> dist.P2POp:
         self.bytes_sent += tensor.nbytes if kind is dist.isend else 0

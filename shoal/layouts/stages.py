@@ -11,7 +11,7 @@ A worker may hold several stages. Embeddings that are tied to the head belong to
 is another worker's, that one has a copy, which follows.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,8 @@ from shoal.layouts.sharded import is_recent_torch
 from shoal.mesh import Mesh
 from shoal.piece import Piece, empty
 from shoal.precision import Policy
+
+Place = tuple[nn.Module, str, nn.Module | None]  # a parent, a name in it, and what is to be there
 
 
 class Left(Exception):
@@ -56,11 +58,14 @@ class Stages(Placed):
         self._list = seen.layers
         self._views = self._leave_out(seen)
         keeps_first, keeps_last = (stage in self.mine for stage in (0, self.last))
-        _strip(model, seen, keeps_first, keeps_last)
-        self._before = _places(model, seen.before) if keeps_first else []
-        self._stubs = [
-            Zeros(seen.widths.get(module, 0), seen.entered[0].dtype) for *_, module in self._before
-        ]
+        dtype = seen.entered[0].dtype
+        zeros = {module: Zeros(seen.widths.get(module, 0), dtype) for module in seen.before}
+        stubs = {module: nn.Identity() for module in seen.after} | zeros
+        kept = {*(seen.before if keeps_first else []), *(seen.after if keeps_last else [])}
+        _put(_in_places(model, {module: stub for module, stub in stubs.items() if module not in kept}))
+        # For later stages of whoever has the first one; of others it is empty.
+        alone = {module: stub for module, stub in zeros.items() if module not in seen.after}
+        self._zeros = _in_places(model, alone)
         before, after = (
             {p for m in part for p in m.parameters(recurse=False)} for part in (seen.before, seen.after)
         )
@@ -82,20 +87,16 @@ class Stages(Placed):
         if stage < self.last:
             hooks.append(self._list[own.stop - 1].register_forward_hook(_leave))
         whole, self._list._modules = self._list._modules, {**self._views[stage]}
+        before = [(parent, name, parent._modules[name]) for parent, name, _ in self._zeros]
         if stage:  # whoever has the first stage as well computes nothing of it
-            self._put(self._stubs)
+            _put(self._zeros)
         try:
             yield
         finally:
             self._list._modules = whole
-            self._put([module for *_, module in self._before])
+            _put(before)
             for hook in hooks:
                 hook.remove()
-
-    def _put(self, modules: Sequence[nn.Module]) -> None:
-        """In the place of what stands before the layers."""
-        for (parent, child, _), module in zip(self._before, modules, strict=True):
-            parent._modules[child] = module
 
     def _entry(self, entering: Callable[[], Tensor]) -> Callable[[nn.Module, Any], Any]:
         def enter(layer: nn.Module, args: Any) -> Any:
@@ -197,26 +198,19 @@ def _owners(options: LayoutConfig, ranks: int) -> list[int]:
     return there * options.stages_per_worker
 
 
-def _strip(model: nn.Module, seen: Watched, keeps_first: bool, keeps_last: bool) -> None:
-    """Replace what stands outside the layers and belongs to other stages."""
-    kept = {*(seen.before if keeps_first else []), *(seen.after if keeps_last else [])}
-    dtype = seen.entered[0].dtype
-    stubs: dict[nn.Module, nn.Module] = {module: nn.Identity() for module in seen.after}
-    stubs |= {module: Zeros(seen.widths.get(module, 0), dtype) for module in seen.before}
-    for name, module in reversed([*model.named_modules(remove_duplicate=False)]):
-        if module in stubs and module not in kept:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, stubs[module])
-
-
-def _places(model: nn.Module, modules: list[nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Where these stand: in which modules, by which name."""
+def _in_places(model: nn.Module, stubs: Mapping[nn.Module, nn.Module]) -> list[Place]:
+    """Wherever one of these modules stands in the model: its parent, its name there, and its stub."""
     return [
-        (parent, name, child)
+        (parent, name, stubs[child])
         for parent in model.modules()
-        for name, child in parent.named_children()
-        if child in modules
+        for name, child in parent._modules.items()
+        if child is not None and child in stubs
     ]
+
+
+def _put(places: Sequence[Place]) -> None:
+    for parent, name, module in places:
+        parent._modules[name] = module
 
 
 def _own(piece: Piece, held: set[nn.Parameter], *, follows: bool) -> Piece:

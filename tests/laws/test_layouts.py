@@ -11,6 +11,7 @@ from laws.pool import Pool
 from laws.rows import RowsTask
 from laws.worlds import Arrays, after, as_array, first_difference, follow, run_of
 
+from shoal.layouts.base import shape_of
 from shoal.loop import train
 from shoal.mesh import Mesh
 from shoal.piece import Block
@@ -132,10 +133,9 @@ def sent_and_predicted(mesh: Mesh, task: RowsTask, **settings: Any) -> list[tupl
     for step in range(3):
         before = run.replica.placed.bytes_sent()
         batch = run.batches.at(step)
-        rows, length = next(iter(batch.micro_batch(0).values())).shape
         run.replica.gradients(batch)
         run.sync.step(run.replica, step)
-        predicted = run.replica.placed.cost(run.replica.turns, (rows, length))
+        predicted = run.replica.placed.cost(run.replica.turns, shape_of(batch.micro_batch(0)))
         found.append((run.replica.placed.bytes_sent() - before, predicted))
     return found
 

@@ -33,12 +33,12 @@ def shoal_seconds(tokenizer: Path, cache: Path) -> float:
 def alone_seconds(tokenizer: Path) -> float:
     """One call of `encode_batch_fast` for all texts, on all cores."""
     from shoal.data.documents import read_documents
-    from shoal.data.sources import list_parts
+    from shoal.data.sources import list_sources
     from shoal.data.tokenizer import open_fast
     from shoal.data.units import cut_units
 
     fast = open_fast(tokenizer)
-    spans = (span for unit in cut_units(list_parts(["builtin"])) for span in unit)
+    spans = (span for unit in cut_units(list_sources(["builtin"]).parts) for span in unit)
     texts = [text for span in spans for text in read_documents(span, "text")]
     began = time.perf_counter()
     fast.encode_batch_fast(texts, add_special_tokens=False)

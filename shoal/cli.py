@@ -63,7 +63,7 @@ def prepare(words: list[str]) -> int:
     config = _resolve(words).config
     from shoal.tasks import TASKS
 
-    print(choose("--task", config.train.task, TASKS).prepare(config))
+    print(choose("--task", config.train.task, TASKS).prepare(config, verbose=True))
     return DONE
 
 

@@ -25,13 +25,18 @@ class UserError(ShoalError):
 
     def __init__(self, asked: str, found: str, change: str) -> None:
         self.asked, self.found, self.change = asked, found, change
-        super().__init__(f"{asked}: {found}; {change}")
+        super().__init__(printable(f"{asked}: {found}; {change}"))
 
 
 class Preempted(ShoalError):
     """The run was asked to stop, saved its state, and can go on from there."""
 
     exit_code = PREEMPTED
+
+
+def printable(text: str) -> str:
+    """The text with what would move a cursor, break a line or be half a character written as an escape."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
 
 
 def choose(flag: str, name: str, table: Mapping[str, Entry]) -> Entry:

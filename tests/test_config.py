@@ -35,7 +35,7 @@ def refusal(*flags: str, **sources) -> str:
 
 def test_about_40_facts_beside_the_options_of_single_mechanisms():
     every_run = [fact for fact in facts() if not fact.readers and fact.section != "layout"]
-    assert len(every_run) <= 42
+    assert len(every_run) <= 43
 
 
 def test_every_name_means_one_setting():
@@ -179,6 +179,27 @@ def test_sizes(text, value):
 @pytest.mark.parametrize("words", [["a,b"], ["a", "b"], ["a", "--data", "b"], ["a, b"]])
 def test_lists(words):
     assert load("--data", *words, "--seed", "1").config.data.path == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["Smith, John.txt"], ["Smith, John.txt"]),
+        (["Smith, J*.txt"], ["Smith, J*.txt"]),
+        (["[a,b].txt"], ["[a,b].txt"]),
+        (["b.txt,Smith, John.txt,x"], ["b.txt", "Smith, John.txt", "x"]),
+        (["a.txt,b.txt"], ["a.txt", "b.txt"]),
+        (["Smith, John.txt", "b.txt", "--data", "x,b.txt"], ["Smith, John.txt", "b.txt", "x", "b.txt"]),
+        (["s3://b/1", "s3://b/2,s3://b/3"], ["s3://b/1", "s3://b/2", "s3://b/3"]),
+    ],
+)
+def test_a_comma_in_a_path_that_exists_parts_nothing(tmp_path, monkeypatch, words, value):
+    monkeypatch.chdir(tmp_path)
+    for name in ("Smith, John.txt", "a.txt", "b.txt"):
+        Path(name).touch()
+    assert load("--data", *words).config.data.path == value
+    if len(words) == 1:
+        assert load(file=recipe(tmp_path, f"data: {json.dumps(words[0])}")).config.data.path == value
 
 
 def test_a_comma_in_a_path_survives_in_a_list_of_a_file(tmp_path):

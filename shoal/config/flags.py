@@ -3,7 +3,6 @@
 from typing import Any
 
 from shoal.config.names import Fact, Setting, names, nearest, setting
-from shoal.config.values import names as listed
 from shoal.errors import UserError
 
 _TRUTH = {"true", "false", "yes", "no", "on", "off", "1", "0"}
@@ -37,7 +36,7 @@ def flag_settings(words: list[str]) -> list[Setting]:
         if found is None:
             raise _unknown(flag, name)
         if fact and fact.takes_many:
-            found = _joined(settings, found)
+            found = _joined(settings, found, fact)
         settings.append(found)
     return settings
 
@@ -68,13 +67,13 @@ def _value(fact: Fact | None, name: str, flag: str, rest: list[str]) -> Any:
     raise UserError(flag, "no value follows", f"write {flag} VALUE")
 
 
-def _joined(settings: list[Setting], found: Setting) -> Setting:
+def _joined(settings: list[Setting], found: Setting, fact: Fact) -> Setting:
     """`--data a --data b,c` is `--data a,b,c`."""
     before: list[str] = next(
         (earlier.value for earlier in reversed(settings) if earlier.key == found.key), []
     )
     words = [found.value] if isinstance(found.value, str) else found.value
-    values = [*before, *(name for word in words for name in listed(word))]
+    values = [*before, *(name for word in words for name in fact.split(word))]
     return Setting(found.section, found.field, values, found.origin)
 
 

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from shoal.config.record import RunConfig
@@ -63,6 +63,12 @@ class Fact:
     def takes_many(self) -> bool:
         """Whether it is a list, to be given by commas or repeated."""
         return self.info.annotation == list[str]
+
+    def split(self, word: str) -> list[str]:
+        """The values of a list that one word gives, as its type in the record has it."""
+        (before, *_) = (rule for rule in self.info.metadata if isinstance(rule, BeforeValidator))
+        values: list[str] = before.func(word)  # type: ignore[call-arg]
+        return values
 
     @property
     def is_yes_or_no(self) -> bool:

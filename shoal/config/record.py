@@ -8,9 +8,9 @@ from shoal.config.layout import LayoutConfig
 from shoal.config.section import Section, fact
 from shoal.config.strategy import StrategyConfig
 from shoal.config.values import (
-    Names,
     Number,
     Optimizer,
+    Paths,
     Precision,
     Recompute,
     Trackers,
@@ -47,7 +47,7 @@ class DataConfig(Section):
 
     primary: ClassVar[str] = "path"
 
-    path: Names = fact(
+    path: Paths = fact(
         ["builtin"], "files, folders, globs, URLs, hf:NAME, or builtin", "train_file", min_length=1
     )
     text_field: str = fact("text", "the field or column that holds the text", "text_column")
@@ -55,10 +55,13 @@ class DataConfig(Section):
         "auto", "a folder or hub name; auto = the model's own, else train a BPE", "tokenizer_name"
     )
     vocab_size: Whole = fact(4096, "tokens in a BPE that is trained here", ge=257)
+    split_special_tokens: bool = fact(
+        False, "encode special tokens that are written in the text as plain text, not as the token"
+    )
     sequence_length: Whole = fact(
         256, "tokens in a window", "max_length", "max_seq_length", "seq_length", "block_size", ge=2
     )
-    eval_path: Names = fact(
+    eval_path: Paths = fact(
         [], "documents to validate on; none = hold out a part of the data", "validation_file"
     )
     eval_fraction: Number = fact(

@@ -4,14 +4,17 @@ Every function here takes what was written and returns the value, or raises Valu
 begins with "should", which ends up behind the name of the setting.
 """
 
+import os
 import re
 from collections.abc import Callable
 from decimal import Decimal
+from glob import has_magic, iglob
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator
 
 _NUMBER = re.compile(r"([+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)([kKMGBT]?)")
+MOST_COMMAS = 16  # tried in a file's name, where others are named beside it
 _UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 
 
@@ -47,6 +50,27 @@ def names(given: Any) -> Any:
         return given
     parts = [part.strip() for part in given.split(",")]
     return [] if parts == ["none"] else [part for part in parts if part]
+
+
+def paths(given: Any) -> Any:
+    """Names, of which any may be that of a file: `a.txt,Smith, John.txt` is two where the second exists."""
+    if not isinstance(given, str) or "," not in given:
+        return names(given)
+    if _is_there(given):
+        return [given]
+    words, found = given.split(","), []
+    while words:
+        runs = [",".join(words[:count]) for count in range(1, min(len(words), MOST_COMMAS) + 1)]
+        name = next((run for run in runs if _is_there(run.strip())), runs[0])
+        found.append(name.strip())
+        words = words[name.count(",") + 1 :]
+    return [name for name in found if name]
+
+
+def _is_there(name: str) -> bool:
+    """Whether a file or folder has the name, or a pattern finds one."""
+    path = os.path.expanduser(name)
+    return os.path.lexists(path) or (has_magic(path) and next(iglob(path, recursive=True), None) is not None)
 
 
 def _trackers(given: list[str]) -> list[str]:
@@ -153,7 +177,7 @@ def _whole_or(wanted: str, given: Any) -> Any:
 Number = Annotated[float, BeforeValidator(number, json_schema_input_type=float | str)]
 Whole = Annotated[int, BeforeValidator(whole_number, json_schema_input_type=int | str)]
 Warmup = Annotated[Number, AfterValidator(_warmup)]
-Names = Annotated[list[str], BeforeValidator(names, json_schema_input_type=list[str] | str)]
+Paths = Annotated[list[str], BeforeValidator(paths, json_schema_input_type=list[str] | str)]
 Trackers = Annotated[list[str], BeforeValidator(names), AfterValidator(_trackers)]
 Optimizer = Annotated[
     Literal["adamw", "adamw-8bit", "muon", "sgd", "onebit-adam"], BeforeValidator(_optimizer)

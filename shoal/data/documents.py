@@ -3,10 +3,11 @@
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from shoal.data import builtin, tables
+from shoal.data import builtin, delimited, encoding, tables
 from shoal.data.sources import Part, Span, opened
 from shoal.errors import UserError
 
@@ -16,9 +17,17 @@ BLOCK_BYTES = 1 << 20
 LINE_END_BEFORE_TEXT = re.compile(rb"(?<=\S)\n(?=\S)")  # no tokenizer joins text across such a line end
 
 
-def read_documents(span: Span, text_field: str) -> Iterator[str]:
-    """The documents of a span that hold more than white space; raises UserError with file and line."""
-    return (text for text in READERS[span.part.format](span, text_field) if text and not text.isspace())
+def read_documents(span: Span, text_field: str, skipped: Counter[str] | None = None) -> Iterator[str]:
+    """The documents of a span that hold more than white space; raises UserError with file and line.
+
+    `skipped` counts the others: null, empty, white space.
+    """
+    skipped = Counter() if skipped is None else skipped
+    for text in READERS[span.part.format](span, text_field):
+        if text and not text.isspace():
+            yield text
+        else:
+            skipped["null" if text is None else "white space" if text else "empty"] += 1
 
 
 def spans_of(part: Part, span_bytes: int) -> list[Span]:
@@ -64,7 +73,7 @@ def _piece_size(window: bytes) -> int:
     return size - 1 if window[size - 1] >= 0xC0 else size
 
 
-def _read_jsonl(span: Span, field: str) -> Iterator[str]:
+def _read_jsonl(span: Span, field: str) -> Iterator[str | None]:
     part = span.part
     with opened(part) as file:
         offset, stop = _enter(file, span)
@@ -76,17 +85,20 @@ def _read_jsonl(span: Span, field: str) -> Iterator[str]:
             offset += len(line)
 
 
-def _text_of_row(line: bytes, field: str, part: Part, offset: int) -> str:
+def _text_of_row(line: bytes, field: str, part: Part, offset: int) -> str | None:
     try:
-        row = json.loads(_decoded(line, part, offset))
+        row = _loaded(_decoded(line, part, offset))
     except json.JSONDecodeError as error:
         what = f"is not JSON ({error.msg} at column {error.colno})"
         raise _bad_line(part, offset, what, "write one JSON object a line (jq -c . FILE does)") from None
+    except RecursionError:
+        change = "write a row without what is nested"
+        raise _bad_line(part, offset, "is nested too deeply to be read", change) from None
     if not isinstance(row, dict):
         change = "write one object a line (jq -c '.[]' FILE does)"
         raise _bad_line(part, offset, "is not a JSON object", change)
     if field not in row:
-        fields = ", ".join(row) or "none"
+        fields = tables.shown(list(row)) or "none"
         raise _bad_line(part, offset, f"has no field '{field}'", f"set --text-field to one of: {fields}")
     text = row[field]
     if text is not None and not isinstance(text, str):
@@ -97,20 +109,25 @@ def _text_of_row(line: bytes, field: str, part: Part, offset: int) -> str:
     except UnicodeEncodeError:
         what = f"has half a character (a lone surrogate) in field '{field}'"
         raise _bad_line(part, offset, what, "write the file again in UTF-8") from None
-    return text or ""
+    return text
+
+
+def _loaded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # a whole number of more digits than Python reads; no text is one
+        return json.loads(text, parse_int=float)
 
 
 def _decoded(data: bytes, part: Part, offset: int) -> str:
-    """UTF-8 to text, without a byte order mark; refuses what is not text."""
-    if b"\0" in data:
-        at = data.index(b"\0")
-        raise _bad_line(part, offset + at, "holds a NUL byte, so it is no UTF-8 text", "name a text file")
+    """UTF-8 to text, without a byte order mark at the front of a file or line; refuses what is not text."""
     try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        what = f"is not UTF-8 (byte 0x{data[error.start]:02x} at {offset + error.start})"
-        raise _bad_line(part, offset + error.start, what, "convert it, as iconv -t UTF-8 does") from None
-    return text.removeprefix("\ufeff") if offset == 0 else text
+        text = encoding.decoded(data, offset)
+    except encoding.NotText as error:
+        raise _bad_line(part, offset + error.at, error.found, error.change) from None
+    return text.removeprefix(encoding.MARK) if offset == 0 or part.format == "jsonl" else text
 
 
 def _bad_line(part: Part, offset: int, found: str, change: str) -> UserError:
@@ -127,7 +144,8 @@ def _enter(file: BinaryIO, span: Span) -> tuple[int, int]:
     """Go to where a span starts; returns that offset and the one where the span ends."""
     start = _line_start(file, span.start) if span.start else 0
     stop = sys.maxsize if span.stop is None else _line_start(file, span.stop)
-    file.seek(start)
+    if span.start or span.stop is not None:
+        file.seek(start)
     return start, stop
 
 
@@ -142,12 +160,12 @@ def _line_start(file: BinaryIO, offset: int) -> int:
     return at
 
 
-READERS: dict[str, Callable[[Span, str], Iterator[str]]] = {
+READERS: dict[str, Callable[[Span, str], Iterator[str | None]]] = {
     "text": _read_text,
     "jsonl": _read_jsonl,
     "topics": lambda span, field: builtin.topics(),
-    "csv": tables.read_table,
-    "tsv": tables.read_table,
+    "csv": delimited.read_rows,
+    "tsv": delimited.read_rows,
     "parquet": tables.read_table,
     "arrow": tables.read_table,
 }

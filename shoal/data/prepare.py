@@ -1,26 +1,27 @@
 """From sources to a prepared corpus in the cache: found again by content, continued after a kill."""
 
-import errno
-import fcntl
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from shoal.config import DataConfig, usable_cores
-from shoal.data import pool, shards, tokenizer
+from shoal.data import pool, shards, summary, tokenizer
+from shoal.data.cache import cache_errors, made
 from shoal.data.documents import read_documents
+from shoal.data.fingerprints import fingerprints
 from shoal.data.shards import Shard, content_hash, held_out
-from shoal.data.sources import Part, fingerprint, list_parts
+from shoal.data.sources import Part, list_sources
 from shoal.data.units import JOB, Job, Unit, bytes_of, cut_units
-from shoal.errors import UserError
+from shoal.errors import UserError, printable
+from shoal.locks import Report
 
 TRAIN = "train"  # the tokenizer to be trained on the data
 TRAINING_SAMPLE_BYTES = 16 << 20  # a BPE of a few thousand entries gains nothing from more
@@ -28,109 +29,132 @@ CHECK_SAMPLE_CHARACTERS = 64 << 10
 JOURNAL = "finished.jsonl"  # the shards that are whole, while others are still to be written
 POOL_FROM_BYTES = 64 << 20  # below, starting processes costs more than they save over threads
 
-Report = Callable[[str], None]
-
 
 def say(text: str) -> None:
     """Print a line where it does not mix with results."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def prepare(
-    data: DataConfig, tokenizer_name: str = TRAIN, report: Report = say, processes: int | None = None
+    data: DataConfig,
+    tokenizer_name: str = TRAIN,
+    report: Report = say,
+    processes: int | None = None,
+    verbose: bool = False,
 ) -> Path:
     """The folder of token shards of `data`, made where the cache does not hold it yet.
 
     `tokenizer_name` is "train" (a BPE of `data.vocab_size`) or a tokenizer's folder or hub name. What comes
     out does not depend on `processes` (default: all cores, where there is work for them). Processes that ask
-    for the same data wait for the first. Raises UserError for bad input, and where the disk is full.
+    for the same data wait for the first. What was read and what left out is reported where the folder is made, with
+    `verbose` also where it is found. Raises UserError for bad input, and for a cache that cannot be written.
     """
     cache = Path(data.cache_dir or "~/.cache/shoal").expanduser()
-    parts, eval_parts = list_parts(data.path), list_parts(data.eval_path, "--eval-path")
-    content = [[part.format, fingerprint(part)] for part in parts]
-    eval_content = [[part.format, fingerprint(part)] for part in eval_parts]
-    fraction = 0.0 if eval_parts else float(data.eval_fraction)
-    recipe = [shards.FORMAT, content, eval_content, data.text_field, fraction]
-    _make(cache)
-    with _full_disk_is_an_error(cache):
+    sources, eval_sources = list_sources(data.path), list_sources(data.eval_path, "--eval-path")
+    given = _Given(data, sources.parts, eval_sources.parts)
+    with cache_errors(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        recipe = given.recipe(cache, report)
         if tokenizer_name == TRAIN:
-            name = _key(recipe, data.vocab_size)
-            folder = _trained(cache / "tokenizers" / name, parts, data, fraction, report)
+            trained = cache / "tokenizers" / _key(recipe, data.vocab_size)
+            made(trained, partial(_train, given, report), report)
         else:
-            with _locked(cache / "tokenizers" / "fetch", report):
-                folder = tokenizer.fetch(tokenizer_name, cache / "tokenizers")
-        corpus = cache / "corpora" / _key(recipe, tokenizer.fingerprint(folder))
-        with _locked(corpus, report):
-            if not corpus.is_dir():
-                _build(corpus, parts, eval_parts, data.text_field, fraction, folder, report, processes)
+            trained = tokenizer.fetch(tokenizer_name, cache / "tokenizers", report)
+        key = _key(recipe, tokenizer.fingerprint(trained), data.split_special_tokens)
+        corpus, began = cache / "corpora" / key, time.monotonic()
+        is_new = made(corpus, partial(_build, given, trained, report, processes), report)
+    index = shards.load_index(corpus)
+    if is_new:
+        seconds, total = time.monotonic() - began, summary.totals(index)
+        made_of = f"{total['documents']:,} documents, {total['tokens']:,} tokens"
+        report(f"prepared {made_of} in {seconds:.1f} s: {corpus}")
+    for line in summary.lines(index, sources.left_out + eval_sources.left_out) if is_new or verbose else ():
+        report(line)
     return corpus
 
 
-def _trained(folder: Path, parts: Sequence[Part], data: DataConfig, fraction: float, report: Report) -> Path:
-    with _locked(folder, report):
-        if not folder.is_dir():
-            began = time.monotonic()
-            texts = _sample(cut_units(parts), data.text_field, TRAINING_SAMPLE_BYTES)
-            hashes = np.array([content_hash(text.encode()) for text in texts], np.int64)
-            kept = ~held_out(hashes, fraction)
-            _refuse_none(int(kept.sum()), parts)
-            aside = folder.with_suffix(".building")
-            training = (text for text, keep in zip(texts, kept, strict=True) if keep)
-            tokenizer.train_bpe(training, data.vocab_size, aside)
-            aside.rename(folder)
-            seconds = time.monotonic() - began
-            report(f"trained a tokenizer on {int(kept.sum()):,} documents in {seconds:.1f} s")
-    return folder
+@dataclass(frozen=True)
+class _Given:
+    """The files to prepare, and how."""
+
+    data: DataConfig
+    parts: list[Part]
+    eval_parts: list[Part]
+
+    @property
+    def fraction(self) -> float:
+        """The share of the documents to hold out."""
+        return 0.0 if self.eval_parts else float(self.data.eval_fraction)
+
+    def recipe(self, cache: Path, report: Report) -> list[object]:
+        """All that the documents and their split follow from."""
+        digests = fingerprints([*self.parts, *self.eval_parts], cache, report)
+        content = [
+            [part.format, digest] for part, digest in zip(self.parts + self.eval_parts, digests, strict=True)
+        ]
+        here = len(self.parts)
+        return [shards.FORMAT, content[:here], content[here:], self.data.text_field, self.fraction]
+
+
+def _train(given: _Given, report: Report, folder: Path) -> None:
+    """Train a BPE on a sample of the documents that are trained on."""
+    began = time.monotonic()
+    texts = _sample(cut_units(given.parts), given.data.text_field, TRAINING_SAMPLE_BYTES)
+    hashes = np.array([content_hash(text.encode()) for text in texts], np.int64)
+    kept = ~held_out(hashes, given.fraction)
+    _refuse_none(int(kept.sum()), given.parts)
+    tokenizer.train_bpe(
+        (text for text, keep in zip(texts, kept, strict=True) if keep), given.data.vocab_size, folder
+    )
+    seconds = time.monotonic() - began
+    report(f"trained a tokenizer on {int(kept.sum()):,} documents in {seconds:.1f} s")
 
 
 def _build(
-    corpus: Path,
-    parts: Sequence[Part],
-    eval_parts: Sequence[Part],
-    text_field: str,
-    fraction: float,
-    tokenizer_folder: Path,
-    report: Report,
-    processes: int | None,
+    given: _Given, tokenizer_folder: Path, report: Report, processes: int | None, building: Path
 ) -> None:
-    """Write the token shards beside `corpus`, then the splits and the index, and move all into place."""
-    began = time.monotonic()
-    train_units, eval_units = cut_units(parts), cut_units(eval_parts)
-    fast = tokenizer.open_fast(tokenizer_folder)
-    _check_sample(fast, train_units, text_field, tokenizer_folder)
+    """Write the token shards, then the splits and the index."""
+    train_units, eval_units = cut_units(given.parts), cut_units(given.eval_parts)
+    split_special = given.data.split_special_tokens
+    fast = tokenizer.open_fast(tokenizer_folder, split_special)
+    _check_sample(fast, train_units, given.data.text_field, tokenizer_folder)
     prefix, suffix = tokenizer.boundary(tokenizer.special_ids(tokenizer_folder))
-    size = fast.get_vocab_size()
-    dtype = shards.token_dtype(size)
-    job = Job([*train_units, *eval_units], text_field, str(tokenizer_folder), prefix, suffix, dtype)
-    building = corpus.with_suffix(".building")
+    size = tokenizer.vocab_size(fast)
+    job = Job(
+        units=[*train_units, *eval_units],
+        text_field=given.data.text_field,
+        tokenizer=str(tokenizer_folder),
+        split_special_tokens=split_special,
+        prefix=prefix,
+        suffix=suffix,
+        dtype=shards.token_dtype(size),
+    )
     building.mkdir(parents=True, exist_ok=True)
     for leftover in building.glob(f"*{shards.UNFINISHED}"):
         leftover.unlink()
     job.save(building / JOB)
     written = _write_shards(job, building, report, processes)
-    hashes = shards.all_hashes(building, written)
-    chosen = held_out(hashes, fraction)
+    chosen = held_out(shards.all_hashes(building, written), given.fraction)
     if eval_units:
         is_eval = np.arange(len(written)) >= len(train_units)
         chosen = np.repeat(is_eval, [shard.documents for shard in written])
-    _refuse_none(int((~chosen).sum()), parts)
-    if eval_parts:
-        _refuse_none(int(chosen.sum()), eval_parts)
+    _refuse_none(int((~chosen).sum()), given.parts)
+    if given.eval_parts:
+        _refuse_none(int(chosen.sum()), given.eval_parts)
     splits = shards.write_splits(building, written, chosen)
     tokenizer.copy_files(tokenizer_folder, building / "tokenizer")
     facts = {
         "vocab_size": size,
-        "dtype": dtype,
+        "dtype": job.dtype,
         "prefix": prefix,
         "suffix": suffix,
+        "split_special_tokens": split_special,
         "tokenizer_sha256": tokenizer.fingerprint(tokenizer_folder),
+        "files": len(given.parts) + len(given.eval_parts),
     }
     shards.write_index(building, written, splits, facts)
     (building / JOB).unlink()
     (building / JOURNAL).unlink()
-    building.rename(corpus)
-    seconds, total = time.monotonic() - began, sum(shard.tokens for shard in written)
-    report(f"prepared {len(hashes):,} documents, {total:,} tokens in {seconds:.1f} s: {corpus}")
 
 
 def _write_shards(job: Job, building: Path, report: Report, processes: int | None) -> list[Shard]:
@@ -190,25 +214,6 @@ def _key(*content: object) -> str:
 
 
 @contextmanager
-def _locked(target: Path, report: Report) -> Iterator[None]:
-    """Only one process makes `target`; a killed process's lock is free once its helpers have ended too."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_suffix(".lock").open("a+") as lock:
-        os.set_inheritable(lock.fileno(), True)  # by helpers, which write on for a second after a kill
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            if lock.read() != str(os.getppid()):  # the workers of one run have the same parent
-                report("waiting for another process that prepares the same data")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.truncate(0)
-        lock.write(str(os.getppid()))
-        lock.flush()
-        yield
-
-
-@contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal, nothing elsewhere."""
     if not sys.stderr.isatty():
@@ -221,24 +226,3 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("tokenizing", total=total)
         yield lambda step: bar.advance(task, step)
-
-
-def _make(cache: Path) -> None:
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        found = f"it cannot be made ({error.strerror})"
-        raise UserError(
-            f"--cache-dir {cache}", found, "name a folder on a disk that can be written"
-        ) from error
-
-
-@contextmanager
-def _full_disk_is_an_error(cache: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        change = "free some space, or name another"
-        raise UserError(f"--cache-dir {cache}", "the disk is full", change) from error

@@ -4,8 +4,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -13,8 +13,9 @@ import numpy as np
 
 from shoal.errors import ShoalError
 
-FORMAT = 1  # of the folder; also raised when the same sources would give other documents or tokens
+FORMAT = 2  # of the folder; also raised when the same sources would give other documents or tokens
 UNFINISHED = ".part"  # the end of a file's name while it is written
+MOST_MAPS = 128  # token shards that a stream keeps open
 Split = Literal["train", "eval"]
 
 # Columns of `shard-*.npy`, one row a document; its hash decides on its split.
@@ -33,6 +34,8 @@ class Shard:
     tokens: int
     ids_sha256: str
     documents_sha256: str
+    skipped: dict[str, int] = field(default_factory=dict)  # rows without text, by reason
+    special_tokens: dict[str, int] = field(default_factory=dict)  # those that are written in the text
 
     @property
     def ids_file(self) -> str:
@@ -145,7 +148,7 @@ class TokenStream:
 
     def __init__(self, folder: str | Path, split: Split) -> None:
         self.folder, self.split = Path(folder), split
-        index = _load_index(self.folder)
+        index = load_index(self.folder)
         facts = index["splits"][split]
         self.tokens: int = facts["tokens"]
         self.documents: int = facts["documents"]
@@ -156,7 +159,8 @@ class TokenStream:
         self._sha256: str = facts["sha256"]
         self._dtype = np.dtype(index["dtype"])
         self._shards = [Shard(**facts) for facts in index["shards"]]
-        self._maps: dict[int, np.ndarray] = {}
+        # Each map takes a file descriptor, of which a process may have 1024.
+        self._map = lru_cache(MOST_MAPS)(self._open_map)
 
     @property
     def starts(self) -> np.ndarray:
@@ -201,11 +205,8 @@ class TokenStream:
     def _rows(self) -> np.ndarray:
         return np.load(self.folder / f"{self.split}.npy", mmap_mode="r", allow_pickle=False)
 
-    def _map(self, shard: int) -> np.ndarray:
-        if shard not in self._maps:
-            file = self.folder / self._shards[shard].ids_file
-            self._maps[shard] = np.memmap(file, self._dtype, mode="r")
-        return self._maps[shard]
+    def _open_map(self, shard: int) -> np.ndarray:
+        return np.memmap(self.folder / self._shards[shard].ids_file, self._dtype, mode="r")
 
 
 def all_hashes(folder: Path, shards: Iterable[Shard]) -> np.ndarray:
@@ -219,7 +220,8 @@ def _flush_to_disk(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _load_index(folder: Path) -> dict[str, Any]:
+def load_index(folder: Path) -> dict[str, Any]:
+    """What `write_index` wrote. Raises ShoalError for a folder that holds no prepared data, or of another format."""
     try:
         index = json.loads((folder / "index.json").read_text())
     except FileNotFoundError:

@@ -1,19 +1,18 @@
 """What a `--data` entry names: files, folders, globs, URLs and data sets become parts."""
 
-import gzip
-import hashlib
 import json
-import zlib
+import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import fsspec
-from fsspec.utils import infer_compression
 
-from shoal.data import builtin
+from shoal.data import builtin, compression, walking
+from shoal.data.walking import Found
 from shoal.errors import UserError
 
 FORMAT_OF_SUFFIX = {
@@ -30,18 +29,24 @@ KNOWN_SUFFIXES = ", ".join(FORMAT_OF_SUFFIX)
 
 @dataclass(frozen=True)
 class Part:
-    """One file of documents: `name` is its path or URL, `size` its bytes, `asked` the flag that named it."""
+    """One file of documents: `file` is its path or URL, `size` its bytes, `asked` the flag that named it."""
 
-    name: str
+    file: str
     format: str
     size: int
     asked: str
+    member: str = ""  # of a zip archive
     alone: bool = False  # whether it is all there is
+
+    @property
+    def name(self) -> str:
+        """How a message speaks of it."""
+        return f"{self.file}/{self.member}" if self.member else self.file
 
     @property
     def compressed(self) -> bool:
         """Whether the file must be read from its beginning."""
-        return infer_compression(self.name) is not None
+        return bool(compression.suffix_of(self.file))
 
 
 @dataclass(frozen=True)
@@ -57,51 +62,202 @@ class Span:
     stop: int | None = None
 
 
-def list_parts(entries: Sequence[str], flag: str = "--data") -> list[Part]:
-    """The parts that `entries` name, in that order; raises UserError for one that names nothing to read."""
-    parts = [part for entry in entries for part in _parts_of(entry, f"{flag} {entry}")]
-    return [replace(parts[0], alone=True)] if len(parts) == 1 else parts
+@dataclass(frozen=True)
+class Sources:
+    """The parts that entries name, in their order, and how many files were left out for which reason."""
+
+    parts: list[Part]
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def list_sources(entries: Sequence[str], flag: str = "--data") -> Sources:
+    """What `entries` name; raises UserError for one that names nothing to read, or what cannot be read."""
+    left_out: Counter[str] = Counter()
+    parts = [part for entry in entries for part in _Entry(entry, f"{flag} {entry}", left_out).parts()]
+    return Sources([replace(parts[0], alone=True)] if len(parts) == 1 else parts, +left_out)
 
 
 @contextmanager
 def opened(part: Part) -> Iterator[BinaryIO]:
     """The bytes of a part, decompressed; raises UserError where the store or the compression fails."""
-    with _store_errors(part.asked), fsspec.open(part.name, "rb", compression="infer") as file:
-        yield file
+    with (
+        store_errors(part.asked, part.name),
+        open_file(part.file) as file,
+        compression.decompressed(file, part.file, part.member) as stream,
+    ):
+        yield stream
 
 
-def fingerprint(part: Part) -> str:
-    """A name for what is in a part: SHA-256 of its bytes, or the tag that an object store keeps of them."""
-    with _store_errors(part.asked):
-        filesystem, path = fsspec.core.url_to_fs(part.name)
-        info = {} if _is_local(filesystem) else filesystem.info(path)
-        tag = info.get("ETag") or info.get("etag")
-        if tag:
-            return f"etag:{tag}"
-        with filesystem.open(path, "rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+def open_file(name: str) -> BinaryIO:
+    """A file as it lies on a local disk or in a store; raises what the store does."""
+    filesystem, path = _store_of(name)
+    return open(path, "rb") if filesystem is None else filesystem.open(path, "rb")
 
 
-def _parts_of(entry: str, asked: str) -> list[Part]:
-    if entry == "builtin":
-        return list(_builtin_parts(asked))
-    if entry.startswith("hf:"):
-        return _hub_parts(entry.removeprefix("hf:"), asked)
-    with _store_errors(asked):
-        filesystem, path = fsspec.core.url_to_fs(entry)
-        exists = filesystem.exists(path)
-        if exists and filesystem.isdir(path):
-            saved = _saved_parts(Path(path), asked) if _is_local(filesystem) else []
-            return saved or _folder_parts(filesystem, path, asked)
-        if exists:
-            return [_file_part(filesystem, path, asked)]
-        if any(sign in path for sign in "*?["):
-            return _glob_parts(filesystem, path, asked)
-    change = "name a file, a folder, a glob, a URL, builtin or hf:DATASET"
-    raise UserError(asked, "no such file or folder", change)
+def tag_of(name: str) -> str | None:
+    """What an object store says of the content of a file: none for a local one."""
+    filesystem, path = _store_of(name)
+    info = {} if filesystem is None else filesystem.info(path)
+    return info.get("ETag") or info.get("etag")
+
+
+@dataclass
+class _Entry:
+    """One word behind `--data`; what it names and is not read is counted in `left_out`."""
+
+    word: str
+    asked: str
+    left_out: Counter[str]
+
+    def parts(self) -> list[Part]:
+        if self.word == "builtin":
+            return list(_builtin_parts(self.asked))
+        if self.word.startswith("hf:"):
+            return self._of_hub(self.word.removeprefix("hf:"))
+        with store_errors(self.asked):
+            filesystem, path = _store_of(self.word)
+            return self._local(path) if filesystem is None else self._remote(filesystem, path)
+
+    def _local(self, path: str) -> list[Part]:
+        if os.path.isdir(path):
+            return self._saved(Path(path)) or self._among(walking.files_below(path, self.left_out), "folder")
+        if os.path.lexists(path):
+            return self._single(Found(path, False, os.path.isfile(path), os.path.getsize(path)))
+        if any(sign in path for sign in walking.MAGIC):
+            return self._matched(walking.matches(path, self.left_out))
+        raise self._nothing()
+
+    def _remote(self, filesystem: Any, path: str) -> list[Part]:
+        if filesystem.exists(path):
+            if not filesystem.isdir(path):
+                return self._single(_found_at(filesystem, path, filesystem.info(path)))
+            root = PurePosixPath(filesystem._strip_protocol(path))
+            every = filesystem.find(path, detail=True)
+            hidden = {name for name in every if any(map(walking.is_hidden, _steps_below(root, name)))}
+            self.left_out[walking.HIDDEN] += len(hidden)
+            found = [_found_at(filesystem, name, every[name]) for name in sorted(every) if name not in hidden]
+            return self._among(found, "folder")
+        if any(sign in path for sign in walking.MAGIC):
+            matched = filesystem.glob(path, detail=True)
+            return self._matched([_found_at(filesystem, name, matched[name]) for name in sorted(matched)])
+        raise self._nothing()
+
+    def _matched(self, found: list[Found]) -> list[Part]:
+        if not found:
+            raise UserError(self.asked, "no file matches", "quote the pattern, or check it with ls")
+        self.left_out["folder that the pattern matches"] += sum(one.is_folder for one in found)
+        return self._among([one for one in found if not one.is_folder], "pattern")
+
+    def _single(self, found: Found) -> list[Part]:
+        """The parts of a file that was named itself, so that nothing of it may be left out unsaid."""
+        if not found.is_file:
+            raise UserError(self.asked, "neither a file nor a folder", "write what it holds to a file first")
+        parts, others = self._contents(found)
+        if not parts and compression.suffix_of(found.path) == compression.ARCHIVE:
+            holds = f"it holds no {KNOWN_SUFFIXES} file, but {_some(others)}"
+            raise UserError(self.asked, holds, "unpack it, or rename what is in it")
+        if not parts:
+            raise UserError(
+                self.asked, f"not one of the formats {KNOWN_SUFFIXES}", "rename or convert the file"
+            )
+        return self._filled(parts, others, "the file is empty")
+
+    def _among(self, found: list[Found], holder: str) -> list[Part]:
+        contents = [self._contents(one) for one in found]
+        parts = [part for some, _ in contents for part in some]
+        others = [name for _, some in contents for name in some]
+        if not parts:
+            what = f"the {holder} holds no {KNOWN_SUFFIXES} file" + (
+                f", but {_some(others)}" if others else ""
+            )
+            raise UserError(self.asked, what, "name a folder or files that do")
+        return self._filled(parts, others, f"every file of the {holder} is empty")
+
+    def _filled(self, parts: list[Part], others: list[str], all_empty: str) -> list[Part]:
+        """The parts that are not empty; the rest is counted."""
+        self.left_out.update(PurePosixPath(name.lower()).suffix[:12] or "without a suffix" for name in others)
+        self.left_out["empty"] += sum(part.size == 0 for part in parts)
+        if not any(part.size for part in parts):
+            raise UserError(self.asked, all_empty, "name files that hold text")
+        return [part for part in parts if part.size]
+
+    def _contents(self, found: Found) -> tuple[list[Part], list[str]]:
+        """The parts of a file (several of a zip archive), and the names of what is not read of it."""
+        if compression.suffix_of(found.path) != compression.ARCHIVE or not found.size:
+            kind = _format_of(found.path)
+            return (
+                ([Part(_readable(found.path), kind, found.size, self.asked)], [])
+                if kind
+                else ([], [found.path])
+            )
+        with store_errors(self.asked, found.path), open_file(found.path) as file:
+            sizes = compression.members(file)
+        parts, others = [], []
+        for member in sorted(sizes):
+            nested = compression.suffix_of(member) == compression.ARCHIVE
+            kind = None if nested else _format_of(member, _format_of(found.path))
+            if any(map(walking.is_hidden, PurePosixPath(member).parts)):
+                self.left_out[walking.HIDDEN] += 1
+            elif kind:
+                parts.append(Part(_readable(found.path), kind, sizes[member], self.asked, member))
+            else:
+                others.append(member)
+        return parts, others
+
+    def _of_hub(self, name: str) -> list[Part]:
+        """The Arrow files of a Hugging Face data set `NAME[:config][:split]`, downloaded where need be."""
+        if Path(name).is_dir() and (parts := self._saved(Path(name))):
+            return parts
+        try:
+            import datasets
+        except ImportError:
+            change = "pip install 'shoal[datasets]'"
+            raise UserError(self.asked, "the package datasets is missing", change) from None
+        path, config, split = [*name.split(":"), "", ""][:3]
+        try:
+            table = datasets.load_dataset(path, config or None, split=split or "train")
+        except Exception as error:  # the hub's failures have no common type
+            raise UserError(self.asked, _one_line(error), "check the name as hf:NAME:CONFIG:SPLIT") from error
+        return self._arrow([Path(file["filename"]) for file in table.cache_files])
+
+    def _saved(self, folder: Path) -> list[Part]:
+        """The Arrow files of a folder that `datasets` saved (its `train` split); none for any other folder."""
+        if (folder / "dataset_dict.json").is_file():
+            splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+            if "train" not in splits:
+                change = f"name one: {folder}/SPLIT"
+                raise UserError(self.asked, f"no split train, but {', '.join(splits)}", change)
+            self.left_out.update(f"split {split}" for split in splits if split != "train")
+            folder = folder / "train"
+        if not (folder / "state.json").is_file():
+            return []
+        state = json.loads((folder / "state.json").read_text())
+        return self._arrow([folder / file["filename"] for file in state["_data_files"]])
+
+    def _arrow(self, files: list[Path]) -> list[Part]:
+        return [Part(_readable(str(file)), "arrow", file.stat().st_size, self.asked) for file in files]
+
+    def _nothing(self) -> UserError:
+        change = "name a file, a folder, a glob, a URL, builtin or hf:DATASET"
+        return UserError(self.asked, "no such file or folder", change)
+
+
+@contextmanager
+def store_errors(asked: str, name: str = "") -> Iterator[None]:
+    """Turn what a file system says into one line; the libraries behind the URLs share no base of errors."""
+    try:
+        yield
+    except (UserError, UnicodeDecodeError):
+        raise
+    except compression.Broken as error:
+        found = f"{name} has broken compression ({error})"
+        raise UserError(asked, found, "copy or compress the file again") from error
+    except OSError as error:
+        raise UserError(asked, _one_line(error), "check that it is there and may be read") from error
+    except Exception as error:
+        if "://" not in asked:
+            raise
+        raise UserError(asked, _one_line(error), "check the address, and the access to it") from error
 
 
 def _builtin_parts(asked: str) -> Iterator[Part]:
@@ -112,118 +268,39 @@ def _builtin_parts(asked: str) -> Iterator[Part]:
         yield Part(str(file), "text", file.stat().st_size, asked)
 
 
-def _file_part(filesystem: Any, path: str, asked: str) -> Part:
-    kind = _format_of(path)
-    if kind is None:
-        raise UserError(asked, f"not one of the formats {KNOWN_SUFFIXES}", "rename or convert the file")
-    size = filesystem.size(path)
-    if size == 0:
-        raise UserError(asked, "the file is empty", "name a file that holds text")
-    return Part(_readable_name(filesystem, path), kind, size, asked)
+def _format_of(name: str, otherwise: str | None = None) -> str | None:
+    """What a file holds, by its name; `otherwise` where that has no suffix at all."""
+    suffix = PurePosixPath(compression.without_suffix(name).lower()).suffix
+    return FORMAT_OF_SUFFIX.get(suffix) if suffix else otherwise
 
 
-def _folder_parts(filesystem: Any, path: str, asked: str) -> list[Part]:
-    files = filesystem.find(path, detail=True)
-    root = PurePosixPath(filesystem._strip_protocol(path))
-    visible = {
-        name: info
-        for name, info in files.items()
-        if not any(step.startswith((".", "_")) for step in PurePosixPath(name).relative_to(root).parts)
-    }
-    return _parts_among(filesystem, visible, asked, "the folder")
-
-
-def _glob_parts(filesystem: Any, pattern: str, asked: str) -> list[Part]:
-    found = filesystem.glob(pattern, detail=True)
-    if not found:
-        raise UserError(asked, "no file matches", "quote the pattern, or check it with ls")
-    files = {name: info for name, info in found.items() if info["type"] == "file"}
-    return _parts_among(filesystem, files, asked, "the pattern")
-
-
-def _parts_among(filesystem: Any, files: dict[str, Any], asked: str, holder: str) -> list[Part]:
-    known = {name: kind for name in sorted(files) if (kind := _format_of(name))}
-    if not known:
-        raise UserError(asked, f"{holder} holds no {KNOWN_SUFFIXES} file", "name a folder or files that do")
-    parts = [
-        Part(_readable_name(filesystem, name), kind, files[name]["size"], asked)
-        for name, kind in known.items()
-        if files[name]["size"] > 0
-    ]
-    if not parts:
-        raise UserError(asked, f"every file of {holder} is empty", "name files that hold text")
-    return parts
-
-
-def _hub_parts(name: str, asked: str) -> list[Part]:
-    """The Arrow files of a Hugging Face data set `NAME[:config][:split]`, downloaded where need be."""
-    if Path(name).is_dir() and (parts := _saved_parts(Path(name), asked)):
-        return parts
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(asked, "the package datasets is missing", "pip install 'shoal[datasets]'") from None
-    path, config, split = [*name.split(":"), "", ""][:3]
-    try:
-        table = datasets.load_dataset(path, config or None, split=split or "train")
-    except Exception as error:  # the hub's failures have no common type
-        raise UserError(asked, _one_line(error), "check the name as hf:NAME:CONFIG:SPLIT") from error
-    return _arrow_parts([Path(file["filename"]) for file in table.cache_files], asked)
-
-
-def _saved_parts(folder: Path, asked: str) -> list[Part]:
-    """The Arrow files of a folder that `datasets` saved (its `train` split); none for any other folder."""
-    if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
-        if "train" not in splits:
-            change = f"name one: {folder}/SPLIT"
-            raise UserError(asked, f"no split train, but {', '.join(splits)}", change)
-        folder = folder / "train"
-    if not (folder / "state.json").is_file():
-        return []
-    state = json.loads((folder / "state.json").read_text())
-    return _arrow_parts([folder / file["filename"] for file in state["_data_files"]], asked)
-
-
-def _arrow_parts(files: list[Path], asked: str) -> list[Part]:
-    return [Part(str(file), "arrow", file.stat().st_size, asked) for file in files]
-
-
-def _format_of(path: str) -> str | None:
-    pure = PurePosixPath(path.lower())
-    if infer_compression(path) is not None:
-        pure = pure.with_suffix("")
-    return FORMAT_OF_SUFFIX.get(pure.suffix)
-
-
-def _is_local(filesystem: Any) -> bool:
+def _store_of(name: str) -> tuple[Any, str]:
+    """The file system of a URL and the path in it; none and the whole path for a local file."""
+    if "://" not in name:
+        return None, os.path.abspath(os.path.expanduser(name))
+    filesystem, path = fsspec.core.url_to_fs(name)
     protocol = filesystem.protocol
-    return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
+    is_local = "file" in ((protocol,) if isinstance(protocol, str) else protocol)
+    return (None, path) if is_local else (filesystem, path)
 
 
-def _readable_name(filesystem: Any, path: str) -> str:
-    """A local path as seen from here, or the full URL."""
-    if not _is_local(filesystem):
-        return str(filesystem.unstrip_protocol(path))
-    here = Path.cwd()
-    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
+def _found_at(filesystem: Any, path: str, info: dict[str, Any]) -> Found:
+    url, kind = str(filesystem.unstrip_protocol(path)), info["type"]
+    return Found(url, kind == "directory", kind == "file", info["size"] or 0)
 
 
-@contextmanager
-def _store_errors(asked: str) -> Iterator[None]:
-    """Turn what a file system says into one line; the libraries behind the URLs share no base of errors."""
-    try:
-        yield
-    except (UserError, UnicodeDecodeError):
-        raise
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(asked, f"broken compression ({error})", "copy or compress the file again") from error
-    except OSError as error:
-        raise UserError(asked, _one_line(error), "check that it is there and may be read") from error
-    except Exception as error:
-        if "://" not in asked:
-            raise
-        raise UserError(asked, _one_line(error), "check the address, and the access to it") from error
+def _steps_below(root: PurePosixPath, name: str) -> tuple[str, ...]:
+    return PurePosixPath(name).relative_to(root).parts
+
+
+def _readable(path: str) -> str:
+    """A local path as seen from here, or the URL."""
+    here = os.getcwd()
+    return os.path.relpath(path) if "://" not in path and Path(path).is_relative_to(here) else path
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _one_line(error: Exception) -> str:

@@ -1,19 +1,20 @@
-"""Tables become documents: the column `text_field` of CSV, TSV, Parquet and Arrow files, streamed."""
+"""Tables become documents: the column `text_field` of Parquet and Arrow files, streamed."""
 
-import csv
-import io
-from collections.abc import Callable, Iterator
-from typing import Any
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, BinaryIO
 
 from shoal.data.sources import Part, Span, opened
 from shoal.errors import UserError
 
 ROWS_AT_ONCE = 1024
-CSV_BLOCK_BYTES = 16 << 20  # the longest row that a CSV file may have
+MOST_SHOWN, LONGEST_SHOWN = 20, 60
 
 
-def read_table(span: Span, field: str) -> Iterator[str]:
-    """The texts of one column; a missing value is an empty text. Raises UserError with file and row."""
+def read_table(span: Span, field: str) -> Iterator[str | None]:
+    """The texts of one column, None where a value is missing. Raises UserError with file and row."""
     import pyarrow
 
     part, row = span.part, 0
@@ -21,7 +22,7 @@ def read_table(span: Span, field: str) -> Iterator[str]:
         for row, column in COLUMN_READERS[part.format](span, field):
             for value in _as_bytes(column, part, field).to_pylist():
                 row += 1
-                yield _decoded(value or b"", part, row)
+                yield None if value is None else _decoded(value, part, row)
     except (pyarrow.ArrowException, OSError) as error:
         found = f"{part.name} is broken after row {row} ({' '.join(str(error).split())})"
         raise UserError(part.asked, found, "write or copy the file again") from error
@@ -33,7 +34,7 @@ def parquet_spans(part: Part, span_bytes: int) -> list[Span]:
     import pyarrow.parquet
 
     try:
-        with opened(part) as file:
+        with _seekable(part) as file:
             footer = pyarrow.parquet.ParquetFile(file).metadata
     except (pyarrow.ArrowException, OSError) as error:
         found = f"{part.name} is no whole Parquet file ({' '.join(str(error).split())})"
@@ -47,34 +48,26 @@ def parquet_spans(part: Part, span_bytes: int) -> list[Span]:
     return spans
 
 
-def _csv_columns(span: Span, field: str) -> Iterator[tuple[int, Any]]:
-    """Pairs of rows before, and the column of the rows that follow; so do the readers below."""
-    import pyarrow
-    import pyarrow.csv as arrow_csv
-
-    delimiter = "\t" if span.part.format == "tsv" else ","
-    with opened(span.part) as file:
-        header = next(csv.reader(io.TextIOWrapper(file, "utf-8-sig", "replace"), delimiter=delimiter), [])
-    _check_column(span.part, field, header)
-    with opened(span.part) as file:
-        batches = arrow_csv.open_csv(
-            file,
-            arrow_csv.ReadOptions(use_threads=False, block_size=CSV_BLOCK_BYTES),
-            arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            arrow_csv.ConvertOptions(include_columns=[field], column_types={field: pyarrow.binary()}),
-        )
-        row = 0
-        for batch in batches:
-            yield row, batch.column(0)
-            row += batch.num_rows
+@contextmanager
+def _seekable(part: Part) -> Iterator[BinaryIO]:
+    """A Parquet file is read from its end; one that is compressed as a whole is unpacked for that, on disk."""
+    with opened(part) as file:
+        if not part.compressed:
+            yield file
+            return
+        with tempfile.TemporaryFile() as unpacked:
+            shutil.copyfileobj(file, unpacked)
+            yield unpacked
 
 
 def _parquet_columns(span: Span, field: str) -> Iterator[tuple[int, Any]]:
+    """Pairs of rows before, and the column of the rows that follow; so does the reader below."""
     import pyarrow.parquet
 
-    with opened(span.part) as file:
+    with _seekable(span.part) as file:
         table = pyarrow.parquet.ParquetFile(file)
-        _check_column(span.part, field, table.schema_arrow.names)
+        if field not in table.schema_arrow.names:
+            raise no_column(span.part, field, table.schema_arrow.names)
         groups = range(table.metadata.num_row_groups)[span.start : span.stop]
         row = sum(table.metadata.row_group(group).num_rows for group in range(span.start))
         for batch in table.iter_batches(ROWS_AT_ONCE, list(groups), columns=[field], use_threads=False):
@@ -85,9 +78,10 @@ def _parquet_columns(span: Span, field: str) -> Iterator[tuple[int, Any]]:
 def _arrow_columns(span: Span, field: str) -> Iterator[tuple[int, Any]]:
     import pyarrow
 
-    with pyarrow.memory_map(span.part.name) as file:
+    with pyarrow.memory_map(span.part.file) as file:
         table = pyarrow.ipc.open_stream(file)
-        _check_column(span.part, field, table.schema.names)
+        if field not in table.schema.names:
+            raise no_column(span.part, field, table.schema.names)
         row = 0
         for batch in table:
             yield row, batch.column(field)
@@ -95,17 +89,24 @@ def _arrow_columns(span: Span, field: str) -> Iterator[tuple[int, Any]]:
 
 
 COLUMN_READERS: dict[str, Callable[[Span, str], Iterator[tuple[int, Any]]]] = {
-    "csv": _csv_columns,
-    "tsv": _csv_columns,
     "parquet": _parquet_columns,
     "arrow": _arrow_columns,
 }
 
 
-def _check_column(part: Part, field: str, names: list[str]) -> None:
-    if field not in names:
-        found = f"{part.name} has no column '{field}'"
-        raise UserError(part.asked, found, f"set --text-field to one of: {', '.join(names)}")
+def no_column(part: Part, field: str, names: Sequence[str]) -> UserError:
+    """The error where a table of columns `names` has none called `field`."""
+    found = f"{part.name} has no column '{field}'"
+    return UserError(part.asked, found, f"set --text-field to one of: {shown(names)}")
+
+
+def shown(names: Sequence[str]) -> str:
+    """Names of fields in a message: the first ones, shortened, in quotes where they begin or end in a space."""
+    short = [
+        name if len(name) <= LONGEST_SHOWN else f"{name[:LONGEST_SHOWN]}..." for name in names[:MOST_SHOWN]
+    ]
+    text = ", ".join(repr(name) if name != name.strip() or not name else name for name in short)
+    return text + (f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else "")
 
 
 def _as_bytes(column: Any, part: Part, field: str) -> Any:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,10 +10,13 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, Protocol
 
+from shoal.data.cache import made
 from shoal.errors import UserError
+from shoal.locks import Report
 
 END_OF_TEXT = "<|endoftext|>"
 BYTES = 256
+NEVER = r"(?!)"  # a pattern that nothing matches
 LOST_SHARE = 0.2  # a tokenizer that cannot write more than this of the text was made for another
 # What a tokenizer folder may hold; the first is what the `tokenizers` library reads.
 FILES = (
@@ -82,7 +86,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def fetch(name: str, cache: Path) -> Path:
+def fetch(name: str, cache: Path, report: Report) -> Path:
     """A folder with the tokenizer of a folder or hub name, in the form that the `tokenizers` library reads.
 
     One that says too little of itself is loaded by `transformers` and saved under `cache`.
@@ -91,13 +95,14 @@ def fetch(name: str, cache: Path) -> Path:
     if (source / "tokenizer.json").is_file() and special_ids(source).eos_token_id is not None:
         return source
     folder = cache / fingerprint(source)
-    if not folder.is_dir():
+
+    def convert(building: Path) -> None:
         loaded = load(str(source))
         if not getattr(loaded, "is_fast", False):
             raise UserError(f"--tokenizer {name}", "it has no fast form", "name one with a tokenizer.json")
-        aside = folder.with_suffix(".building")
-        loaded.save_pretrained(aside)
-        aside.rename(folder)
+        loaded.save_pretrained(building)
+
+    made(folder, convert, report)
     return folder
 
 
@@ -142,10 +147,10 @@ def special_ids(folder: Path) -> SpecialIds:
     return SpecialIds(id_of("bos_token"), id_of("eos_token"))
 
 
-def open_fast(folder: Path) -> Any:
+def open_fast(folder: Path, split_special_tokens: bool = False) -> Any:
     """The `tokenizers.Tokenizer` of a folder, set to encode documents as they stand: whole and unpadded.
 
-    `<|endoftext|>` and its like inside a document are text: no document can forge a boundary.
+    `<|endoftext|>` and its like inside a document are that token, or with `split_special_tokens` plain text.
     """
     from tokenizers import Tokenizer
 
@@ -155,8 +160,20 @@ def open_fast(folder: Path) -> Any:
         raise UserError(f"--tokenizer {folder}", f"tokenizer.json: {error}", "name a whole folder") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
+    tokenizer.encode_special_tokens = split_special_tokens
     return tokenizer
+
+
+def special_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """What finds the special tokens of a `tokenizers.Tokenizer` where they are written in a text."""
+    words = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    longest_first = sorted(filter(None, words), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or NEVER)
+
+
+def vocab_size(tokenizer: Any) -> int:
+    """One more than the largest id, of a tokenizer of `tokenizers` or `transformers`; ids may have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def copy_files(source: Path, target: Path) -> None:

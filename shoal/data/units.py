@@ -1,8 +1,9 @@
 """Units of work: the sources are cut into them by bytes alone, and each becomes one token shard."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from shoal.data.documents import read_documents, spans_of
 from shoal.data.shards import Shard, content_hash, write_shard
 from shoal.data.sources import Part, Span
-from shoal.data.tokenizer import open_fast
+from shoal.data.tokenizer import open_fast, special_tokens
 
 UNITS = 64  # aimed at: enough to keep many processes evenly busy
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 256 << 10, 64 << 20  # what a shard is worth, and what a kill may cost
@@ -48,6 +49,7 @@ class Job:
     units: list[Unit]
     text_field: str
     tokenizer: str
+    split_special_tokens: bool
     prefix: list[int]
     suffix: list[int]
     dtype: str
@@ -73,17 +75,21 @@ class UnitTokenizer:
 
     def __init__(self, job: Job, folder: Path) -> None:
         self.job, self.folder = job, folder
-        self.tokenizer = open_fast(Path(job.tokenizer))
+        self.tokenizer = open_fast(Path(job.tokenizer), job.split_special_tokens)
+        self.special_tokens = special_tokens(self.tokenizer)
 
     def write(self, number: int) -> Shard:
         """Tokenize unit `number`; the same bytes come out whichever process does it. Raises UserError."""
-        unit = self.job.units[number]
-        texts = (text for span in unit for text in read_documents(span, self.job.text_field))
-        return write_shard(self.folder, number, self._encoded(texts))
+        unit, skipped, met = self.job.units[number], Counter[str](), Counter[str]()
+        texts = (text for span in unit for text in read_documents(span, self.job.text_field, skipped))
+        shard = write_shard(self.folder, number, self._encoded(texts, met))
+        return replace(shard, skipped=dict(skipped), special_tokens=dict(met))
 
-    def _encoded(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, int, int]]:
+    def _encoded(self, texts: Iterable[str], met: Counter[str]) -> Iterator[tuple[np.ndarray, int, int]]:
         prefix, suffix, dtype = self.job.prefix, self.job.suffix, self.job.dtype
         for batch in _batches(texts):
+            for text in batch:
+                met.update(self.special_tokens.findall(text))
             for text, encoding in zip(batch, self._encode(batch), strict=True):
                 data = text.encode()
                 yield np.array([*prefix, *encoding.ids, *suffix], dtype), len(data), content_hash(data)

@@ -20,8 +20,8 @@ class Task(Protocol):
     def __init__(self, config: RunConfig, folder: Path) -> None: ...
 
     @staticmethod
-    def prepare(config: RunConfig) -> Path:
-        """Rows to samples on disk, before any worker starts; returns the folder."""
+    def prepare(config: RunConfig, verbose: bool = False) -> Path:
+        """Rows to samples on disk, before any worker starts; returns the folder. `verbose` says what is in it."""
         ...
 
     def model(self) -> nn.Module:

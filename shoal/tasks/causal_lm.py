@@ -32,14 +32,14 @@ class CausalLM:
         self.folder = folder
 
     @staticmethod
-    def prepare(config: RunConfig) -> Path:
+    def prepare(config: RunConfig, verbose: bool = False) -> Path:
         """Documents to token shards in the cache, with the model's own tokenizer where it has one."""
         check_name(config.model.name)
         chosen = config.data.tokenizer
         if chosen != "auto" or config.model.name in PRESETS:
-            return prepare.prepare(config.data, "train" if chosen == "auto" else chosen)
+            return prepare.prepare(config.data, "train" if chosen == "auto" else chosen, verbose=verbose)
         try:
-            return prepare.prepare(config.data, config.model.name)
+            return prepare.prepare(config.data, config.model.name, verbose=verbose)
         except UserError as error:
             if not error.asked.startswith("--tokenizer"):
                 raise
@@ -55,7 +55,7 @@ class CausalLM:
         """The causal language model of the configuration; refused if packed documents see each other in it."""
         model = load(
             self.config.model,
-            vocab_size=len(self.tokenizer),
+            vocab_size=tokenizer.vocab_size(self.tokenizer),
             sequence_length=self.config.data.sequence_length,
             tokenizer=self.tokenizer,
             seed=self.config.train.seed,

@@ -20,6 +20,7 @@ class Data:
     vocab_size: int = 300
     eval_path: list[str] = field(default_factory=list)
     eval_fraction: float = 0.1
+    split_special_tokens: bool = False
 
 
 WORDS = ("the fish swim ebb fläche 潮 drift net,", "a\tb", "  deep", "42", "x=y\n", '"quoted"', "\n\n", "🐟")
@@ -40,7 +41,8 @@ def documents_of(folder: Path, split: Split) -> list[str]:
         tokens = ids[owners == document].tolist()
         assert tokens[: len(stream.prefix)] == stream.prefix
         assert tokens[len(tokens) - len(stream.suffix) :] == stream.suffix
-        texts.append(tokenizer.decode(tokens[len(stream.prefix) : len(tokens) - len(stream.suffix)]))
+        inside = tokens[len(stream.prefix) : len(tokens) - len(stream.suffix)]
+        texts.append(tokenizer.decode(inside, skip_special_tokens=False))
     assert np.all(np.diff(owners) >= 0)
     return texts
 

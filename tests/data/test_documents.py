@@ -1,9 +1,9 @@
 """Whatever the format and however it is cut, the documents are those that are in it."""
 
 import csv
-import gzip
 import itertools
 import json
+from collections import Counter
 from pathlib import Path
 
 import pyarrow
@@ -13,7 +13,8 @@ from corpora import some_text
 
 from shoal.data import builtin, documents
 from shoal.data.documents import read_documents, spans_of
-from shoal.data.sources import Part, Span, list_parts
+from shoal.data.sources import Part, Span, list_sources
+from shoal.errors import UserError
 
 TEXTS = [some_text(seed, 3 + seed % 17) for seed in range(100)]
 
@@ -23,7 +24,7 @@ def read(part: Part, span_bytes: int = 1 << 30) -> list[str]:
 
 
 def part_of(path: Path) -> Part:
-    (part,) = list_parts([str(path)])
+    (part,) = list_sources([str(path)]).parts
     return part
 
 
@@ -64,19 +65,17 @@ def test_rows_of_jsonl(tmp_path: Path, span_bytes: int, end: str) -> None:
     assert read(part_of(tmp_path / "a.jsonl"), span_bytes) == TEXTS
 
 
-def test_compressed_jsonl(tmp_path: Path) -> None:
-    rows = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
-    (tmp_path / "a.json.gz").write_bytes(gzip.compress(rows.encode()))
-    assert read(part_of(tmp_path / "a.json.gz"), 10) == TEXTS
-
-
-@pytest.mark.parametrize(("suffix", "delimiter"), [(".csv", ","), (".tsv", "\t")])
-def test_rows_of_csv(tmp_path: Path, suffix: str, delimiter: str) -> None:
-    with (tmp_path / f"a{suffix}").open("w", newline="") as file:
-        writer = csv.writer(file, delimiter=delimiter)
-        writer.writerow(["id", "text"])
-        writer.writerows(enumerate(TEXTS))
-    assert read(part_of(tmp_path / f"a{suffix}")) == TEXTS
+@pytest.mark.parametrize("end", ["\r\n", "\n", "\r"])
+@pytest.mark.parametrize("mark", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize(("suffix", "delimiter"), [("csv", ","), ("csv", ";"), ("csv", "\t"), ("tsv", "\t")])
+def test_rows_of_csv(tmp_path: Path, suffix: str, delimiter: str, mark: str, end: str) -> None:
+    texts = [" ".join(text.split("\n")) for text in TEXTS] if delimiter == "\t" else TEXTS
+    with (tmp_path / f"a.{suffix}").open("w", newline="", encoding=mark) as file:
+        writer = csv.writer(file, delimiter=delimiter, lineterminator=end, quoting=csv.QUOTE_NONNUMERIC)
+        writer.writerow(["id", "text", "long" * 50_000])
+        writer.writerows((number, text, '"') for number, text in enumerate(texts))
+        writer.writerow([-1, "x" * 200_000, ""])
+    assert read(part_of(tmp_path / f"a.{suffix}")) == [*texts, "x" * 200_000]
 
 
 @pytest.mark.parametrize("span_bytes", [1, 2000, 1 << 20])
@@ -89,22 +88,36 @@ def test_rows_of_parquet(tmp_path: Path, span_bytes: int, kind: object) -> None:
     assert read(part_of(tmp_path / "a.parquet"), span_bytes) == TEXTS
 
 
-def test_empty_rows_are_no_documents(tmp_path: Path) -> None:
+def test_empty_rows_are_no_documents_and_counted(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n\n{"text": null}\n{"text": " \\n"}\n{"text": "x"}\n')
-    assert read(part_of(tmp_path / "a.jsonl")) == ["x"]
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["", None, "x"]}), tmp_path / "a.parquet")
-    assert read(part_of(tmp_path / "a.parquet")) == ["x"]
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["", None, " ", "x"]}), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        part, skipped = part_of(tmp_path / name), Counter[str]()
+        assert list(read_documents(Span(part, part.size), "text", skipped)) == ["x"]
+        assert skipped == {"empty": 1, "null": 1, "white space": 1}
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a", encoding="utf-8-sig")
     assert read(part_of(tmp_path / "a.txt")) == ["a"]
+    row = '{"text": "a"}\n'.encode("utf-8-sig")
+    (tmp_path / "a.jsonl").write_bytes(row * 2)  # as cat joins two files
+    assert read(part_of(tmp_path / "a.jsonl")) == ["a", "a"]
+
+
+def test_a_number_of_any_length_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "n": %s}\n{"text": %s}\n' % (("7" * 5000,) * 2))
+    part = part_of(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match=r"line 2 has a field 'text' that is \w+, not text"):
+        read(part)
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "n": %s}\n' % ("7" * 5000))
+    assert read(part) == ["a"]
 
 
 def test_the_builtin_corpus_is_the_library_without_its_tests() -> None:
-    parts = list_parts(["builtin"])
+    parts = list_sources(["builtin"]).parts
     names = [part.name for part in parts]
-    assert parts == list_parts(["builtin"])
+    assert parts == list_sources(["builtin"]).parts
     assert any(name.endswith("/argparse.py") for name in names)
     assert not any("/test/" in name or "/site-packages/" in name for name in names)
     topics = list(read_documents(Span(parts[0], parts[0].size), ""))

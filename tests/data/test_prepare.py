@@ -1,21 +1,27 @@
 """Prepared data holds every document once, whoever made it and however often it was interrupted."""
 
 import errno
+import fcntl
+import io
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from corpora import Data, documents_of, files_of, some_text
+from corpora import Data, documents_of, files_of
 
 from shoal import crew
-from shoal.data import pool, units
+from shoal.data import fingerprints, pool, shards, units
 from shoal.data.prepare import prepare
 from shoal.data.shards import TokenStream, content_hash, held_out
 from shoal.errors import ShoalError, UserError
@@ -77,18 +83,125 @@ def test_reading_any_stretch_is_a_slice_of_the_whole(corpus: Path) -> None:
 def test_prepared_data_is_found_by_content(corpus: Path) -> None:
     lines: list[str] = []
     folder = prepare(data_at(corpus), report=lines.append)
-    assert len(lines) == 2
+    assert len(lines) == 3
     moved = corpus.rename(corpus.with_name("moved"))
     assert prepare(data_at(moved), report=lines.append) == folder
-    assert len(lines) == 2
+    assert len(lines) == 3
     (moved / "00.txt").write_text((moved / "00.txt").read_text() + "x")
     assert prepare(data_at(moved), report=lines.append) != folder
-    assert len(lines) == 4
+    assert len(lines) == 6
 
 
-@pytest.mark.parametrize("changes", [{"eval_fraction": 0.3}, {"vocab_size": 280}])
+@pytest.mark.parametrize(
+    "changes", [{"eval_fraction": 0.3}, {"vocab_size": 280}, {"split_special_tokens": True}]
+)
 def test_another_recipe_is_another_corpus(corpus: Path, changes: dict[str, object]) -> None:
     assert prepare(data_at(corpus), report=silent) != prepare(data_at(corpus, **changes), report=silent)
+
+
+@pytest.mark.usefixtures("many_units")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_was_read_is_said_whoever_asks(corpus: Path, processes: int) -> None:
+    (corpus / "a.jsonl").write_text('{"text": "x"}\n{"text": null}\n{"text": ""}\n{"text": ""}\n')
+    (corpus / "a.pdf").write_text("%PDF")
+    (corpus / "b.txt").touch()
+    size = 1 + sum(file.stat().st_size for file in corpus.glob("[01]*.txt"))
+    expected = (
+        f"read 21 files: 21 documents, {size:,} bytes of text; skipped 3 without text (2 empty, 1 null)"
+    )
+    expected += "; left out 2 (1 .pdf, 1 empty)"
+    lines: list[str] = []
+    for _ in range(2):  # made, then found
+        prepare(data_at(corpus), report=lines.append, processes=processes, verbose=True)
+        assert lines.pop() == expected
+    prepare(data_at(corpus), report=lines.append)
+    assert len(lines) == 2, "a worker that finds the data says nothing"
+
+
+def test_files_are_read_once_and_then_known_by_size_and_time(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = time.time() - 60
+    for file in corpus.iterdir():
+        os.utime(file, (old, old))
+    prepared = prepare(data_at(corpus), report=silent)
+    read: list[str] = []
+    whole = fingerprints._read
+    monkeypatch.setattr(
+        fingerprints, "_read", lambda *asked: (read.append(Path(asked[0]).name), whole(*asked))[1]
+    )
+    assert prepare(data_at(corpus), report=silent) == prepared
+    assert read == []
+    (corpus / "03.txt").write_text((corpus / "03.txt").read_text()[::-1])
+    (corpus / "05.txt").rename(corpus / "05b.txt")
+    assert prepare(data_at(corpus), report=silent) != prepared
+    assert sorted(read) == ["03.txt", "05b.txt"]
+    prepare(data_at(corpus), report=silent)
+    assert sorted(read) == ["03.txt", "03.txt", "05b.txt"], "03.txt was changed too lately to be trusted"
+
+
+def test_a_cache_that_cannot_be_written_is_read(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = prepare(data_at(corpus), report=silent) / "tokenizer"
+    prepared = [prepare(data_at(corpus), name, silent) for name in ("train", str(tokenizer))]
+    real = os.open
+
+    def read_only(path: object, flags: int, *rest: object, **more: object) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return real(path, flags, *rest, **more)  # type: ignore[arg-type]
+
+    def opened(file: Any, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        return io.open(file, mode, *rest, opener=read_only, **more)  # noqa: UP020
+
+    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr(Path, "mkdir", lambda path, **_: os.path.isdir(path) or read_only(path, os.O_CREAT))
+    again = [prepare(data_at(corpus), name, silent) for name in ("train", str(tokenizer))]
+    assert again == prepared
+    with pytest.raises(
+        UserError, match=r"--cache-dir .*: the data is not in it, and it cannot be written \(Read-only"
+    ):
+        prepare(data_at(corpus, vocab_size=280), report=silent)
+
+
+@pytest.mark.usefixtures("many_units")
+def test_without_file_locks_processes_prepare_beside_each_other(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    lines: list[str] = []
+    data = data_at(corpus, cache_dir=str(tmp_path / "shared"))
+    with ThreadPoolExecutor(3) as threads:
+        folders = {
+            job.result() for job in [threads.submit(prepare, data, "train", lines.append) for _ in range(3)]
+        }
+    (folder,) = folders
+    assert files_of(folder) == files_of(prepare(data_at(corpus), report=silent))
+    assert [other.name for other in folder.parent.iterdir() if other.is_dir()] == [folder.name]
+    assert any("has no file locks (No locks available)" in line for line in lines)
+
+
+def test_many_token_shards_need_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    count = 400
+    made = [
+        shards.write_shard(tmp_path, number, [(np.array([number, 7], np.uint16), 1, number)])
+        for number in range(count)
+    ]
+    splits = shards.write_splits(tmp_path, made, np.zeros(count, bool))
+    facts = {"vocab_size": 400, "dtype": "uint16", "prefix": [], "suffix": [7]}
+    shards.write_index(tmp_path, made, splits, facts)
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(300, allowed[1]), allowed[1]))
+    try:
+        stream = TokenStream(tmp_path, "train")
+        ids, _ = stream.read(0, stream.tokens)
+        assert np.array_equal(ids.reshape(count, 2)[:, 0], np.arange(count))
+        assert stream.read(2, 3)[0] == [1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, allowed)
 
 
 KILLED = """
@@ -223,7 +336,7 @@ def test_a_process_of_the_pool_that_dies_is_an_error_not_a_hang(
     (tmp_path / "dies").write_text("#!/bin/sh\nexit 3\n")
     (tmp_path / "dies").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "dies"))
-    job = units.Job([[], []], "text", "", [], [], "uint16")
+    job = units.Job([[], []], "text", "", False, [], [], "uint16")
     with pytest.raises(ShoalError, match="ended with code 3"):
         list(pool.tokenize(job, tmp_path, [0, 1], 2))
 
@@ -233,15 +346,6 @@ def test_documents_to_evaluate_on_may_be_named(corpus: Path, tmp_path: Path) -> 
     folder = prepare(data_at(corpus, eval_path=[str(tmp_path / "held.jsonl")]), report=silent)
     assert documents_of(folder, "eval") == [f"held {i}" for i in range(5)]
     assert documents_of(folder, "train") == [file.read_text() for file in sorted(corpus.iterdir())]
-
-
-def test_special_tokens_in_a_text_are_text(tmp_path: Path) -> None:
-    text = "a <|endoftext|> b " + some_text(1, 50)
-    (tmp_path / "a.txt").write_text(text)
-    folder = prepare(data_at(tmp_path / "a.txt"), report=silent)
-    ids, _ = TokenStream(folder, "train").read(0, TokenStream(folder, "train").tokens)
-    assert np.flatnonzero(ids == 0).tolist() == [0]
-    assert documents_of(folder, "train") == [text]
 
 
 def test_held_out_documents() -> None:

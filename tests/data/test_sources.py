@@ -1,7 +1,9 @@
 """What an entry names, and the one line that bad input gets."""
 
+import errno
 import gzip
 import json
+import os
 import re
 import socket
 import subprocess
@@ -17,8 +19,9 @@ from corpora import Data, documents_of, files_of
 
 from shoal.data import units
 from shoal.data.documents import read_documents
+from shoal.data.fingerprints import fingerprints
 from shoal.data.prepare import prepare
-from shoal.data.sources import Span, fingerprint, list_parts
+from shoal.data.sources import Span, list_sources
 from shoal.errors import UserError
 
 
@@ -44,12 +47,85 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_files_of_an_entry(here: Path, entry: str, names: list[str]) -> None:
-    assert [part.name for part in list_parts([entry])] == names
-    assert [part.name for part in list_parts([str(here / entry)])] == names
+    assert [part.name for part in list_sources([entry]).parts] == names
+    assert [part.name for part in list_sources([str(here / entry)]).parts] == names
+
+
+@pytest.mark.parametrize(
+    ("entry", "left_out"),
+    [
+        ("data", {"hidden (. or _)": 2, ".bin": 1, "empty": 1}),
+        ("data/*", {".bin": 1, "empty": 1, "folder that the pattern matches": 2}),
+        ("data/**", {"hidden (. or _)": 2, ".bin": 1, "empty": 1}),
+        ("data/b.txt", {}),
+    ],
+)
+def test_what_is_not_read_is_counted(here: Path, entry: str, left_out: dict[str, int]) -> None:
+    assert list_sources([entry]).left_out == left_out
+
+
+def test_a_linked_folder_is_read_once(here: Path) -> None:
+    Path("elsewhere/below").mkdir(parents=True)
+    Path("elsewhere/below/z.txt").write_text("z")
+    Path("data/deep/back").symlink_to(here / "data")
+    Path("data/linked").symlink_to("../elsewhere")
+    Path("data/linked-again").symlink_to("../elsewhere/below")
+    Path("data/y.txt").symlink_to(here / "elsewhere/below/z.txt")
+    found = list_sources(["data"])
+    assert sum(part.name.endswith("/z.txt") for part in found.parts) == 1
+    assert "data/y.txt" in [part.name for part in found.parts]
+    assert found.left_out["link to a folder that is read already"] == 2
+    again = [part.name for part in list_sources(["data/**/*.txt"]).parts]
+    assert again == [part.name for part in found.parts if part.name.endswith(".txt")]
+
+
+@pytest.mark.parametrize("entry", ["data", "data/**/*.txt"])
+def test_a_folder_that_cannot_be_listed_is_refused(
+    here: Path, monkeypatch: pytest.MonkeyPatch, entry: str
+) -> None:
+    list_names = os.listdir
+
+    def denied(folder: str) -> list[str]:
+        if str(folder).endswith("deep"):
+            raise PermissionError(errno.EACCES, "Permission denied", folder)
+        return list_names(folder)
+
+    monkeypatch.setattr(os, "listdir", denied)  # root, who may run the tests, may list every folder
+    with pytest.raises(
+        UserError, match=r"--data .*Permission denied.*deep'; check that it is there and may be"
+    ):
+        list_sources([entry])
+
+
+def test_a_link_to_nothing_is_refused(here: Path) -> None:
+    Path("data/gone.txt").symlink_to("nowhere.txt")
+    with pytest.raises(UserError, match=r"--data data: .*No such file or directory.*data/gone\.txt"):
+        list_sources(["data"])
+    Path("data/gone.txt").unlink()
+    Path("data/.gone.txt").symlink_to("nowhere.txt")
+    assert list_sources(["data"]).parts
+
+
+def test_what_is_neither_file_nor_folder_is_not_waited_for(here: Path) -> None:
+    os.mkfifo("data/pipe.txt")
+    assert list_sources(["data"]).left_out["neither file nor folder"] == 1
+    with pytest.raises(UserError, match=r"--data data/pipe\.txt: neither a file nor a folder"):
+        list_sources(["data/pipe.txt"])
+
+
+@pytest.mark.parametrize("name", ["Smith, John.txt", "what?[1]*.txt", "a::b.txt"])
+def test_a_name_is_first_of_all_a_name(here: Path, name: str) -> None:
+    Path(name).write_text("x")
+    (part,) = list_sources([name]).parts
+    assert part.name == name
+    assert list(read_documents(Span(part, 1), "")) == ["x"]
 
 
 def test_entries_keep_their_order(here: Path) -> None:
-    assert [part.name for part in list_parts(["data/b.txt", "data/a.md"])] == ["data/b.txt", "data/a.md"]
+    assert [part.name for part in list_sources(["data/b.txt", "data/a.md"]).parts] == [
+        "data/b.txt",
+        "data/a.md",
+    ]
 
 
 def test_a_saved_data_set_is_read_without_datasets(tmp_path: Path) -> None:
@@ -59,10 +135,10 @@ def test_a_saved_data_set_is_read_without_datasets(tmp_path: Path) -> None:
     table.save_to_disk(tmp_path / "one", num_shards=3)
     datasets.DatasetDict(train=table, test=table.select([0])).save_to_disk(tmp_path / "many")
     for entry in (str(tmp_path / "one"), f"hf:{tmp_path / 'one'}", str(tmp_path / "many")):
-        parts = list_parts([entry])
+        parts = list_sources([entry]).parts
         read = [text for part in parts for text in read_documents(Span(part, part.size), "text")]
         assert read == texts
-    (test,) = list_parts([str(tmp_path / "many" / "test")])
+    (test,) = list_sources([str(tmp_path / "many" / "test")]).parts
     assert list(read_documents(Span(test, test.size), "text")) == texts[:1]
 
 
@@ -73,7 +149,7 @@ def test_a_data_set_of_the_hugging_face_library(tmp_path: Path, monkeypatch: pyt
     for split in ("train", "test"):
         (tmp_path / "set" / f"{split}.jsonl").write_text(f'{{"text": "of {split}"}}\n')
     for split in ("train", "test"):
-        (part,) = list_parts([f"hf:{tmp_path / 'set'}::{split}"])
+        (part,) = list_sources([f"hf:{tmp_path / 'set'}::{split}"]).parts
         assert list(read_documents(Span(part, part.size), "text")) == [f"of {split}"]
 
 
@@ -85,7 +161,7 @@ BAD = [
     # entry, content of a.*, found, change
     ("nowhere.txt", None, "no such file or folder", "name a file"),
     ("nowhere/*.txt", None, "no file matches", "quote the pattern"),
-    ("a.txt", b"", "the file is empty", "holds text"),
+    ("a.txt", b"", "the file is empty", "hold text"),
     ("a.bin", b"x", "not one of the formats .txt", "rename or convert"),
     ("a.txt", b"one\n\0\1\2", "a.txt line 2 holds a NUL byte", "name a text file"),
     ("a.txt", b"one\ntwo \xff three", "a.txt line 2 is not UTF-8 (byte 0xff at 8)", "iconv"),
@@ -99,8 +175,20 @@ BAD = [
     ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1 has half a character", "UTF-8"),
     ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}\n', "line 2 is not UTF-8 (byte 0xe9", "iconv"),
     ("a.csv", b"id,body\n1,x\n", "a.csv has no column 'text'", "id, body"),
-    ("a.csv", b"id,text\n1,x\n2,\xff\n", "a.csv row 2 is not UTF-8", "UTF-8"),
-    ("a.csv", b"id,text\n1,x\n2\n", "Row #3: Expected 2 columns, got 1", "write or copy"),
+    ("a.jsonl", b'{"text": "x"}\n' + b"[" * 9999 + b"\n", "line 2 is nested too deeply", "without what is nested"),
+    ("a.txt", "Bücher\n".encode("utf-16"), "a.txt line 1 is UTF-16, not UTF-8", "iconv -f UTF-16 -t UTF-8"),
+    ("a.csv", "id,text\n1,Bücher\n".encode("utf-16"), "a.csv line 1 is UTF-16, not UTF-8", "iconv -f UTF-16"),
+    ("a.csv", "id,text\n1,Bücher\n".encode("utf-16-le"), "a.csv line 1 holds a NUL byte", "iconv"),
+    ("a.csv", b"id,text\n1,x\n2,\xff\n", "a.csv line 3 is not UTF-8", "UTF-8"),
+    ("a.csv", b"id,text\n1,x\n2\n", "a.csv line 3 has 1 columns, the header 2", "in quotes"),
+    ("a.csv", b"id,body\n1,x\n", "a.csv has no column 'text'", "id, body"),
+    ("a.csv", b" text," + b"c" * 140_000 + b"\n1,x\n", "a.csv has no column 'text'", "one of: ' text', ccc"),
+    ("a.csv", b'id,text\n1,"x\n2,y\n3,z\n', "a.csv line 2 has a quote out of place", "twice"),
+    ("a.csv", b'id,text\n1,x\n2,"a\\"b"\n', "a.csv line 3 has a quote out of place", "twice"),
+    ("a.tsv", b'id\ttext\n1\tx\n2\t"y\n3\tz"\n', "a.tsv line 3 has a quote that is not closed", "twice"),
+    ("a.jsonl.zip", b"PK no zip", "a.jsonl.zip has broken compression", "compress the file again"),
+    ("a.jsonl.xz", b"no xz at all", "a.jsonl.xz has broken compression", "compress the file again"),
+    ("a.jsonl.zst", b"no zst at all", "a.jsonl.zst has broken compression", "compress the file again"),
     ("a.parquet", PARQUET_BYTES[:-50], "a.parquet is broken", "write or copy the file again"),
     ("a.parquet", PARQUET_BYTES, "a.parquet has no column 'text'", "body, n"),
     ("s3x://bucket/a.txt", None, "Protocol not known", "check the address"),
@@ -132,12 +220,12 @@ def test_a_folder_or_pattern_without_text(here: Path) -> None:
     Path("none").mkdir()
     Path("none/a.bin").write_text("x")
     with pytest.raises(UserError, match=r"--data none: the folder holds no \.txt, \.md"):
-        list_parts(["none"])
+        list_sources(["none"])
     with pytest.raises(UserError, match=r"--eval-path none/\*: the pattern holds no \.txt, \.md"):
-        list_parts(["none/*"], "--eval-path")
+        list_sources(["none/*"], "--eval-path")
     Path("none/b.txt").touch()
     with pytest.raises(UserError, match="every file of the folder is empty"):
-        list_parts(["none"])
+        list_sources(["none"])
 
 
 def test_the_line_of_an_error_is_of_the_file_not_of_the_span(
@@ -202,10 +290,13 @@ def test_an_object_store_is_like_a_folder(
     remote, local = prepared("s3://shoal/corpus"), prepared(str(tmp_path / "local"))
     assert documents_of(remote, "train") == documents_of(local, "train")
     assert documents_of(remote, "eval") == documents_of(local, "eval")
-    assert [p.name for p in list_parts(["s3://shoal/corpus/*.jsonl"])] == ["s3://shoal/corpus/a.jsonl"]
-    assert fingerprint(list_parts(["s3://shoal/corpus/a.jsonl"])[0]).startswith("etag:")
+    assert [p.name for p in list_sources(["s3://shoal/corpus/*.jsonl"]).parts] == [
+        "s3://shoal/corpus/a.jsonl"
+    ]
+    (tag,) = fingerprints(list_sources(["s3://shoal/corpus/a.jsonl"]).parts, tmp_path / "cache", print)
+    assert tag.startswith("etag:")
     with pytest.raises(UserError, match=r"--data s3://shoal/other: no such file or folder"):
-        list_parts(["s3://shoal/other"])
+        list_sources(["s3://shoal/other"])
 
 
 def parquet_of(texts: list[str]) -> bytes:

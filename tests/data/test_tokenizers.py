@@ -75,7 +75,61 @@ def test_documents_stand_between_the_tokens_that_the_tokenizer_states(
     assert np.array_equal(stream.read(0, stream.tokens)[0], expected)
     assert tokenizer.boundary(reference) == (stream.prefix, stream.suffix)
     assert stream.shared_boundary == (not suffix)
-    assert stream.vocab_size == len(reference)
+    assert stream.vocab_size == len(reference) == tokenizer.vocab_size(reference)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_special_tokens_in_a_text_are_what_transformers_makes_of_them(tmp_path: Path, split: bool) -> None:
+    folder = bpe(
+        tmp_path / "given",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=["<|im_start|>", "<|im_start|>x"],
+    )
+    texts = [
+        "<|im_start|>user\n潮 fish</s> <s>swim</s>",
+        "<|im_start|>x <|im_start|> <|im_end|>",
+        "plain text",
+    ]
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "a.jsonl").write_text(rows)
+    lines: list[str] = []
+    data = Data(
+        [str(tmp_path / "a.jsonl")], str(tmp_path / "cache"), eval_fraction=0, split_special_tokens=split
+    )
+    prepared = prepare(data, str(folder), lines.append)
+    stream, reference = TokenStream(prepared, "train"), AutoTokenizer.from_pretrained(folder)
+    ids, owners = stream.read(0, stream.tokens)
+    for number, text in enumerate(texts):
+        inside = reference(text, add_special_tokens=False, split_special_tokens=split)["input_ids"]
+        expected = [reference.bos_token_id, *inside, reference.eos_token_id]
+        assert ids[owners == number].tolist() == expected
+    said = "special tokens written in the text: 2 <|im_start|>, 2 </s>, 1 <s>, 1 <|im_start|>x; each is encoded as "
+    assert lines[-1].startswith(said + ("plain text" if split else "that token"))
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(999, "uint16"), (65_535, "uint16"), (70_299, "uint32")])
+def test_ids_may_have_gaps(corpus: Path, tmp_path: Path, largest: int, dtype: str) -> None:
+    folder = bpe(tmp_path / "given", eos_token="</s>")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    common = vocabulary["Ġ"]
+    (word,) = (word for word, number in vocabulary.items() if number == common)
+    vocabulary[word] = largest
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    prepared = prepare(Data([str(corpus)], str(tmp_path / "cache")), str(folder), lambda line: None)
+    stream = TokenStream(prepared, "train")
+    ids, _ = stream.read(0, stream.tokens)
+    assert ids.max() == largest
+    assert stream.vocab_size == largest + 1
+    assert json.loads((prepared / "index.json").read_text())["dtype"] == dtype
+    assert tokenizer.vocab_size(AutoTokenizer.from_pretrained(folder)) == largest + 1
+    assert [
+        text
+        for text in documents_of(prepared, "train")
+        if text not in {f.read_text() for f in corpus.iterdir()}
+    ] == []
 
 
 def test_a_tokenizer_without_an_end_is_refused(corpus: Path, tmp_path: Path) -> None:

@@ -1,0 +1,58 @@
+"""The cache of prepared data: what is there is found without a lock, what is missing is made by one process."""
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shoal.errors import UserError
+from shoal.locks import Report, locked
+
+WAITING = "waiting for another process that prepares the same data"
+FULL = {errno.ENOSPC, errno.EDQUOT}
+NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def made(target: Path, make: Callable[[Path], None], report: Report) -> bool:
+    """Whether this process made the folder `target`: `make` fills a folder beside it, which is then moved there.
+
+    The folder beside has a fixed name, so that a killed process's work is gone on with; without locks, when several
+    may work at once, a name of its own. Raises OSError where nothing can be written.
+    """
+    if target.is_dir():
+        return False
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target.with_suffix(".lock"), WAITING, report) as held:
+        if target.is_dir():
+            return False
+        own = "" if held else f".{os.getpid()}-{time.time_ns()}"
+        beside = target.with_suffix(f"{own}.building")
+        make(beside)
+        try:
+            beside.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+            shutil.rmtree(beside)  # another was first
+            return False
+    return True
+
+
+@contextmanager
+def cache_errors(cache: Path) -> Iterator[None]:
+    """One line for a cache that is full or cannot be written."""
+    asked, change = f"--cache-dir {cache}", "name a folder on a disk that can be written"
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise UserError(asked, "the disk is full", "free some space, or name another") from error
+        if not cache.is_dir():
+            raise UserError(asked, f"it cannot be made ({error.strerror})", change) from error
+        if error.errno in NOT_WRITABLE and str(error.filename or cache).startswith(str(cache)):
+            found = f"the data is not in it, and it cannot be written ({error.strerror})"
+            raise UserError(asked, found, change) from error
+        raise

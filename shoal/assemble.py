@@ -13,7 +13,7 @@ from shoal import codecs, layouts, offload, optim, precision, shares
 from shoal.buckets import Buckets
 from shoal.checkpoint import Checkpoints, Progress
 from shoal.collectives import Wire
-from shoal.config import RunConfig, resolve_batch, resolve_grid
+from shoal.config import RunConfig, order_of, resolve_batch, resolve_grid
 from shoal.data.batches import Batches
 from shoal.errors import UserError, choose
 from shoal.island import Island
@@ -25,7 +25,7 @@ from shoal.observe.console import Screen
 from shoal.piece import Piece, named
 from shoal.precision import Policy
 from shoal.replica import Replica
-from shoal.resume import checkpoint_of, resume
+from shoal.resume import checkpoint_of, load_standing, resume
 from shoal.rounding import RoundedAdamW
 from shoal.run import Run
 from shoal.sync import SYNCS, Sync
@@ -48,7 +48,9 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
     wire = Wire(mesh.replicate.group) if mesh.size("island") > 1 else everyone
     _check_same_data(everyone, data)
     task = choose("--task", config.train.task, TASKS)(config, data)
-    batches, total_steps, micro_batches = _batches(config, task, mesh.teams)
+    found = checkpoint_of(config, everyone, screen)
+    standing = load_standing(found, config, data.name, screen) if found else Progress(position=0)
+    batches, total_steps, micro_batches = _batches(config, task, mesh.teams, standing)
     first_shares = _first_shares(config.strategy.balance, micro_batches, mesh.teams)
     replica = _replica(config, mesh, task, total_steps, first_shares, batches.nothing())
     sync: Sync = choose("--strategy", config.strategy.name, SYNCS)(config, wire)
@@ -66,7 +68,9 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
         present=lambda: sync.present,
     )
     progress = Progress(
+        position=0,
         data=data.name,
+        order=order_of(config),
         strategy=config.strategy.remembers,
         island_size=mesh.size("island"),
         precision=replica.policy.name,
@@ -87,11 +91,10 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
         progress,
         total_steps,
     )
-    found = checkpoint_of(run) if config.checkpoint.resume_from_checkpoint else None
     if found is None:
         sync.attach(replica)
     else:
-        resume(run, found)
+        resume(run, found, standing)
     return run
 
 
@@ -181,17 +184,21 @@ def _bucket_bytes(config: RunConfig, params: optim.NamedParams) -> int:
     return max(1, min(round(config.strategy.bucket_mb * 1e6), whole // config.strategy.fragments))
 
 
-def _batches(config: RunConfig, task: Task, teams: int) -> tuple[Batches, int, int]:
-    """The batches, how many steps there are in all, and the micro-batches of a step."""
+def _batches(config: RunConfig, task: Task, teams: int, standing: Progress) -> tuple[Batches, int, int]:
+    """The batches from where the run stands, how many steps there are in all, and the micro-batches of a step."""
     batch = resolve_batch(config, teams)
     samples = task.samples("train")
     by_steps = config.train.max_steps > 0
+    position = standing.position
+    if position is None:  # of an earlier version, and nothing says its batch
+        position = standing.step * batch.global_batch_size
     batches = Batches(
         samples,
         seed=config.train.seed,
         global_batch_size=batch.global_batch_size,
         micro_batch_size=batch.per_device_train_batch_size,
         epochs=None if by_steps else _epochs(config),
+        at=(standing.step, position),
     )
     return batches, config.train.max_steps or batches.steps or 0, batch.micro_batches
 

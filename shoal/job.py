@@ -3,7 +3,6 @@
 import json
 import platform
 import resource
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,10 +10,8 @@ from typing import Any, Protocol
 import torch
 import transformers
 
-from shoal import checkpoint
 from shoal.assemble import assemble
 from shoal.config import Resolved, dump_yaml
-from shoal.errors import UserError
 from shoal.layouts.base import shape_of
 from shoal.loop import train
 from shoal.mesh import Mesh
@@ -22,10 +19,9 @@ from shoal.models.quantize import quantize, weight_bytes
 from shoal.observe.console import GIB, Screen, duration, shown_number
 from shoal.observe.observer import peak_rss_gib
 from shoal.run import Memory, Run
+from shoal.runfolder import CONFIG, ENVIRONMENT, SUMMARY, RunFolder, begins_anew
 
 MIB = 2**20
-LEFT_BEHIND = ("summary.json", "metrics.jsonl", "latest", "best")
-LEFT_FOLDERS = ("final", "ledger", "errors", "tb", "checkpoint-*", ".checkpoint-*")
 
 
 class Stop(Protocol):
@@ -41,16 +37,19 @@ class Stop(Protocol):
 def train_job(resolved: Resolved, mesh: Mesh, data: Path, stop: Stop) -> None:
     """Train to the end and leave a finished folder: metrics, checkpoints, the exported model and a summary."""
     screen = Screen(speaks=mesh.is_first)
+    place = RunFolder(Path(resolved.config.checkpoint.output_dir))
+    if mesh.is_first and place.is_marked and not begins_anew(resolved.config.checkpoint):
+        place.hold(screen.say)  # before a checkpoint is read there
     run = assemble(resolved.config, mesh, data, screen)
     if mesh.is_first:
-        _begin_folder(run, resolved)
+        _begin_folder(run, resolved, place)
     run.everyone.barrier()
     screen.banner("Running training", _facts(run))
     stop.hold()
     metrics = train(run, stop)
     with run.sync.shared_model(run.replica):
         if mesh.is_first:
-            _finish_folder(run, resolved, _summary(run, metrics))
+            _finish_folder(run, resolved, place, _summary(run, metrics))
 
 
 def evaluate_job(resolved: Resolved, mesh: Mesh, data: Path, stop: Stop) -> None:
@@ -84,26 +83,22 @@ def _quantized(run: Run, whole: dict[str, float], stop: Stop) -> dict[str, float
     }
 
 
-def _begin_folder(run: Run, resolved: Resolved) -> None:
+def _begin_folder(run: Run, resolved: Resolved, place: RunFolder) -> None:
     """Everything fits together: now the folder becomes this run's. Only here is an earlier run removed."""
-    try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {run.folder}", f"{error.strerror}", "name another one") from error
-    checkpoint.forget_parts(run.folder)
-    if not run.config.checkpoint.resume_from_checkpoint:
-        for name in LEFT_BEHIND:
-            (run.folder / name).unlink(missing_ok=True)
-        for path in (path for pattern in LEFT_FOLDERS for path in run.folder.glob(pattern)):
-            shutil.rmtree(path)
-    (run.folder / "config.resolved.yaml").write_text(dump_yaml(resolved))
+    run.checkpoints.run = place.begin(
+        anew=begins_anew(run.config.checkpoint),
+        overwrite=run.config.checkpoint.overwrite_output_dir,
+        ranks=run.mesh.world_size,
+        say=run.screen.say,
+    )
+    (run.folder / CONFIG).write_text(dump_yaml(resolved))
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
     machine = {"host": platform.node(), "system": platform.platform(), "workers": run.mesh.world_size}
-    (run.folder / "environment.json").write_text(json.dumps(versions | machine, indent=1))
+    (run.folder / ENVIRONMENT).write_text(json.dumps(versions | machine, indent=1))
 
 
 def _facts(run: Run) -> dict[str, Any]:
@@ -127,7 +122,7 @@ def _facts(run: Run) -> dict[str, Any]:
 def _layout(run: Run) -> str:
     """Where a replica lives, and what its workers are to send each other in a step."""
     placed = run.replica.placed
-    sent = placed.cost(run.replica.turns, shape_of(run.batches.at(0).micro_batch(0)))
+    sent = placed.cost(run.replica.turns, shape_of(run.batches.at(run.progress.step).micro_batch(0)))
     return f"{placed}" + (f", {sent / 1e6:,.3g} MB sent by each within it in a step" if sent else "")
 
 
@@ -168,7 +163,7 @@ def _summary(run: Run, metrics: dict[str, float]) -> dict[str, Any]:
     } | ({"memory": run.memory} if run.memory else {})
 
 
-def _finish_folder(run: Run, resolved: Resolved, summary: dict[str, Any]) -> None:
+def _finish_folder(run: Run, resolved: Resolved, place: RunFolder, summary: dict[str, Any]) -> None:
     """Export, show a sample, and write the summary last: it marks the run as finished."""
     for optimizer in run.replica.optimizers:
         optimizer.state.clear()  # it is saved, and the export wants room
@@ -181,8 +176,10 @@ def _finish_folder(run: Run, resolved: Resolved, summary: dict[str, Any]) -> Non
     last = run.folder / f"checkpoint-{run.progress.step}"
     policy = run.replica.policy
     plain = model if policy.linear == policy.compute else None  # what rounds its products has other logits
-    run.task.export(last, run.folder / "final", {**summary, "Settings": settings}, plain)
-    (run.folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    aside = place.aside("final")
+    run.task.export(last, aside, {**summary, "Settings": settings}, plain)
+    place.put(aside, "final")
+    (run.folder / SUMMARY).write_text(json.dumps(summary, indent=1))
     facts = {
         "Steps": summary["steps"],
         "Tokens": summary["tokens"],

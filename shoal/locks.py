@@ -1,80 +1,127 @@
-"""Locks on files: one process at a time, free again when it ends, however it ends."""
+"""A lock on a file, which ends with the process that holds it; and a clear answer where there are no locks."""
 
 import errno
 import fcntl
+import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import IO
 
-NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}  # of file systems: NFS without lockd, some Lustre
+# Of file systems: NFS without lockd, some Lustre.
+NONE_HERE = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+POLL = 0.1
 
 Report = Callable[[str], None]
 
 
-class NoLocks(Exception):
-    """The file system cannot lock."""
+class Answer(Enum):
+    """What came of asking for a lock."""
+
+    HELD = "this process holds it"
+    BUSY = "another process holds it"
+    NO_LOCKS = "the file system has no locks"
 
 
-def try_lock(file: IO[str]) -> bool:
-    """Whether this process now holds the lock on an open file; it does until the file is closed. Raises NoLocks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        raise _no_locks(error) from error
-    return True
+class Lock:
+    """A lock on the file `path`, which is made where it is missing, and never removed.
 
+    It lasts until `release`, or until this process has ended, however that happens. Child processes that inherit
+    the file hold it too.
+    """
 
-def wait_for_lock(file: IO[str]) -> None:
-    """Lock an open file, after whoever holds it now. Raises NoLocks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        raise _no_locks(error) from error
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[str] | None = None
+
+    def take(self, patience: float = 0.0, *, inherited: bool = False) -> Answer:
+        """Ask for the lock, again and again for `patience` seconds (inf: until it is free).
+
+        With `inherited` processes that this one starts hold it too. Raises OSError where the file cannot be opened.
+        """
+        file = _opened(self.path)
+        answer = _ask(file, fcntl.LOCK_EX, patience)
+        if answer is Answer.BUSY:
+            file.close()
+        else:
+            self._file = file
+            os.set_inheritable(file.fileno(), inherited)
+        return answer
+
+    def is_busy(self) -> bool:
+        """Whether another process holds it now. Changes nothing; False where that cannot be found out."""
+        try:
+            with self.path.open() as file:
+                return _ask(file, fcntl.LOCK_SH, 0.0) is Answer.BUSY
+        except OSError:
+            return False
+
+    def write(self, text: str) -> None:
+        """Leave a note in the file, for those who find the lock taken; not in another user's file."""
+        assert self._file is not None
+        if self._file.writable():
+            self._file.truncate(0)
+            self._file.write(text)
+            self._file.flush()
+
+    def note(self) -> str:
+        """What its holder wrote; empty where it cannot be read."""
+        try:
+            return self.path.read_text(errors="replace")
+        except OSError:
+            return ""
+
+    def release(self) -> None:
+        """Let others have it."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 @contextmanager
-def locked(file: Path, waiting: str, report: Report) -> Iterator[bool]:
-    """Hold the lock on `file`, which is made where it is missing; the value is whether it could be held.
+def locked(path: Path, waiting: str, report: Report) -> Iterator[bool]:
+    """Hold the lock on `path`, after whoever holds it now; the value is whether there are locks at all.
 
-    A process says `waiting` when it must wait for one of another run (the workers of one run have the same parent).
-    Where the file system has no locks it goes on without, and says so. Raises OSError where no file can be made.
+    Helper processes that this one starts hold it too: they write on for a second after it was killed. `waiting` is
+    reported where a process of another run holds it (the workers of one run have the same parent).
     """
-    with _lock_file(file) as lock:
-        held = _hold(lock, file, waiting, report)
-        if held and lock.writable():
-            lock.truncate(0)
-            lock.write(str(os.getppid()))
-            lock.flush()
-        yield held
-
-
-def _hold(lock: IO[str], file: Path, waiting: str, report: Report) -> bool:
+    lock, parent = Lock(path), str(os.getppid())
+    answer = lock.take(inherited=True)
+    if answer is Answer.BUSY:
+        if lock.note() != parent:
+            report(waiting)
+        answer = lock.take(math.inf, inherited=True)
+    if answer is Answer.NO_LOCKS:
+        report(f"{path.parent}: {answer.value}; processes that start together may do the same work")
+    else:
+        lock.write(parent)
     try:
-        if not try_lock(lock):
-            lock.seek(0)
-            if lock.read() != str(os.getppid()):
-                report(waiting)
-            wait_for_lock(lock)
-    except NoLocks as error:
-        report(
-            f"{file.parent} has no file locks ({error}): processes that start together may do the same work"
-        )
-        return False
-    return True
+        yield answer is Answer.HELD
+    finally:
+        lock.release()
 
 
-def _lock_file(file: Path) -> IO[str]:
+def _opened(path: Path) -> IO[str]:
     try:
-        lock = file.open("a+")
+        return path.open("a+")
     except PermissionError:  # another user's; it can be locked all the same
-        lock = file.open()
-    os.set_inheritable(lock.fileno(), True)  # by helpers, which write on for a second after a kill
-    return lock
+        return path.open()
 
 
-def _no_locks(error: OSError) -> Exception:
-    return NoLocks(error.strerror) if error.errno in NO_LOCKS else error
+def _ask(file: IO[str], kind: int, patience: float) -> Answer:
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return Answer.HELD
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return Answer.BUSY
+            time.sleep(POLL)
+        except OSError as error:
+            if error.errno not in NONE_HERE:
+                raise
+            return Answer.NO_LOCKS

@@ -8,13 +8,13 @@ FORMAT = 1
 NAME = "manifest.json"
 
 
-def write(folder: Path, *, step: int, tokens: int) -> None:
-    """Write down every file that is in `folder`."""
+def write(folder: Path, *, step: int, tokens: int, run: str = "") -> None:
+    """Write down every file that is in `folder`, and the id of the run that it is of."""
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
         for name in files_in(folder)
     }
-    manifest = {"format": FORMAT, "step": step, "tokens": tokens, "files": files}
+    manifest = {"format": FORMAT, "run": run, "step": step, "tokens": tokens, "files": files}
     (folder / NAME).write_text(json.dumps(manifest, indent=1))
 
 
@@ -37,6 +37,20 @@ def verify(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{NAME} cannot be read ({error})"
     return f"{extra[0]} was not saved with it" if extra else None
+
+
+def owner(folder: Path) -> str | None:
+    """The id of the run whose manifest names every file in `folder`; None where none does. Nothing is hashed.
+
+    Checkpoints of earlier versions carry no id: "".
+    """
+    try:
+        manifest = json.loads((folder / NAME).read_text())
+        run, files = manifest.get("run", ""), manifest["files"]
+        whole = not folder.is_symlink() and set(files_in(folder)) <= set(files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return run if whole and isinstance(run, str) else None
 
 
 def files_in(folder: Path) -> list[str]:

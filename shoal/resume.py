@@ -1,31 +1,73 @@
-"""Going on from a checkpoint, under the layout, strategy and number of workers of this run."""
+"""Going on from a checkpoint, under the layout, strategy, batch and number of workers of this run."""
 
+import json
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from shoal import checkpoint, optim, shares
+from shoal.checkpoint import Progress
+from shoal.collectives import Wire
+from shoal.config import RunConfig, first_change, load_config, order_of, resolve_batch, team_size
 from shoal.errors import UserError
+from shoal.observe.console import Screen
 from shoal.run import Run
+from shoal.runfolder import CONFIG, ENVIRONMENT
 
 
-def checkpoint_of(run: Run) -> Path | None:
-    """The checkpoint to go on from, which rank 0 chooses; None if "latest" was asked and there is none."""
-    asked = run.config.checkpoint.resume_from_checkpoint
-    found = checkpoint.find(asked, run.folder, run.screen.say) if run.mesh.is_first else None
-    chosen = run.everyone.share_text(str(found or ""))
+def checkpoint_of(config: RunConfig, everyone: Wire, screen: Screen) -> Path | None:
+    """The checkpoint to go on from, which rank 0 chooses; None if none was asked for, or there is no "latest"."""
+    asked, folder = config.checkpoint.resume_from_checkpoint, Path(config.checkpoint.output_dir)
+    if not asked:
+        return None
+    found = checkpoint.find(asked, folder, screen.say) if everyone.rank == 0 else None
+    chosen = everyone.share_text(str(found or ""))
     if not chosen:
-        run.screen.say(f"{run.folder} holds no checkpoint yet: starting anew")
+        screen.say(f"{folder} holds no checkpoint yet: starting anew")
     return Path(chosen) if chosen else None
 
 
-def resume(run: Run, folder: Path) -> None:
-    """Go on from a checkpoint: each rank from its own replica where these differed, if there are as many as then."""
-    progress = checkpoint.load_progress(folder)
-    if progress.data != run.progress.data:
+def load_standing(folder: Path, config: RunConfig, data: str, screen: Screen) -> Progress:
+    """Where a checkpoint stands, `data` being the key of what this run learns from.
+
+    Raises UserError where the samples, or their order, would not be those of the run that it is of.
+    """
+    progress, asked = checkpoint.load_progress(folder), f"resume from {folder}"
+    if progress.data != data:
+        same = "give the same --data, tokenizer, --text-field, --eval-path and --eval-fraction"
+        raise UserError(asked, "it was trained on other data", same)
+    past = None if progress.position is not None and progress.order else _recorded(folder)
+    order = progress.order or (order_of(past[0]) if past else {})
+    if order and (change := first_change(order, config)):
+        flag, then, now = change
         raise UserError(
-            f"resume from {folder}", "it was trained on other data", "give the same --data and tokenizer"
+            asked,
+            f"it was trained with {flag} {then}, and {flag} {now} would take other samples, or in another order",
+            f"keep {flag} {then}, or begin a new run from the weights with --model {folder}/model",
         )
+    if progress.position is None and past:
+        batch = resolve_batch(past[0], past[1] // team_size(past[0])).global_batch_size
+        return replace(progress, position=progress.step * batch)
+    if progress.position is None:
+        screen.say(
+            f"{folder} does not say which samples it has used: taken for steps of today's batch and seed"
+        )
+    return progress
+
+
+def _recorded(folder: Path) -> tuple[RunConfig, int] | None:
+    """What the folder of a run says of its last start: the configuration, and how many workers there were."""
+    with suppress(UserError, OSError, ValueError, KeyError, TypeError):
+        config = load_config(folder.parent / CONFIG, environ={}).config
+        workers = json.loads((folder.parent / ENVIRONMENT).read_text())["workers"]
+        resolve_batch(config, workers // team_size(config))
+        return config, workers
+    return None
+
+
+def resume(run: Run, folder: Path, progress: Progress) -> None:
+    """Go on from a checkpoint: each rank from its own replica where these differed, if there are as many as then."""
     line = partial(
         checkpoint.Parts,
         folder,
@@ -58,6 +100,8 @@ def resume(run: Run, folder: Path) -> None:
         run.screen.say(f"strategy {now.strategy} starts from the model of {of}")
     run.progress = replace(
         progress,
+        position=run.batches.first_position,
+        order=now.order,
         strategy=now.strategy,
         island_size=now.island_size,
         precision=now.precision,
@@ -68,7 +112,10 @@ def resume(run: Run, folder: Path) -> None:
     counts = progress.shares
     if counts and len(counts) == run.mesh.teams and sum(counts) == sum(run.replica.shares.counts):
         run.replica.shares = shares.Shares(counts)
-    run.screen.say(f"resumed from {folder}: {progress.step} steps, {progress.tokens:,} tokens")
+    run.screen.say(
+        f"resumed from {folder}: {progress.step} steps, {run.progress.position:,} samples, "
+        f"{progress.tokens:,} tokens"
+    )
 
 
 def _load_sync(run: Run, folder: Path, saved: checkpoint.Parts) -> None:

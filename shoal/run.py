@@ -103,6 +103,7 @@ class Run:
     def commit(self, batch: Batch, loss: float) -> None:
         """Count a step as done, and tell the strategy how it went."""
         self.progress.step = batch.step + 1
+        self.progress.position = batch.next_position
         self.progress.tokens += batch.labels
         self.progress.nonfinite_steps = self.replica.nonfinite_steps
         self.progress.nonfinite_total += self.replica.skipped

@@ -24,6 +24,7 @@ from shoal.checkpoint import Checkpoints, Progress, Tensors, candidates, find, l
 from shoal.errors import ShoalError, UserError
 from shoal.layouts.base import Placed
 from shoal.manifest import verify
+from shoal.runfolder import OWN
 
 alone = partial(Placed.whole, loss=lambda model, inputs: model(inputs))
 FILES = ("model/model.safetensors", "optimizer/state.safetensors")
@@ -62,7 +63,11 @@ def step_found(run: Path) -> int:
 
 
 def visible(run: Path) -> list[str]:
-    return sorted(path.name for path in run.iterdir())
+    return sorted(path.name for path in run.iterdir() if path.name != OWN)
+
+
+def on_the_way(run: Path) -> list[str]:
+    return [path.name for path in (run / OWN).iterdir()]
 
 
 # Kills
@@ -122,7 +127,7 @@ def die_at_every_call(
         outcomes.append(step)
         save_next(run)  # the next attempt is not disturbed by what was left
         assert step_found(run) == max(expected)
-        assert not [name for name in visible(run) if name.startswith(".")], visible(run)
+        assert not on_the_way(run), on_the_way(run)
         if done:
             return outcomes
     raise AssertionError("it never got through")
@@ -239,6 +244,28 @@ def test_a_run_that_was_walked_back_keeps_what_it_saves(tmp_path: Path, keep: in
     save(tmp_path, 5, keep=keep)
     assert step_found(tmp_path) == 5
     assert [path.name for path in candidates(tmp_path)] == ["checkpoint-5", "checkpoint-4"][:keep]
+
+
+def test_only_what_a_manifest_of_this_run_vouches_for_is_removed(tmp_path: Path) -> None:
+    """A checkpoint of another run, one with a note in it, a folder without a manifest, and a hidden one."""
+    checkpoints = Checkpoints(tmp_path, every=1, keep=1)
+    foreign = Checkpoints(tmp_path, every=1, keep=9)
+    foreign.run = "another"
+    for run, step in ((foreign, 1), (checkpoints, 2)):
+        run.save(tensors_of(step), Progress(step=step), None)
+        run.finish()
+    notes = [tmp_path / name for name in ("checkpoint-2/note", "checkpoint-4/mine", ".checkpoint-9.tmp/mine")]
+    for note in notes:
+        note.parent.mkdir(exist_ok=True)
+        note.write_text("mine")
+    for step in (3, 4, 5):
+        checkpoints.save(tensors_of(step), Progress(step=step), None)
+        checkpoints.finish()
+    notes[1] = tmp_path / "checkpoint-4.not-of-this-run-1" / "mine"
+    assert all(note.read_text() == "mine" for note in notes)
+    left = ["checkpoint-1", "checkpoint-2", "checkpoint-4.not-of-this-run-1", "checkpoint-5", "latest"]
+    assert visible(tmp_path) == [".checkpoint-9.tmp", *left]
+    assert verify(tmp_path / "checkpoint-1") is None
 
 
 def test_a_save_holds_what_was_there_when_it_began(tmp_path: Path) -> None:

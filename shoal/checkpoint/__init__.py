@@ -12,7 +12,7 @@ checkpoint-500/
 latest, best                     files that hold the name of a checkpoint
 """
 
-from shoal.checkpoint.folder import candidates, find, forget_parts, named
+from shoal.checkpoint.folder import candidates, find, named
 from shoal.checkpoint.loading import Parts, load_model, load_optimizer, load_tensors, model_tensors
 from shoal.checkpoint.progress import Progress, load_progress
 from shoal.checkpoint.saving import Checkpoints, Tensors, rank_file, write
@@ -24,7 +24,6 @@ __all__ = [
     "Tensors",
     "candidates",
     "find",
-    "forget_parts",
     "load_model",
     "load_optimizer",
     "load_progress",

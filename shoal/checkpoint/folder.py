@@ -1,5 +1,6 @@
 """A run's folder: which checkpoints are in place, which are on their way there, and to which it points."""
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from shoal import manifest
 from shoal.errors import UserError
+from shoal.runfolder import OWN, RunFolder
 
 PARTS = ".parts"
 
@@ -17,10 +19,10 @@ def find(asked: str, folder: Path, say: Callable[[str], None]) -> Path | None:
     None if "latest" was asked and there is no checkpoint at all. Raises UserError if none is valid.
     """
     flag = f"--resume-from-checkpoint {asked}"
-    _finish_moves(folder if asked == "latest" else Path(asked))
     if asked != "latest":
         return named(Path(asked), flag, say)
-    return newest(candidates(folder), flag, say) if candidates(folder) else None
+    _finish_moves(folder)
+    return newest(own(folder), flag, say) if own(folder) else None
 
 
 def named(folder: Path, asked: str, say: Callable[[str], None], *, best: bool = False) -> Path:
@@ -31,7 +33,7 @@ def named(folder: Path, asked: str, say: Callable[[str], None], *, best: bool = 
     if not folder.is_dir():
         raise UserError(asked, "there is no such folder", "give a checkpoint folder, or a run's")
     if not best and not (folder / manifest.NAME).exists():
-        return newest(candidates(folder), asked, say)
+        return newest(own(folder), asked, say)
     name = pointed(folder / "best") if best else "."
     if name is None:
         raise UserError(
@@ -58,45 +60,59 @@ def candidates(folder: Path) -> list[Path]:
     return sorted(steps, key=step_of, reverse=True)
 
 
+def own(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, newest first, but those that are known to be another run's."""
+    place = RunFolder(folder)
+    return [p for p in candidates(folder) if not place.is_marked or manifest.owner(p) in (None, place.run)]
+
+
 def step_of(path: Path) -> int:
     """The step of a checkpoint, by its name."""
     return int(path.name.removeprefix("checkpoint-"))
 
 
 def hidden(path: Path, suffix: str) -> Path:
-    """A name beside a checkpoint that none has."""
-    return path.with_name(f".{path.name}.{suffix}")
+    """Where a checkpoint is on its way to its place, or from there."""
+    return path.parent / OWN / f"{path.name}.{suffix}"
 
 
 def parts_of(path: Path, best: bool) -> Path:
     """Where ranks hand over their parts: of each save its own, since a step may be saved again as the best."""
-    return path.with_name(f".{path.name}{'.best' if best else ''}{PARTS}")
+    return hidden(path, f"best{PARTS}" if best else PARTS.removeprefix("."))
 
 
 def sweep(folder: Path) -> None:
-    """Remove what saves, killed or done, have left beside the checkpoints; but no part of the next one."""
-    for path in folder.glob(".checkpoint-*"):
+    """Remove what saves, killed or done, have left on the way; but no part of the next one."""
+    for path in (folder / OWN).glob("checkpoint-*"):
         if not path.name.endswith(PARTS):
             shutil.rmtree(path)
 
 
-def forget_parts(folder: Path) -> None:
-    """Remove the parts that ranks of an earlier attempt handed over. Call it before any rank of this one saves."""
-    for path in folder.glob(f".checkpoint-*{PARTS}"):
-        shutil.rmtree(path)
+def make_way(place: Path, run: str) -> None:
+    """Move away what lies in the place of a checkpoint: aside, if it is of the same run, an earlier attempt at this
+    step; else to another name, where it stays."""
+    if not os.path.lexists(place):
+        return
+    if manifest.owner(place) == run:
+        shutil.rmtree(hidden(place, "old"), ignore_errors=True)
+        place.rename(hidden(place, "old"))
+        return
+    names = (place.with_name(f"{place.name}.not-of-this-run-{n}") for n in itertools.count(1))
+    place.rename(next(name for name in names if not os.path.lexists(name)))
 
 
 def _finish_moves(folder: Path) -> None:
     """Move into place what was whole when a kill came just before the move."""
-    for aside in folder.glob(".checkpoint-*.tmp"):
-        place = folder / aside.name.removeprefix(".").removesuffix(".tmp")
+    for aside in (folder / OWN).glob("checkpoint-*.tmp"):
+        place = folder / aside.name.removesuffix(".tmp")
         if not place.exists() and manifest.verify(aside) is None:
             aside.rename(place)
 
 
 def point(pointer: Path, name: str) -> None:
     """Have `latest` or `best` name a checkpoint, whole or not at all."""
-    aside = pointer.with_name(f".{pointer.name}.tmp")
+    aside = hidden(pointer, "tmp")
+    aside.parent.mkdir(exist_ok=True)
     aside.write_text(name + "\n")
     sync_to_disk(aside)
     aside.replace(pointer)

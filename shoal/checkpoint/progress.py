@@ -17,6 +17,9 @@ class Progress:
     """Where a run stands: all it takes, beside the tensors, to go on as if it had never stopped."""
 
     step: Count = 0  # steps done
+    position: Count | None = (
+        None  # samples drawn from the endless sequence of epochs; earlier versions kept none
+    )
     tokens: Count = 0  # labels learnt from
     seconds: float = 0.0  # spent in steps, all attempts together
     shares: list[Count] | None = None  # of the ranks, as last balanced
@@ -25,6 +28,9 @@ class Progress:
     scaler: dict[str, float] = field(default_factory=dict)  # of the loss, where there is one
     best: float | None = None  # the lowest eval/loss so far
     data: str = ""  # the key of the prepared data
+    order: dict[str, bool | int | float | str | None] = field(
+        default_factory=dict
+    )  # settings; see config/order.py
     strategy: str = "allreduce"
     island_size: Count = 1  # ranks that held a replica together
     precision: str = ""

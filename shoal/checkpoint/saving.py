@@ -13,7 +13,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from shoal import manifest, stored
-from shoal.checkpoint.folder import candidates, hidden, parts_of, point, pointed, step_of, sweep, sync_to_disk
+from shoal.checkpoint.folder import (
+    candidates,
+    hidden,
+    make_way,
+    parts_of,
+    point,
+    pointed,
+    step_of,
+    sweep,
+    sync_to_disk,
+)
 from shoal.checkpoint.progress import Progress
 from shoal.errors import ShoalError, UserError
 from shoal.stored import Places
@@ -44,6 +54,7 @@ class Checkpoints:
         self.world_size = world_size
         self.island_size = island_size  # the first ranks, which together hold the first replica
         self.present = present or (lambda: range(world_size))  # the replicas that still hand over parts
+        self.run = ""  # the id of the run, by which manifests vouch for what may be removed
         self.newest_step = -1  # of those saved by this process
         self.stalled = 0.0  # seconds that the caller has waited in `save` and `settle`
         self._thread: threading.Thread | None = None
@@ -112,7 +123,7 @@ class Checkpoints:
             if self.rank:
                 return
             self._receive(parts, [file for file in tensors if Path(file).stem.isdigit()])
-            write(place, {}, progress, describe, parts=parts)
+            write(place, {}, progress, describe, parts=parts, run=self.run)
             point(self.folder / "latest", f"checkpoint-{progress.step}")
             if best:
                 point(self.folder / "best", f"checkpoint-{progress.step}")
@@ -147,12 +158,16 @@ class Checkpoints:
             shutil.rmtree(parts / "ranks", ignore_errors=True)  # only now: others were still writing there
 
     def _rotate(self) -> None:
-        """Delete all but the newest ones, never the best; and those of later steps, if the run was walked back."""
+        """Delete all but the newest ones, never the best; and those of later steps, if the run was walked back.
+
+        Only what a manifest of this run vouches for: with a file more in it, a checkpoint stays.
+        """
         sweep(self.folder)
         best = pointed(self.folder / "best")
-        reached = [path for path in candidates(self.folder) if step_of(path) <= self.newest_step]
+        own = [path for path in candidates(self.folder) if manifest.owner(path) == self.run]
+        reached = [path for path in own if step_of(path) <= self.newest_step]
         kept = [path for path in reached if path.name != best][: self.keep or None]
-        for path in candidates(self.folder):
+        for path in own:
             if path not in kept and (path.name != best or path not in reached):
                 path.rename(hidden(path, "old"))  # a kill leaves no half checkpoint under its name
         sweep(self.folder)
@@ -165,23 +180,24 @@ def write(
     describe: Describe | None,
     *,
     parts: Path | None = None,
+    run: str = "",
 ) -> None:
     """Write a whole checkpoint aside and move it into place, each file on disk before the move.
 
-    `parts` is a folder of files that are written already, by the ranks that hold what is in them.
+    `parts` is a folder of files that are written already, by the ranks that hold what is in them. What lies in its
+    place is removed if a manifest of the same run vouches for it, else renamed.
     """
     aside = hidden(folder, "tmp")
     shutil.rmtree(aside, ignore_errors=True)
     try:
+        aside.parent.mkdir(parents=True, exist_ok=True)
         if parts is not None and parts.exists():
             parts.rename(aside)
-        _fill(aside, tensors, progress, describe)
+        _fill(aside, tensors, progress, describe, run)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    if folder.exists():  # of an earlier attempt at this step
-        shutil.rmtree(hidden(folder, "old"), ignore_errors=True)
-        folder.rename(hidden(folder, "old"))
+    make_way(folder, run)
     aside.rename(folder)
     sync_to_disk(folder.parent)
     shutil.rmtree(hidden(folder, "old"), ignore_errors=True)
@@ -204,7 +220,7 @@ def _hand_over(path: Path, tensors: dict[str, Tensor], places: Places) -> None:
         raise
 
 
-def _fill(aside: Path, tensors: Tensors, progress: Progress, describe: Describe | None) -> None:
+def _fill(aside: Path, tensors: Tensors, progress: Progress, describe: Describe | None, run: str) -> None:
     aside.mkdir(parents=True, exist_ok=True)
     for file, part in tensors.items():
         (aside / file).parent.mkdir(exist_ok=True)
@@ -212,7 +228,7 @@ def _fill(aside: Path, tensors: Tensors, progress: Progress, describe: Describe 
     if describe is not None:
         describe(aside / "model")
     (aside / "state.json").write_text(json.dumps(asdict(progress), indent=1))
-    manifest.write(aside, step=progress.step, tokens=progress.tokens)
+    manifest.write(aside, step=progress.step, tokens=progress.tokens, run=run)
     for name in (*manifest.files_in(aside), manifest.NAME, "."):
         sync_to_disk(aside / name)
 

@@ -4,6 +4,7 @@ from shoal.config.batch import Batch, resolve_batch, resolve_workers, usable_cor
 from shoal.config.grid import resolve_grid, team_size
 from shoal.config.layout import THERE_AND_BACK, LayoutConfig
 from shoal.config.options import check_options
+from shoal.config.order import ORDER, Order, first_change, order_of
 from shoal.config.record import (
     CheckpointConfig,
     DataConfig,
@@ -18,6 +19,7 @@ from shoal.config.resolve import Resolved, dump_yaml, load_config
 from shoal.config.strategy import StrategyConfig
 
 __all__ = [
+    "ORDER",
     "THERE_AND_BACK",
     "Batch",
     "CheckpointConfig",
@@ -27,13 +29,16 @@ __all__ = [
     "LayoutConfig",
     "LogConfig",
     "ModelConfig",
+    "Order",
     "Resolved",
     "RunConfig",
     "StrategyConfig",
     "TrainConfig",
     "check_options",
     "dump_yaml",
+    "first_change",
     "load_config",
+    "order_of",
     "resolve_batch",
     "resolve_grid",
     "resolve_workers",

@@ -153,7 +153,7 @@ class CheckpointConfig(Section):
     resume_from_checkpoint: str = fact(
         "", "latest or the folder of a checkpoint; empty = start anew", "resume"
     )
-    overwrite_output_dir: bool = fact(False, "replace a finished run in output_dir")
+    overwrite_output_dir: bool = fact(False, "replace an earlier run in output_dir")
 
 
 class LogConfig(Section):

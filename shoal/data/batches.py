@@ -1,4 +1,4 @@
-"""What is in each step: (seed, step) -> the sample ids of its micro-batches and their number of labels."""
+"""What is in each step: (seed, position) -> the sample ids of its micro-batches and their number of labels."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,12 +27,21 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """One step: `ids` int64 [micro-batches, micro_batch_size] of `samples`, and the labels in all of them."""
+    """One step: `ids` int64 [micro-batches, micro_batch_size] of `samples`, and the labels in all of them.
+
+    `position` is that of the first sample in the endless sequence of epochs.
+    """
 
     step: int
     samples: Samples
     ids: np.ndarray
     labels: int
+    position: int
+
+    @property
+    def next_position(self) -> int:
+        """Behind its last sample: rows beyond the end of the data are none."""
+        return self.position + int((self.ids != ABSENT).sum())
 
     def micro_batch(self, v: int) -> dict[str, Tensor]:
         """The collated micro-batch `v`."""
@@ -46,7 +55,8 @@ class Batch:
 class Batches:
     """The batches of a run. Every epoch is its own permutation; a batch may straddle two epochs.
 
-    `epochs` is where the data ends (a fraction is allowed), or None for a run that is bounded by its steps.
+    `epochs` is where the data ends (a fraction is allowed), or None for a run that is bounded by its steps. The run
+    begins, or goes on, `at` a step and a position: what lies between two positions never depends on the batch size.
     """
 
     def __init__(
@@ -57,33 +67,38 @@ class Batches:
         global_batch_size: int,
         micro_batch_size: int,
         epochs: float | None = None,
+        at: tuple[int, int] = (0, 0),
     ) -> None:
         self.samples = samples
         self.seed = seed
         self.shape = (global_batch_size // micro_batch_size, micro_batch_size)
         self.global_batch_size = global_batch_size
         self.end = None if epochs is None else round(epochs * len(samples))
+        self.first_step, self.first_position = at
 
     @property
     def steps(self) -> int | None:
-        """How many steps the data lasts, or None where the run is bounded by its steps."""
-        return None if self.end is None else -(-self.end // self.global_batch_size)
+        """After how many steps in all the data ends, or None where the run is bounded by its steps."""
+        if self.end is None:
+            return None
+        left = max(0, self.end - self.first_position)
+        return self.first_step + -(-left // self.global_batch_size)
 
     def nothing(self) -> dict[str, Tensor]:
         """A micro-batch without samples, of the shape of all."""
         return _nothing(self.samples, self.shape[1])
 
     def at(self, step: int) -> Batch:
-        """The batch of `step` (from 0): a function of (seed, step), whatever was asked before."""
-        first = step * self.global_batch_size
+        """The batch of `step` (from 0): a function of the seed and its position, whatever was asked before."""
+        first = self.first_position + (step - self.first_step) * self.global_batch_size
         positions = np.arange(first, first + self.global_batch_size, dtype=np.int64)
         ids = self._ids(positions).reshape(self.shape)
-        return Batch(step, self.samples, ids, int(self.samples.label_counts(ids).sum()))
+        return Batch(step, self.samples, ids, int(self.samples.label_counts(ids).sum()), first)
 
     def _ids(self, positions: np.ndarray) -> np.ndarray:
         size = len(self.samples)
         ids = np.full(positions.shape, ABSENT, dtype=np.int64)
-        inside = positions >= 0 if self.end is None else positions < self.end
+        inside = positions < (np.inf if self.end is None else self.end)
         for epoch in np.unique(positions[inside] // size):
             rows = inside & (positions // size == epoch)
             ids[rows] = permute(positions[rows] % size, size, derive_seed(self.seed, "epoch", int(epoch)))

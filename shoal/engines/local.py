@@ -16,6 +16,7 @@ from shoal.config import Resolved, check_options, resolve_grid, resolve_workers
 from shoal.engines.environment import STORE_FD, is_worker
 from shoal.engines.worker import ERRORS, JOB, began, work
 from shoal.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, PREEMPTED, ShoalError, UserError
+from shoal.runfolder import RunFolder, begins_anew
 
 GRACE = 10.0  # seconds a worker gets to save and leave before it is killed
 POLL = 0.05
@@ -47,23 +48,14 @@ def launch(resolved: Resolved, verb: str = "train") -> int:
 
 
 def check_folder(resolved: Resolved) -> None:
-    """Refuse to write over what a run has left, unless it is resumed or may be overwritten; or to resume nothing."""
+    """Refuse a folder that is not this run's to write in, or to resume nothing; before any worker is started."""
     config = resolved.config.checkpoint
-    folder, resumed = Path(config.output_dir), config.resume_from_checkpoint
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output-dir {folder}", "it is a file", "name a folder")
+    resumed = config.resume_from_checkpoint
     if resumed not in ("", "latest") and not Path(resumed).is_dir():
         found = "there is no such folder"
         raise UserError(f"--resume-from-checkpoint {resumed}", found, "give a checkpoint folder, or latest")
-    if config.resume_from_checkpoint or config.overwrite_output_dir:
-        return
-    if (folder / "summary.json").exists():
-        found = "it holds a finished run"
-    elif any(folder.glob("checkpoint-*")):
-        found = "it holds an unfinished run (go on with --resume-from-checkpoint latest)"
-    else:
-        return
-    raise UserError(f"--output-dir {folder}", found, "name another one, or add --overwrite-output-dir")
+    place = RunFolder(Path(config.output_dir))
+    place.check(anew=begins_anew(config), overwrite=config.overwrite_output_dir)
 
 
 class Workers:
@@ -189,10 +181,8 @@ class Workers:
         if root["traceback"]:
             print(root["traceback"], file=sys.stderr)
             where = f" (worker {root['rank']}; its traceback is above)"
-            folder = Path(self.config.checkpoint.output_dir)
-            if folder.is_dir():
-                (folder / "errors").mkdir(exist_ok=True)
-                (folder / "errors" / f"rank-{root['rank']}.json").write_text(json.dumps(root, indent=1))
+            folder = RunFolder(Path(self.config.checkpoint.output_dir))
+            folder.keep_error(root["rank"], json.dumps(root, indent=1))
         print(f"shoal: error: {root['message']}{where}", file=sys.stderr)
         return int(root["exit_code"]) or FAILED
 

@@ -6,6 +6,7 @@ Written aside from blocks of tensors, read again and compared, moved into place.
 import copy
 import json
 import math
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -56,14 +57,15 @@ def export(
     """Leave `folder` with what `save_pretrained` would of the model in `source`, and a model card made of `card`.
 
     `source` holds weights, whole or in pieces, and what `describe` has left beside them. `dtype` is that of the
-    tensors written ("bfloat16"); that of the checkpoint by default. A folder that was there is replaced, and only
-    once every block has been read again as it was, and `check` has not raised for the new one. Raises UserError
-    where `source` is no whole model, ShoalError where the new folder cannot be written or is not the same.
+    tensors written ("bfloat16"); that of the checkpoint by default. The folder is there once every block has been
+    read again as it was, and `check` has not raised for it. Raises UserError where `source` is no whole model or
+    there is something in `folder`, ShoalError where it cannot be written or is not the same.
     """
-    aside, old = (folder.with_name(f".{folder.name}.{part}") for part in ("new", "old"))
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"export to {folder}", "it exists", "name another, or remove it")
+    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     model = _skeleton(source)
     tensors = _Tensors(Stored(source), model, DTYPES[dtype] if dtype else None)
-    shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
         for file in (file for file in source.iterdir() if file.suffix != ".safetensors"):
@@ -75,15 +77,11 @@ def export(
             _check_same_tensors(tensors, aside)
             if check is not None:
                 check(aside)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
         aside.rename(folder)
     except (OSError, SafetensorError) as error:
         raise ShoalError(f"export to {folder}: {error}; the checkpoints still hold the model") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _skeleton(source: Path) -> PreTrainedModel:
@@ -182,7 +180,7 @@ def _check_same_tensors(tensors: _Tensors, folder: Path) -> None:
         for where, block in tensors.blocks(name):
             if not torch.equal(stored.as_bytes(block), stored.as_bytes(again.read(name, *where))):
                 raise ShoalError(
-                    f"export to {folder}: {name} is another when read again; nothing was replaced"
+                    f"export to {folder}: {name} is another when read again; nothing was left there"
                 )
 
 
@@ -199,11 +197,11 @@ def check_same_logits(model: PreTrainedModel, folder: Path) -> None:
     if not torch.allclose(ours, theirs, rtol=rtol, atol=atol, equal_nan=True):
         apart = (ours - theirs).abs().max().item()
         raise ShoalError(
-            f"export to {folder}: loaded again, its logits are {apart:g} apart; nothing was replaced"
+            f"export to {folder}: loaded again, its logits are {apart:g} apart; nothing was left there"
         )
     if _is_tied(model) != _is_tied(loaded):
         raise ShoalError(
-            f"export to {folder}: loaded again, its embeddings are tied otherwise; nothing was replaced"
+            f"export to {folder}: loaded again, its embeddings are tied otherwise; nothing was left there"
         )
 
 

@@ -5,14 +5,16 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
+from shoal.runfolder import OWN
+
 
 class MetricsFile:
     """`metrics.jsonl`. A resumed run goes on behind the step it resumes from; later lines are dropped."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.parent / OWN / f"{path.name}.tmp"
+        aside.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= resumed_step]
-        aside = path.with_suffix(".tmp")
         aside.write_text("".join(kept))
         aside.replace(path)
         self._file: IO[str] = path.open("a")
@@ -31,10 +33,10 @@ class MetricsFile:
 class TensorBoard:
     """The same numbers for TensorBoard; imported only when asked for, since it costs seconds."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, run: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder))
+        self._writer = SummaryWriter(str(folder), filename_suffix=f".{run}")
 
     def write(self, record: dict[str, Any]) -> None:
         """Every number of the record but the step, as a scalar at its step."""

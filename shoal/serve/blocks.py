@@ -5,8 +5,8 @@ Each block is a file of its own in a folder beside the output, so that a kill lo
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,9 @@ def _open_parts(parts: Path, options: GenerateOptions, prompts: list[str]) -> No
         found = f"{parts} holds the beginning of another job"
         change = "remove that folder, or name another file"
         raise UserError(f"--output-file {options.output_file}", found, change)
+    if parts.is_dir() and any(parts.iterdir()) and not (parts / JOB).is_file():
+        found = f"{parts} holds files that this command did not write"
+        raise UserError(f"--output-file {options.output_file}", found, "move it, or name another file")
     parts.mkdir(parents=True, exist_ok=True)
     _write_whole(parts / JOB, text)
 
@@ -97,7 +100,10 @@ def _merge(parts: Path, blocks: range, target: Path) -> None:
         for block in blocks:
             out.write(_part(parts, block).read_bytes())
     aside.replace(target)
-    shutil.rmtree(parts)
+    for path in (*parts.glob("block-*.jsonl*"), *parts.glob(f"{JOB}*")):  # those of a killed process too
+        path.unlink()
+    with suppress(OSError):  # somebody has put something in
+        parts.rmdir()
 
 
 def _completer(folder: str) -> Callable[[int], int]:

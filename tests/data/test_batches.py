@@ -51,6 +51,64 @@ def test_a_step_does_not_depend_on_what_was_asked_before() -> None:
         assert again.labels == forward[step].labels
 
 
+Attempts = list[tuple[int, int]]  # global batch size, steps
+
+ATTEMPTS: list[Attempts] = [
+    [(8, 5), (16, 99)],
+    [(16, 5), (4, 99)],
+    [(8, 3), (12, 2), (2, 7), (60, 99)],
+    [(4, 0), (6, 99)],
+    [(8, 99), (16, 99)],
+]
+
+
+def follow(attempts: Attempts, size: int, epochs: float | None, seed: int = 1) -> tuple[np.ndarray, int]:
+    """The ids that are used when each attempt goes on where the one before stopped, and the steps in all."""
+    step, position, used = 0, 0, []
+    for batch, steps in attempts:
+        made = Batches(
+            Rows(size, 5),
+            seed=seed,
+            global_batch_size=batch,
+            micro_batch_size=2,
+            epochs=epochs,
+            at=(step, position),
+        )
+        for taken in map(made.at, range(step, min(step + steps, made.steps or step + steps))):
+            assert taken.position == position
+            used.append(taken.ids.reshape(-1))
+            position, step = taken.next_position, taken.step + 1
+    ids = np.concatenate(used)
+    return ids[ids != ABSENT], step
+
+
+@pytest.mark.parametrize("epochs", [1.0, 2.0, 2.5])
+@pytest.mark.parametrize("attempts", ATTEMPTS)
+def test_another_batch_goes_on_exactly(attempts: Attempts, epochs: float) -> None:
+    """Each sample once an epoch, in the same order, to the same end, in as many steps as that takes."""
+    used, steps = follow(attempts, 61, epochs)
+    whole, _ = follow([(10, 99)], 61, epochs)
+    assert np.array_equal(used, whole)
+    position, expected = 0, 0
+    for batch, asked in attempts:
+        left = len(whole) - position
+        expected += min(asked, -(-left // batch))
+        position = min(len(whole), position + asked * batch)
+    assert steps == expected
+
+
+def test_more_epochs_go_on_where_the_data_ended() -> None:
+    """The rows of the last step that were absent are no samples."""
+    first = batches(61, 12, epochs=1)
+    last = first.at(first.steps - 1)
+    longer = Batches(
+        Rows(61, 5), seed=1, global_batch_size=12, micro_batch_size=2, epochs=2, at=(6, last.next_position)
+    )
+    assert last.next_position == 61
+    used = np.concatenate([longer.at(step).ids.reshape(-1) for step in range(6, longer.steps)])
+    assert np.array_equal(np.sort(used[used != ABSENT]), np.arange(61))
+
+
 def test_the_bound_does_not_move_the_order() -> None:
     """A run by steps and one by epochs take the same samples, as far as both go."""
     by_steps, by_epochs = batches(60, 12), batches(60, 12, epochs=2)

@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from laws.launches import BATCH, is_alive, ledger_of, losses_of, shoal, weights_of, workers_of
+from laws.launches import BATCH, is_alive, ledger_of, losses_of, shoal, steps_of, weights_of, workers_of
 from laws.pool import HANG, Pool
 from laws.worlds import first_difference
 
+from shoal.checkpoint import candidates
 from shoal.engines.environment import is_worker, placement
 from shoal.errors import BAD_INPUT, DONE, PREEMPTED, UserError
 
@@ -152,6 +153,46 @@ def test_a_folder_is_replaced_only_if_asked_and_only_once_all_fits(
     assert files_of(finished) == before
     assert pool.alone(shoal, [*again, "3"]).code == DONE
     assert len(losses_of(finished)) == 3
+
+
+def test_from_a_checkpoint_elsewhere_another_run_is_replaced_only_if_asked(
+    pool: Pool, data: list[str], tmp_path: Path, finished: Path
+) -> None:
+    words = ["train", *data, *BATCH, "--output-dir", str(tmp_path), "--max-steps"]
+    assert pool.alone(shoal, [*words, "3", "--seed", "7"]).code == DONE
+    before = files_of(tmp_path)
+    words += ["5", "--resume-from-checkpoint", str(finished)]
+    refused = pool.alone(shoal, words)
+    assert refused.code == BAD_INPUT
+    assert "it holds a finished run" in refused.output
+    assert files_of(tmp_path) == before
+    taken_from = files_of(finished)
+    replaced = pool.alone(shoal, [*words, "--overwrite-output-dir"])
+    assert replaced.code == DONE, replaced.output
+    done = len(losses_of(finished))
+    assert [step["step"] for step in steps_of(tmp_path)] == list(range(done + 1, 6))
+    assert {path.name for path in candidates(tmp_path)} == {"checkpoint-5"}
+    assert files_of(finished) == taken_from
+
+
+def test_a_second_run_in_the_same_folder_is_refused(pool: Pool, data: list[str], tmp_path: Path) -> None:
+    """And the first is not disturbed."""
+    words = ["train", *data, *COMMON, "--nproc-per-node", "1", "--output-dir", str(tmp_path), "--max-steps"]
+    (started,) = pool.start(shoal, [*words, "100000"])
+    deadline = time.monotonic() + HANG
+    while not losses_of(tmp_path):
+        assert time.monotonic() < deadline, started.output()
+        time.sleep(0.02)
+    for more in (RESUME, ["--overwrite-output-dir"]):
+        refused = pool.alone(shoal, [*words, "5", *more])
+        assert refused.code == BAD_INPUT, refused.output
+        (line,) = refused.output.splitlines()
+        assert "another run is writing there (process" in line
+    started.send(signal.SIGTERM)
+    assert started.wait().code == PREEMPTED, started.output()
+    steps = [step["step"] for step in steps_of(tmp_path)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert pool.alone(shoal, [*words, str(len(steps) + 1), *RESUME]).code == DONE
 
 
 def listening(pid: int) -> list[str]:

@@ -113,3 +113,37 @@ def test_the_ledger_does_not_depend_on_what_happened(
     assert "2 whole epochs" in audited.output
     (broken / "ledger" / "rank-00001.jsonl").unlink()
     assert pool.alone(shoal, ["audit", str(broken)]).code == FAILED
+
+
+def test_another_batch_by_another_worker_count_goes_on_exactly(
+    pool: Pool, data: list[str], tmp_path: Path
+) -> None:
+    """Steps of 4 samples, of 12 and of 6, by the workers alone: each sample once an epoch, in the same order."""
+
+    def train(run: Path, ranks: int, turns: int, *more: str, fault: Fault | None = None) -> Outcome:
+        words = [
+            "train",
+            *data,
+            "--per-device-train-batch-size",
+            "2",
+            "--gradient-accumulation-steps",
+            str(turns),
+        ]
+        words += ["--ledger", "--num-train-epochs", "2", "--save-steps", "4", "--lr", "0.01"]
+        words += ["--output-dir", str(run), "--nproc-per-node", str(ranks), *more]
+        return pool.alone(shoal, words, fault)
+
+    resume = ("--resume-from-checkpoint", "latest")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert train(whole, 1, 4).code == DONE
+    assert train(broken, 2, 1, fault=Fault("kill", 1, 6, "exchange")).code == FAILED
+    assert train(broken, 3, 2, *resume, fault=Fault("sigterm", 0, 9, "backward")).code == PREEMPTED
+    last = train(broken, 3, 1, *resume)
+    assert last.code == DONE, last.output
+    samples = [[i for step in ledger_of(run).values() for i in step if i >= 0] for run in (whole, broken)]
+    assert samples[0] == samples[1]
+    steps = {len(step) for step in ledger_of(broken).values()}
+    assert steps == {4, 12, 6}
+    audited = pool.alone(shoal, ["audit", str(broken)])
+    assert audited.code == DONE, audited.output
+    assert "2 whole epochs" in audited.output

@@ -118,17 +118,13 @@ def test_what_is_streamed_is_as_the_library_writes_it(tmp_path: Path) -> None:
     assert read.specs == specs
 
 
-def test_what_differs_when_read_again_replaces_nothing(
+def test_what_differs_when_read_again_leaves_nothing(
     tmp_path: Path, named: Callable[..., ModelConfig], words: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = (
-        saved(model(named, words, seed=seed), words, tmp_path / f"checkpoint-{seed}") / "model"
-        for seed in (1, 2)
-    )
-    export(first, tmp_path / "final", {})
-    before = (tmp_path / "final" / "model.safetensors").read_bytes()
-    with pytest.raises(ShoalError, match=r"loaded again.*nothing was replaced"):
-        export(second, tmp_path / "final", {}, check=partial(check_same_logits, model(named, words, seed=3)))
+    source = saved(model(named, words), words, tmp_path / "run" / "checkpoint-1") / "model"
+    final = tmp_path / "out" / "final"
+    with pytest.raises(ShoalError, match=r"loaded again.*apart"):
+        export(source, final, {}, check=partial(check_same_logits, model(named, words, seed=3)))
     write = stored.stream
 
     def bit_rot(path: Path, *args: Any) -> None:
@@ -138,27 +134,28 @@ def test_what_differs_when_read_again_replaces_nothing(
         path.write_bytes(weights)
 
     monkeypatch.setattr(exporting.stored, "stream", bit_rot)
-    with pytest.raises(ShoalError, match=r"read again.*nothing was replaced"):
-        export(second, tmp_path / "final", {})
-    assert (tmp_path / "final" / "model.safetensors").read_bytes() == before
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2", "final"]
+    with pytest.raises(ShoalError, match=r"is another when read again"):
+        export(source, final, {})
+    assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_second_export_takes_the_place_of_the_first(
-    tmp_path: Path, named: Callable[..., ModelConfig], words: Any
-) -> None:
-    for seed in (1, 2):
-        source = saved(model(named, words, seed=seed), words, tmp_path / f"checkpoint-{seed}")
-        export(source / "model", tmp_path / "final", {})
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "final").get_input_embeddings().weight
-    assert torch.equal(found, model(named, words, seed=2).get_input_embeddings().weight)
+def test_an_export_writes_over_nothing(tmp_path: Path, named: Callable[..., ModelConfig], words: Any) -> None:
+    """What lies at its place is refused, and a folder with a name as if an export were under way stays."""
+    source = saved(model(named, words), words, tmp_path / "run" / "checkpoint-1") / "model"
+    mine = [tmp_path / "out" / folder / "mine" for folder in ("final", ".other.new", ".other.old")]
+    for path in mine:
+        path.parent.mkdir(parents=True)
+        path.write_text("mine")
+    with pytest.raises(UserError, match="final: it exists"):
+        export(source, tmp_path / "out" / "final", {})
+    export(source, tmp_path / "out" / "other", {})
+    assert all(path.read_text() == "mine" for path in mine)
 
 
-def test_a_failed_write_leaves_what_was_there(
+def test_a_failed_write_leaves_nothing(
     tmp_path: Path, named: Callable[..., ModelConfig], words: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = saved(model(named, words), words, tmp_path / "run" / "checkpoint-1") / "model"
-    export(source, tmp_path / "out" / "final", {})
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -166,8 +163,7 @@ def test_a_failed_write_leaves_what_was_there(
     monkeypatch.setattr(exporting, "_card_text", full)
     with pytest.raises(ShoalError, match="No space left"):
         export(source, tmp_path / "out" / "final", {})
-    assert [each.name for each in (tmp_path / "out").iterdir()] == ["final"]
-    AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "final")
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,15 @@ from shoal.shares import equal
 SIZE, BATCH = 13, 6
 
 
-def record(run: Path, steps: range, ranks: int, attempt: int, *, epochs: float = 3.0) -> Batches:
+def record(
+    run: Path, steps: range, ranks: int, attempt: int, *, epochs: float = 3.0, batch: int = BATCH,
+    at: tuple[int, int] = (0, 0),
+) -> Batches:  # fmt: skip
     """Write the ledgers of `ranks` ranks that share these steps."""
-    batches = Batches(Rows(SIZE, 4), seed=1, global_batch_size=BATCH, micro_batch_size=1, epochs=epochs)
-    shares = equal(BATCH, ranks)
+    batches = Batches(
+        Rows(SIZE, 4), seed=1, global_batch_size=batch, micro_batch_size=1, epochs=epochs, at=at
+    )
+    shares = equal(batch, ranks)
     for rank in range(ranks):
         ledger = Ledger(run / "ledger", rank, attempt, batches)
         for step in steps:
@@ -52,6 +57,44 @@ def test_steps_done_again_after_a_kill_count_once(tmp_path: Path) -> None:
     record(tmp_path, range(2, 7), 2, 2)
     assert audit(tmp_path).faults == []
     assert audit(tmp_path).steps == 7
+
+
+def test_another_batch_is_no_fault_and_takes_back_later_steps(tmp_path: Path) -> None:
+    """Five steps of 4, killed; from the third on steps of 9, of which two are left; the end is behind step 4."""
+    record(tmp_path, range(5), 2, 1, batch=4, epochs=2)
+    record(tmp_path, range(2, 4), 3, 2, batch=9, epochs=2, at=(2, 8))
+    found = audit(tmp_path)
+    assert found.faults == []
+    assert (found.steps, found.used, found.whole_epochs) == (4, 2 * SIZE, 2)
+
+
+@pytest.mark.parametrize("position", [5, 7])
+def test_a_batch_that_does_not_go_on_where_the_last_ended_is_found(tmp_path: Path, position: int) -> None:
+    record(tmp_path, range(1), 1, 1)
+    record(tmp_path, range(1, 2), 1, 2, at=(1, position))
+    fault = f"step 1: it begins at sample {position}, and the one before ended at 6"
+    assert fault in audit(tmp_path).faults
+
+
+def test_a_ledger_may_begin_in_the_midst_of_the_data(tmp_path: Path) -> None:
+    """As of a run that begins from a checkpoint of another one."""
+    record(tmp_path, range(3, 8), 2, 1, at=(3, 7), epochs=2.5)
+    found = audit(tmp_path)
+    assert found.faults == []
+    assert (found.first, found.used, found.whole_epochs) == (7, 32 - 7, 1)
+    assert "from sample 7 on" in str(found)
+
+
+def test_a_ledger_of_old_is_read(tmp_path: Path) -> None:
+    """It told the rows of a step once for all, and no positions."""
+    record(tmp_path, range(7), 2, 1)
+    facts = tmp_path / "ledger" / "run.json"
+    facts.write_text(json.dumps({"samples": SIZE, "rows": BATCH, "end": 39}))
+    for rank in (0, 1):
+        own = [{k: v for k, v in e.items() if k not in ("position", "rows")} for e in lines(tmp_path, rank)]
+        path = tmp_path / f"ledger/rank-{rank:05d}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in own))
+    assert audit(tmp_path).faults == []
 
 
 def use_twice(own: list[dict]) -> None:
@@ -100,7 +143,9 @@ def test_a_rank_whose_file_is_missing_is_found(tmp_path: Path, steps: int) -> No
 def test_a_sample_that_is_not_there_is_found(tmp_path: Path) -> None:
     batches = record(tmp_path, range(2), 1, 1)
     ids = np.full((BATCH, 1), SIZE + 3)
-    Ledger(tmp_path / "ledger", 0, 1, batches).write(Batch(2, batches.samples, ids, 0), range(BATCH))
+    Ledger(tmp_path / "ledger", 0, 1, batches).write(
+        Batch(2, batches.samples, ids, 0, 2 * BATCH), range(BATCH)
+    )
     assert not audit(tmp_path).ok
 
 

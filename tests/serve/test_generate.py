@@ -17,7 +17,7 @@ from shoal.data import tokenizer
 from shoal.errors import UserError
 from shoal.models.export import export
 from shoal.models.loading import load
-from shoal.serve.blocks import read_prompts
+from shoal.serve.blocks import _open_parts, read_prompts
 from shoal.serve.generate import GenerateOptions, run
 from shoal.serve.writer import Writer
 
@@ -132,6 +132,21 @@ def test_what_is_there_stays(options: GenerateOptions) -> None:
     with pytest.raises(UserError, match="it exists"):
         run(options)
     assert options.output_file.read_text() == "mine"
+
+
+def test_what_somebody_put_among_the_parts_stays(options: GenerateOptions) -> None:
+    mine = options.output_file.with_name(f".{options.output_file.name}.parts") / "mine"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(UserError, match="holds files that this command did not write"):
+        run(options)
+    assert [path.name for path in mine.parent.iterdir()] == ["mine"]
+    mine.rename(mine.parent.parent / "mine")
+    _open_parts(mine.parent, options, read_prompts(Path(str(options.prompts_file))))
+    (mine.parent.parent / "mine").rename(mine)
+    run(options)
+    assert options.output_file.exists()
+    assert [path.name for path in mine.parent.iterdir()] == ["mine"]
 
 
 def test_prompts_of_a_file(tmp_path: Path) -> None:

@@ -8,7 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from shoal.errors import DONE, FAILED, INTERRUPTED, ShoalError, UserError, choose
+from shoal import output
+from shoal.errors import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    Preempted,
+    ShoalError,
+    UserError,
+    choose,
+    foreseen,
+)
 
 if TYPE_CHECKING:
     from shoal.config import Resolved
@@ -16,6 +26,7 @@ if TYPE_CHECKING:
 
 def command() -> NoReturn:
     """The command `shoal` itself: `main`, and the way out of the process."""
+    output.forgive()
     code = main()
     from shoal.engines.environment import is_worker
 
@@ -36,14 +47,11 @@ def main(words: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # each try to reach it would be a line
     try:
         return VERBS[verb](rest) if verb in VERBS else _about(verb)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as asked:
+        output.say(f"shoal: {str(asked) or 'interrupted'}")
         return INTERRUPTED
-    except BrokenPipeError:  # whoever reads along, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
-    except ShoalError as error:
-        print(f"shoal: error: {error}", file=sys.stderr)
-        return error.exit_code
+    except Exception as error:
+        return _tell(error)
 
 
 def train(words: list[str]) -> int:
@@ -53,7 +61,8 @@ def train(words: list[str]) -> int:
     resolved = _resolve(words)
     from shoal.engines.local import launch
 
-    return launch(resolved)
+    launch(resolved)
+    return DONE
 
 
 def prepare(words: list[str]) -> int:
@@ -63,7 +72,7 @@ def prepare(words: list[str]) -> int:
     config = _resolve(words).config
     from shoal.tasks import TASKS
 
-    print(choose("--task", config.train.task, TASKS).prepare(config))
+    output.result(str(choose("--task", config.train.task, TASKS).prepare(config)))
     return DONE
 
 
@@ -75,7 +84,8 @@ def evaluate(words: list[str]) -> int:
     resolved = _of_trained(Path(folder), flags)
     from shoal.engines.local import launch
 
-    return launch(resolved, "evaluate")
+    launch(resolved, "evaluate")
+    return DONE
 
 
 def generate(words: list[str]) -> int:
@@ -130,7 +140,7 @@ def audit(words: list[str]) -> int:
     from shoal.observe import ledger
 
     report = ledger.audit(folder)
-    print(report)
+    output.result(str(report))
     return DONE if report.ok else FAILED
 
 
@@ -142,7 +152,7 @@ def doctor(words: list[str]) -> int:
     from shoal import doctor as examination
 
     findings = examination.examine(os.environ)
-    print(examination.as_json(findings) if as_json else examination.as_text(findings))
+    output.result(examination.as_json(findings) if as_json else examination.as_text(findings))
     return FAILED if any(finding.verdict == "fail" for finding in findings) else DONE
 
 
@@ -162,7 +172,7 @@ def config(words: list[str]) -> int:
     )
 
     if what == "show":
-        print(dump_yaml(_resolve(rest)), end="")
+        output.result(dump_yaml(_resolve(rest)), end="")
     elif what == "validate":
         recipe, _ = _first_word(rest, "the path of a recipe")
         resolved = _resolve(rest)
@@ -172,14 +182,14 @@ def config(words: list[str]) -> int:
         batch = resolve_batch(run, workers // team_size(run))
         sizes = resolve_grid(run, workers).items()
         grid = " x ".join(f"{axis} {size}" for axis, size in sizes if size > 1 or axis == "replicate")
-        print(
+        output.result(
             f"{recipe}: ok; with {workers} workers here ({grid}), a step of {batch.global_batch_size} samples in "
             f"{batch.micro_batches} micro-batches of {batch.per_device_train_batch_size}"
         )
     elif what == "schema":
-        print(json.dumps(reference.json_schema(), indent=2))
+        output.result(json.dumps(reference.json_schema(), indent=2))
     elif what == "docs":
-        print(reference.markdown(), end="")
+        output.result(reference.markdown(), end="")
     else:
         raise UserError(
             f"shoal config {what}", "there is no such verb", "take show, validate, schema or docs"
@@ -197,17 +207,28 @@ def _about(word: str) -> int:
     import shoal
 
     if word == "--version":
-        print(f"shoal {shoal.__version__}")
+        output.result(f"shoal {shoal.__version__}")
         return DONE
     if word not in ("-h", "--help", "help"):
         raise UserError(f"shoal {word}", "there is no such verb", f"take one of {', '.join(VERBS)}")
-    print(
+    lines = [
         f"shoal {shoal.__version__}: {shoal.__doc__}\n\nusage: shoal VERB ... (shoal VERB --help says more)\n"
-    )
+    ]
     for name, verb in VERBS.items():
         purpose, usage = str(verb.__doc__).split(": ", 1)
-        print(f"  {name:<10} {purpose}\n  {'':<10}   {usage}")
+        lines += [f"  {name:<10} {purpose}", f"  {'':<10}   {usage}"]
+    output.result("\n".join(lines))
     return DONE
+
+
+def _tell(error: Exception) -> int:
+    """Print an error as one line; returns its exit code. Raises it again where its traceback is needed."""
+    line = error if isinstance(error, ShoalError) else foreseen(error)
+    if line is None:
+        raise error
+    if line.exit_code != DONE:
+        output.say(f"shoal: {line}" if isinstance(line, Preempted) else f"shoal: error: {line}")
+    return line.exit_code
 
 
 def _asks_help(words: list[str]) -> bool:
@@ -217,7 +238,7 @@ def _asks_help(words: list[str]) -> bool:
 def _print_settings(verb: Callable[[list[str]], int]) -> int:
     from shoal.config.reference import help_text
 
-    print(f"{verb.__doc__}\n{help_text()}")
+    output.result(f"{verb.__doc__}\n{help_text()}")
     return DONE
 
 

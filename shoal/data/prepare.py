@@ -21,6 +21,7 @@ from shoal.data.shards import Shard, content_hash, held_out
 from shoal.data.sources import Part, fingerprint, list_parts
 from shoal.data.units import JOB, Job, Unit, bytes_of, cut_units
 from shoal.errors import UserError
+from shoal.output import say
 
 TRAIN = "train"  # the tokenizer to be trained on the data
 TRAINING_SAMPLE_BYTES = 16 << 20  # a BPE of a few thousand entries gains nothing from more
@@ -29,11 +30,6 @@ JOURNAL = "finished.jsonl"  # the shards that are whole, while others are still 
 POOL_FROM_BYTES = 64 << 20  # below, starting processes costs more than they save over threads
 
 Report = Callable[[str], None]
-
-
-def say(text: str) -> None:
-    """Print a line where it does not mix with results."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def prepare(

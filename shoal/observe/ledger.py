@@ -12,7 +12,7 @@ from typing import IO
 import numpy as np
 
 from shoal.data.batches import ABSENT, Batch, Batches
-from shoal.errors import UserError
+from shoal.errors import UserError, naming
 
 
 class Ledger:
@@ -24,7 +24,7 @@ class Ledger:
             facts = {"samples": len(batches.samples), "rows": batches.global_batch_size, "end": batches.end}
             (folder / "run.json").write_text(json.dumps(facts))
         self.attempt = attempt
-        path = folder / f"rank-{rank:05d}.jsonl"
+        self.path = path = folder / f"rank-{rank:05d}.jsonl"
         broken = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
         self._file: IO[str] = path.open("a")
         if broken:  # a kill left half a line
@@ -34,8 +34,9 @@ class Ledger:
         """Record that this rank computed the micro-batches `share` of `batch`."""
         samples = batch.ids[share.start : share.stop].reshape(-1).tolist()
         line = {"attempt": self.attempt, "step": batch.step, "first": share.start, "samples": samples}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
 
 @dataclass(frozen=True)

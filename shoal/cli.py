@@ -81,7 +81,7 @@ def evaluate(words: list[str]) -> int:
     if _asks_help(words):
         return _print_settings(evaluate)
     folder, flags = _first_word(words, "the folder of a run, a checkpoint or a model")
-    resolved = _of_trained(Path(folder), flags)
+    resolved = _of_trained(_path(folder), flags)
     from shoal.engines.local import launch
 
     launch(resolved, "evaluate")
@@ -91,12 +91,17 @@ def evaluate(words: list[str]) -> int:
 def generate(words: list[str]) -> int:
     """Write on from a prompt, or from each prompt of a file: shoal generate FOLDER --prompt TEXT"""
     parser = _Parser(generate)
-    parser.add_argument("model", metavar="FOLDER", help="the folder of a run, a checkpoint or a model")
+    parser.add_argument(
+        "model",
+        metavar="FOLDER",
+        type=os.path.expanduser,
+        help="the folder of a run, a checkpoint or a model",
+    )
     parser.add_argument("--prompt", help="the text to go on from; streamed to the terminal")
     parser.add_argument(
-        "--prompts-file", type=Path, help="prompts: .txt, one a line, or .jsonl with `prompt`"
+        "--prompts-file", type=_path, help="prompts: .txt, one a line, or .jsonl with `prompt`"
     )
-    parser.add_argument("--output-file", type=Path, help="where completions go as JSONL, in order")
+    parser.add_argument("--output-file", type=_path, help="where completions go as JSONL, in order")
     parser.add_argument("--max-new-tokens", type=int, help="the most tokens to add")
     parser.add_argument("--temperature", type=float, help="0 takes the likeliest token")
     parser.add_argument("--top-k", type=int, help="draw among so many of the likeliest tokens")
@@ -119,9 +124,9 @@ def export(words: list[str]) -> int:
     """Make the Hugging Face folder of a checkpoint, whole or in pieces: shoal export FOLDER --output-dir OUT"""
     parser = _Parser(export)
     parser.add_argument(
-        "source", metavar="FOLDER", type=Path, help="a checkpoint, or a run: then its newest valid one"
+        "source", metavar="FOLDER", type=_path, help="a checkpoint, or a run: then its newest valid one"
     )
-    parser.add_argument("--output-dir", type=Path, required=True, help="the folder to make")
+    parser.add_argument("--output-dir", type=_path, required=True, help="the folder to make")
     parser.add_argument("--best", action="store_true", help="of a run the best checkpoint, not the newest")
     parser.add_argument("--max-shard-size", help="weights above it go into several files (5GB)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; that of the checkpoint by default")
@@ -135,7 +140,7 @@ def export(words: list[str]) -> int:
 def audit(words: list[str]) -> int:
     """Prove from the ledger of a run that each sample was used exactly once: shoal audit RUN"""
     parser = _Parser(audit)
-    parser.add_argument("run", type=Path, help="the folder of a run that was trained with --ledger")
+    parser.add_argument("run", type=_path, help="the folder of a run that was trained with --ledger")
     folder = parser.parse(words).run
     from shoal.observe import ledger
 
@@ -280,6 +285,10 @@ def _first_word(words: list[str], what: str) -> tuple[str, list[str]]:
     if not words or words[0].startswith("-"):
         raise UserError("shoal", f"{what} is missing", "give it behind the verb")
     return words[0], words[1:]
+
+
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))  # as the settings do
 
 
 class _Parser(argparse.ArgumentParser):

@@ -4,6 +4,7 @@ Every function here takes what was written and returns the value, or raises Valu
 begins with "should", which ends up behind the name of the setting.
 """
 
+import os
 import re
 from collections.abc import Callable
 from decimal import Decimal
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator
 
 _NUMBER = re.compile(r"([+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)([kKMGBT]?)")
+TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 
 
@@ -49,6 +51,15 @@ def names(given: Any) -> Any:
     return [] if parts == ["none"] else [part for part in parts if part]
 
 
+def at_home(path: str) -> str:
+    """A path with the home folder for a `~` that it begins with; any other text, such as a hub name, as it is."""
+    return os.path.expanduser(path)
+
+
+def _all_at_home(paths: list[str]) -> list[str]:
+    return [at_home(path) for path in paths]
+
+
 def _trackers(given: list[str]) -> list[str]:
     unknown = [name for name in given if name != "tensorboard"]
     if unknown:
@@ -57,11 +68,18 @@ def _trackers(given: list[str]) -> list[str]:
 
 
 def guess(given: Any) -> Any:
-    """Text without a declared type (a model dimension): a number or a truth value if it reads as one."""
+    """Text without a declared type (a model dimension): a number or a truth value if it reads as one.
+
+    So is each text within a list or a mapping.
+    """
+    if isinstance(given, list):
+        return [guess(each) for each in given]
+    if isinstance(given, dict):
+        return {name: guess(each) for name, each in given.items()}
     if not isinstance(given, str):
         return given
-    if given.lower() in ("true", "false"):
-        return given.lower() == "true"
+    if given.lower() in TRUTH:
+        return TRUTH[given.lower()]
     if given.lower() in ("null", "none"):
         return None
     try:
@@ -104,7 +122,7 @@ def _precision(given: Any) -> Any:
 
 
 def _recompute(given: Any) -> Any:
-    truth = {"true": "full", "false": "none"}
+    truth = {word: "full" if on else "none" for word, on in TRUTH.items()}
     return renamed(truth)(str(given).lower() if isinstance(given, bool | str) else given)
 
 
@@ -115,8 +133,8 @@ def _warmup(given: float) -> float:
 
 
 def _shares(given: Any) -> Any:
-    text = str(given).lower() if isinstance(given, bool) else given
-    text = renamed({"false": "off", "true": "auto", "none": "off"})(text)
+    words = {word: "auto" if on else "off" for word, on in TRUTH.items()} | {"none": "off"}
+    text = renamed(words)(str(given).lower() if isinstance(given, bool) else given)
     if isinstance(text, list):
         text = ",".join(str(part) for part in text)
     if text not in ("auto", "off") and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", str(text)):
@@ -154,6 +172,8 @@ Number = Annotated[float, BeforeValidator(number, json_schema_input_type=float |
 Whole = Annotated[int, BeforeValidator(whole_number, json_schema_input_type=int | str)]
 Warmup = Annotated[Number, AfterValidator(_warmup)]
 Names = Annotated[list[str], BeforeValidator(names, json_schema_input_type=list[str] | str)]
+Path = Annotated[str, AfterValidator(at_home)]
+Paths = Annotated[Names, AfterValidator(_all_at_home)]
 Trackers = Annotated[list[str], BeforeValidator(names), AfterValidator(_trackers)]
 Optimizer = Annotated[
     Literal["adamw", "adamw-8bit", "muon", "sgd", "onebit-adam"], BeforeValidator(_optimizer)

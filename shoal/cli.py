@@ -8,7 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from shoal.errors import DONE, FAILED, INTERRUPTED, ShoalError, UserError, choose
+from shoal import output
+from shoal.errors import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    Preempted,
+    ShoalError,
+    UserError,
+    choose,
+    foreseen,
+)
 
 if TYPE_CHECKING:
     from shoal.config import Resolved
@@ -16,6 +26,7 @@ if TYPE_CHECKING:
 
 def command() -> NoReturn:
     """The command `shoal` itself: `main`, and the way out of the process."""
+    output.forgive()
     code = main()
     from shoal.engines.environment import is_worker
 
@@ -36,14 +47,11 @@ def main(words: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # each try to reach it would be a line
     try:
         return VERBS[verb](rest) if verb in VERBS else _about(verb)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as asked:
+        output.say(f"shoal: {str(asked) or 'interrupted'}")
         return INTERRUPTED
-    except BrokenPipeError:  # whoever reads along, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
-    except ShoalError as error:
-        print(f"shoal: error: {error}", file=sys.stderr)
-        return error.exit_code
+    except Exception as error:
+        return _tell(error)
 
 
 def train(words: list[str]) -> int:
@@ -53,7 +61,8 @@ def train(words: list[str]) -> int:
     resolved = _resolve(words)
     from shoal.engines.local import launch
 
-    return launch(resolved)
+    launch(resolved)
+    return DONE
 
 
 def prepare(words: list[str]) -> int:
@@ -63,7 +72,7 @@ def prepare(words: list[str]) -> int:
     config = _resolve(words).config
     from shoal.tasks import TASKS
 
-    print(choose("--task", config.train.task, TASKS).prepare(config, verbose=True))
+    output.result(str(choose("--task", config.train.task, TASKS).prepare(config, verbose=True)))
     return DONE
 
 
@@ -72,21 +81,27 @@ def evaluate(words: list[str]) -> int:
     if _asks_help(words):
         return _print_settings(evaluate)
     folder, flags = _first_word(words, "the folder of a run, a checkpoint or a model")
-    resolved = _of_trained(Path(folder), flags)
+    resolved = _of_trained(_path(folder), flags)
     from shoal.engines.local import launch
 
-    return launch(resolved, "evaluate")
+    launch(resolved, "evaluate")
+    return DONE
 
 
 def generate(words: list[str]) -> int:
     """Write on from a prompt, or from each prompt of a file: shoal generate FOLDER --prompt TEXT"""
     parser = _Parser(generate)
-    parser.add_argument("model", metavar="FOLDER", help="the folder of a run, a checkpoint or a model")
+    parser.add_argument(
+        "model",
+        metavar="FOLDER",
+        type=os.path.expanduser,
+        help="the folder of a run, a checkpoint or a model",
+    )
     parser.add_argument("--prompt", help="the text to go on from; streamed to the terminal")
     parser.add_argument(
-        "--prompts-file", type=Path, help="prompts: .txt, one a line, or .jsonl with `prompt`"
+        "--prompts-file", type=_path, help="prompts: .txt, one a line, or .jsonl with `prompt`"
     )
-    parser.add_argument("--output-file", type=Path, help="where completions go as JSONL, in order")
+    parser.add_argument("--output-file", type=_path, help="where completions go as JSONL, in order")
     parser.add_argument("--max-new-tokens", type=int, help="the most tokens to add")
     parser.add_argument("--temperature", type=float, help="0 takes the likeliest token")
     parser.add_argument("--top-k", type=int, help="draw among so many of the likeliest tokens")
@@ -109,9 +124,9 @@ def export(words: list[str]) -> int:
     """Make the Hugging Face folder of a checkpoint, whole or in pieces: shoal export FOLDER --output-dir OUT"""
     parser = _Parser(export)
     parser.add_argument(
-        "source", metavar="FOLDER", type=Path, help="a checkpoint, or a run: then its newest valid one"
+        "source", metavar="FOLDER", type=_path, help="a checkpoint, or a run: then its newest valid one"
     )
-    parser.add_argument("--output-dir", type=Path, required=True, help="the folder to make")
+    parser.add_argument("--output-dir", type=_path, required=True, help="the folder to make")
     parser.add_argument("--best", action="store_true", help="of a run the best checkpoint, not the newest")
     parser.add_argument("--max-shard-size", help="weights above it go into several files (5GB)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; that of the checkpoint by default")
@@ -125,12 +140,12 @@ def export(words: list[str]) -> int:
 def audit(words: list[str]) -> int:
     """Prove from the ledger of a run that each sample was used exactly once: shoal audit RUN"""
     parser = _Parser(audit)
-    parser.add_argument("run", type=Path, help="the folder of a run that was trained with --ledger")
+    parser.add_argument("run", type=_path, help="the folder of a run that was trained with --ledger")
     folder = parser.parse(words).run
     from shoal.observe import ledger
 
     report = ledger.audit(folder)
-    print(report)
+    output.result(str(report))
     return DONE if report.ok else FAILED
 
 
@@ -142,7 +157,7 @@ def doctor(words: list[str]) -> int:
     from shoal import doctor as examination
 
     findings = examination.examine(os.environ)
-    print(examination.as_json(findings) if as_json else examination.as_text(findings))
+    output.result(examination.as_json(findings) if as_json else examination.as_text(findings))
     return FAILED if any(finding.verdict == "fail" for finding in findings) else DONE
 
 
@@ -162,7 +177,7 @@ def config(words: list[str]) -> int:
     )
 
     if what == "show":
-        print(dump_yaml(_resolve(rest)), end="")
+        output.result(dump_yaml(_resolve(rest)), end="")
     elif what == "validate":
         recipe, _ = _first_word(rest, "the path of a recipe")
         resolved = _resolve(rest)
@@ -172,14 +187,14 @@ def config(words: list[str]) -> int:
         batch = resolve_batch(run, workers // team_size(run))
         sizes = resolve_grid(run, workers).items()
         grid = " x ".join(f"{axis} {size}" for axis, size in sizes if size > 1 or axis == "replicate")
-        print(
+        output.result(
             f"{recipe}: ok; with {workers} workers here ({grid}), a step of {batch.global_batch_size} samples in "
             f"{batch.micro_batches} micro-batches of {batch.per_device_train_batch_size}"
         )
     elif what == "schema":
-        print(json.dumps(reference.json_schema(), indent=2))
+        output.result(json.dumps(reference.json_schema(), indent=2))
     elif what == "docs":
-        print(reference.markdown(), end="")
+        output.result(reference.markdown(), end="")
     else:
         raise UserError(
             f"shoal config {what}", "there is no such verb", "take show, validate, schema or docs"
@@ -197,17 +212,28 @@ def _about(word: str) -> int:
     import shoal
 
     if word == "--version":
-        print(f"shoal {shoal.__version__}")
+        output.result(f"shoal {shoal.__version__}")
         return DONE
     if word not in ("-h", "--help", "help"):
         raise UserError(f"shoal {word}", "there is no such verb", f"take one of {', '.join(VERBS)}")
-    print(
+    lines = [
         f"shoal {shoal.__version__}: {shoal.__doc__}\n\nusage: shoal VERB ... (shoal VERB --help says more)\n"
-    )
+    ]
     for name, verb in VERBS.items():
         purpose, usage = str(verb.__doc__).split(": ", 1)
-        print(f"  {name:<10} {purpose}\n  {'':<10}   {usage}")
+        lines += [f"  {name:<10} {purpose}", f"  {'':<10}   {usage}"]
+    output.result("\n".join(lines))
     return DONE
+
+
+def _tell(error: Exception) -> int:
+    """Print an error as one line; returns its exit code. Raises it again where its traceback is needed."""
+    line = error if isinstance(error, ShoalError) else foreseen(error)
+    if line is None:
+        raise error
+    if line.exit_code != DONE:
+        output.say(f"shoal: {line}" if isinstance(line, Preempted) else f"shoal: error: {line}")
+    return line.exit_code
 
 
 def _asks_help(words: list[str]) -> bool:
@@ -217,7 +243,7 @@ def _asks_help(words: list[str]) -> bool:
 def _print_settings(verb: Callable[[list[str]], int]) -> int:
     from shoal.config.reference import help_text
 
-    print(f"{verb.__doc__}\n{help_text()}")
+    output.result(f"{verb.__doc__}\n{help_text()}")
     return DONE
 
 
@@ -259,6 +285,10 @@ def _first_word(words: list[str], what: str) -> tuple[str, list[str]]:
     if not words or words[0].startswith("-"):
         raise UserError("shoal", f"{what} is missing", "give it behind the verb")
     return words[0], words[1:]
+
+
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))  # as the settings do
 
 
 class _Parser(argparse.ArgumentParser):

@@ -18,7 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from shoal.errors import FAILED, ShoalError, UserError
+from shoal import output
+from shoal.errors import FAILED, ShoalError, UserError, foreseen
 
 PACKAGE_ROOT = Path(__file__).parents[1]
 LOOK_SECONDS = 1
@@ -51,8 +52,10 @@ def hand_out(
 def serve(begin: Callable[[str], Callable[[int], Any]]) -> None:
     """Be a helper: `begin(argument)` gives what answers a number, with anything that JSON can write.
 
-    A UserError or OSError of either is raised again in the parent; any other ends this process.
+    A ShoalError or OSError of either is raised again in the parent, and so is a lack of memory; any other error
+    ends this process.
     """
+    output.forgive()
     argument, parent = sys.argv[1:]
     _end_with(int(parent))
     begun = cache(begin)  # by the first number, whose answer can then say what went wrong
@@ -62,7 +65,11 @@ def serve(begin: Callable[[str], Callable[[int], Any]]) -> None:
         except UserError as error:
             said = {"user_error": [error.asked, error.found, error.change]}
         except OSError as error:
-            said = {"os_error": [error.errno, error.strerror or str(error)]}
+            said = {"os_error": [error.errno, error.strerror or str(error), error.filename]}
+        except Exception as error:
+            if (line := error if isinstance(error, ShoalError) else foreseen(error)) is None:
+                raise
+            said = {"error": str(line)}
         print(json.dumps(said), flush=True)
 
 
@@ -98,6 +105,8 @@ def _answer(helper: subprocess.Popen[str], module: str) -> Any:
         raise UserError(*said["user_error"])
     if "os_error" in said:
         raise OSError(*said["os_error"])
+    if "error" in said:
+        raise ShoalError(said["error"])
     return said["answer"]
 
 
@@ -115,5 +124,4 @@ def _end_with(parent: int) -> None:
         os._exit(FAILED)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     threading.Thread(target=watch, daemon=True).start()

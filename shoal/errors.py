@@ -1,6 +1,12 @@
 """What a user may see: one line that says what was asked, what was found, what to change."""
 
-from collections.abc import Mapping
+import errno
+import os
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
 from typing import TypeVar
 
 Entry = TypeVar("Entry")
@@ -11,11 +17,27 @@ BAD_INPUT = 2
 PREEMPTED = 75  # EX_TEMPFAIL: saved, please start the same command again
 INTERRUPTED = 130
 
+LONGEST = 2000  # characters of a message; of a longer one the middle is left out
+LESS_MEMORY = "lower --per-device-train-batch-size or --sequence-length (of shoal generate: --batch-size)"
+FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+DENIED = {
+    errno.EACCES: "change its permissions, or name another place",
+    errno.EPERM: "change its permissions, or name another place",
+    errno.EROFS: "name a place that can be written",
+    errno.ENAMETOOLONG: "name a shorter one",
+}
+# How libraries put it that have no type for it: torch, CUDA's libraries, C++, safetensors.
+NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "std::bad_alloc")
+NO_SPACE = ("No space left on device", "Disk quota exceeded")
+
 
 class ShoalError(Exception):
     """Base of the errors that are printed as one line, without a traceback."""
 
     exit_code = FAILED
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class UserError(ShoalError):
@@ -25,7 +47,7 @@ class UserError(ShoalError):
 
     def __init__(self, asked: str, found: str, change: str) -> None:
         self.asked, self.found, self.change = asked, found, change
-        super().__init__(printable(f"{asked}: {found}; {change}"))
+        super().__init__(f"{asked}: {found}; {change}")
 
 
 class Preempted(ShoalError):
@@ -44,3 +66,73 @@ def choose(flag: str, name: str, table: Mapping[str, Entry]) -> Entry:
     if name not in table:
         raise UserError(f"{flag} {name}", "there is none of that name", f"take one of: {', '.join(table)}")
     return table[name]
+
+
+def one_line(text: str) -> str:
+    """`text` on one line: line ends become spaces, characters that would not show become escapes such as `\\x1b`."""
+    joined = " ".join(line.strip() for line in text.splitlines() if line.strip())
+    shown = printable(joined)
+    half = LONGEST // 2
+    return shown if len(shown) <= LONGEST else f"{shown[:half]} ... {shown[-half:]}"
+
+
+def described(error: BaseException) -> str:
+    """`RuntimeError: its first line that is not empty`, and what it came of, which may be what matters."""
+    *_, first = _chain(error)
+    return _named(error) if first is error else f"{_named(error)} (after {_named(first)})"
+
+
+def foreseen(error: BaseException, folder: str = "") -> ShoalError | None:
+    """A lack of memory, of disk or of permission as one line; None for an error that needs its traceback.
+
+    `folder` is where this process writes, for errors that do not say where.
+    """
+    for each in _chain(error):
+        number = each.errno if isinstance(each, OSError) else None
+        said = _named(each)
+        if isinstance(each, MemoryError) or number == errno.ENOMEM or any(sign in said for sign in NO_MEMORY):
+            return ShoalError(f"memory ran out ({said}); {LESS_MEMORY}, or free some")
+        if number in FULL or any(sign in said for sign in NO_SPACE):
+            found = FULL.get(number or 0, FULL[errno.ENOSPC])
+            return ShoalError(f"{_place(each) or folder}: {found}; free some space; what was saved is intact")
+    if isinstance(error, OSError) and error.errno in DENIED and (_place(error) or folder):
+        return ShoalError(f"{_place(error) or folder}: {error.strerror}; {DENIED[error.errno]}")
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return ShoalError(f"{error.strerror}; raise the limit, as in: ulimit -n 65536")
+    return None
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an OSError say that it was about `path`: those of a file that is open do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it was raised from or while handling, and so on to the first."""
+
+    def all_of_it() -> Iterator[BaseException]:
+        each: BaseException | None = error
+        while each is not None:
+            yield each
+            each = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
+
+    return islice(all_of_it(), 100)  # one may be its own cause
+
+
+def _named(error: BaseException) -> str:
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if said:
+        return f"{type(error).__name__}: {said}"
+    frames = traceback.extract_tb(error.__traceback__)
+    return type(error).__name__ + (f" in {frames[-1].filename}:{frames[-1].lineno}" if frames else "")
+
+
+def _place(error: BaseException) -> str:
+    """The file that an OSError is about, if it says so."""
+    name = getattr(error, "filename", None)
+    return os.fsdecode(name) if isinstance(name, str | bytes) else ""

@@ -10,8 +10,10 @@ from typing import Any, Protocol
 import torch
 import transformers
 
+from shoal import output
 from shoal.assemble import assemble
 from shoal.config import Resolved, dump_yaml
+from shoal.errors import described
 from shoal.layouts.base import shape_of
 from shoal.loop import train
 from shoal.mesh import Mesh
@@ -59,7 +61,8 @@ def evaluate_job(resolved: Resolved, mesh: Mesh, data: Path, stop: Stop) -> None
     metrics = run.evaluate(stop)
     if resolved.config.eval.quantize != "none" and metrics:
         metrics = _quantized(run, metrics, stop)
-    screen.say(json.dumps(metrics))
+    if mesh.is_first:
+        output.result(json.dumps(metrics))
 
 
 JOBS: dict[str, Callable[[Resolved, Mesh, Path, Stop], None]] = {"train": train_job, "evaluate": evaluate_job}
@@ -164,13 +167,10 @@ def _summary(run: Run, metrics: dict[str, float]) -> dict[str, Any]:
 
 
 def _finish_folder(run: Run, resolved: Resolved, place: RunFolder, summary: dict[str, Any]) -> None:
-    """Export, show a sample, and write the summary last: it marks the run as finished."""
+    """Export, and write the summary: it marks the run as finished. What is only to be seen comes after that."""
     for optimizer in run.replica.optimizers:
         optimizer.state.clear()  # it is saved, and the export wants room
     model = None if run.is_cut else run.replica.model  # this rank alone never makes a cut one whole
-    sample = None if model is None else run.task.example(model)
-    if sample:
-        run.screen.say(f"***** A sample of generated text *****\n{sample}\n*****")
     chosen = {key: origin for key, origin in resolved.origins.items() if origin != "default"}
     settings = {key: _setting(resolved, key) for key in ("model.name", "data.path", *chosen)}
     last = run.folder / f"checkpoint-{run.progress.step}"
@@ -180,6 +180,8 @@ def _finish_folder(run: Run, resolved: Resolved, place: RunFolder, summary: dict
     run.task.export(last, aside, {**summary, "Settings": settings}, plain)
     place.put(aside, "final")
     (run.folder / SUMMARY).write_text(json.dumps(summary, indent=1))
+    if model is not None:
+        _show_sample(run, model)
     facts = {
         "Steps": summary["steps"],
         "Tokens": summary["tokens"],
@@ -196,6 +198,16 @@ def _finish_folder(run: Run, resolved: Resolved, place: RunFolder, summary: dict
         run.screen.banner(
             "Memory of worker 0 at the peak of a step", _shown_memory(run.memory, run.mesh.device)
         )
+
+
+def _show_sample(run: Run, model: Any) -> None:
+    try:
+        sample = run.task.example(model)
+    except Exception as error:  # of whatever kind: the run is done, and well
+        run.screen.say(f"there is no sample of text: {described(error)}")
+        return
+    if sample:
+        run.screen.say(f"***** A sample of generated text *****\n{sample}\n*****")
 
 
 def _shown_memory(memory: Memory, device: torch.device) -> dict[str, str]:

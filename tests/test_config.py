@@ -233,6 +233,60 @@ def test_dimensions_of_the_model_keep_their_types(tmp_path):
     assert resolved.origins["model.hidden_size"] == f"{file}:1"
 
 
+@pytest.mark.parametrize(
+    "word", ["no", "On", "y", "012", "0x10", "1:30", "1e-3", "1_000", "2024-01-01", ".inf"]
+)
+def test_a_word_of_a_recipe_means_what_it_means_behind_the_flag(word, tmp_path):
+    """Whatever YAML would make of it. Both take it alike, or both refuse it."""
+
+    def taken(*flags, **sources):
+        try:
+            return load(*flags, **sources).config
+        except UserError as error:
+            return error.change
+
+    for fact in facts():
+        file = recipe(tmp_path, f"{fact.section}: {{{fact.field}: {word}}}\n")
+        assert taken(file=file) == taken(f"{fact.flag}={word}"), fact.key
+
+
+def test_documented_words_that_yaml_takes_for_truth_values(tmp_path):
+    text = (
+        "train: {mixed_precision: no, gradient_checkpointing: no}\nstrategy: {normalize: no, balance: no}\n"
+    )
+    config = load(file=recipe(tmp_path, text)).config
+    assert (config.train.precision, config.train.gradient_checkpointing) == ("32-true", "none")
+    assert (config.strategy.normalize, config.strategy.balance) == ("no", "off")
+    assert load("--model.tied", "no", "--model.rope", "on").config.model.overrides == {
+        "tied": False,
+        "rope": True,
+    }
+    nested = recipe(
+        tmp_path, "model: {rope_scaling: {factor: 1e-3, truncate: no, kind: linear, original: ~}}\n"
+    )
+    scaling = {"factor": 1e-3, "truncate": False, "kind": "linear", "original": None}
+    assert load(file=nested).config.model.overrides == {"rope_scaling": scaling}
+
+
+PATHS = ("model", "data", "tokenizer", "eval_path", "cache_dir", "output_dir", "resume_from_checkpoint")
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_the_home_folder_is_meant_alike_everywhere(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    fact = names()[name]
+    file = recipe(tmp_path, f"{fact.section}: {{{fact.field}: ~/x}}\n")
+    for resolved in (
+        load(fact.flag, "~/x"),
+        load(f"{fact.flag}=~/x"),
+        load(environ={f"SHOAL_{name.upper()}": "~/x"}),
+        load(file=file),
+        load(**{name: "~/x"}),
+    ):
+        assert value_of(resolved, fact) in ("/home/me/x", ["/home/me/x"])
+    assert value_of(load(fact.flag, "org/name~1"), fact) in ("org/name~1", ["org/name~1"])
+
+
 def test_a_section_may_be_written_as_its_primary_setting(tmp_path):
     config = load(file=recipe(tmp_path, "model: lstm\ndata: [a.txt, b.txt]\nstrategy: ddp\ntrain:\n")).config
     assert (config.model.name, config.data.path, config.strategy.name) == (
@@ -274,9 +328,9 @@ def test_bad_flags_are_refused_in_one_line(words, expected):
         ("data:\n  max_steps: 4\n", 2, "did you mean max_steps in train"),
         ("\ntrian: {seed: 1}\n", 2, "did you mean train"),
         ("train:\n  seed: x\n", 2, "train.seed: 'x' does not fit; it should be a whole number"),
-        ("train:\n  exact: 7\n", 2, "train.exact: 7 does not fit"),
+        ("train:\n  exact: 7\n", 2, "train.exact: '7' does not fit"),
         ("train: 5\n", 1, "write keys below `train:`"),
-        ("model: 5\n", 1, "model.name: 5 does not fit"),
+        ("model: [5]\n", 1, "model.name: ['5'] does not fit"),
         ("train:\n  seed: 1\n  seed: 2\n", 3, "seed is already set at"),
         ("train: [\n", 2, "not YAML"),
         ("- a\n", 1, "not a mapping"),
@@ -295,6 +349,10 @@ def test_all_values_that_do_not_fit_are_told_at_once(tmp_path):
     message = refusal(file=file)
     assert f"{file}:2 train.seed" in message
     assert f"{file}:3 train.global_batch_size" in message
+
+
+def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path):
+    assert load(file=recipe(tmp_path, "\ufefftrain: {seed: 7}\n")).config.train.seed == 7
 
 
 def test_unreadable_recipes(tmp_path):

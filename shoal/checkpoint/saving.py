@@ -1,6 +1,5 @@
 """Checkpoints are written aside, hashed, and moved into place, beside the training that goes on."""
 
-import errno
 import json
 import shutil
 import threading
@@ -25,7 +24,7 @@ from shoal.checkpoint.folder import (
     sync_to_disk,
 )
 from shoal.checkpoint.progress import Progress
-from shoal.errors import ShoalError, UserError
+from shoal.errors import ShoalError, foreseen
 from shoal.stored import Places
 
 PATIENCE = 120.0  # seconds that rank 0 waits for the parts of the others
@@ -234,12 +233,8 @@ def _fill(aside: Path, tensors: Tensors, progress: Progress, describe: Describe 
 
 
 def _explain(error: BaseException, folder: Path) -> BaseException:
-    if isinstance(error, OSError | SafetensorError) and (
-        "No space left" in str(error) or getattr(error, "errno", 0) == errno.ENOSPC
-    ):
-        return UserError(
-            f"save a checkpoint in {folder}", "the disk is full", "free some space; the last one is intact"
-        )
+    if line := foreseen(error, f"save a checkpoint in {folder}"):
+        return line
     if isinstance(error, OSError | SafetensorError):
         return ShoalError(f"save a checkpoint in {folder}: {error}; earlier checkpoints are intact")
     return error

@@ -1,6 +1,7 @@
 """Options of strategies and codecs that make no sense together are refused before anything is launched."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from shoal.config.names import facts
 from shoal.config.record import RunConfig
@@ -39,6 +40,8 @@ def _contradictions(config: RunConfig) -> Iterator[Refusal]:
     options = config.strategy
     if config.eval.quantize != "none":
         yield f"--quantize {config.eval.quantize}", "training does not read it", "give it to shoal evaluate"
+    if "tensorboard" in config.log.report_to and find_spec("tensorboard") is None:
+        yield "--report-to tensorboard", "the package tensorboard is missing", "pip install tensorboard"
     yield from _bfloat16(config)
     if config.train.exact and (options.name != "allreduce" or options.codec != "none"):
         found = f"strategy {options.name} with codec {options.codec} does not add up gradients as they are"

@@ -10,6 +10,7 @@ from shoal.config.strategy import StrategyConfig
 from shoal.config.values import (
     Number,
     Optimizer,
+    Path,
     Paths,
     Precision,
     Recompute,
@@ -27,7 +28,7 @@ class ModelConfig(Section):
     model_config = ConfigDict(extra="allow", frozen=True, defer_build=True)
     primary: ClassVar[str] = "name"
 
-    name: str = fact("llama-tiny", "a preset, a Hugging Face folder or a hub name", "model_name_or_path")
+    name: Path = fact("llama-tiny", "a preset, a Hugging Face folder or a hub name", "model_name_or_path")
 
     @model_validator(mode="before")
     @classmethod
@@ -51,7 +52,7 @@ class DataConfig(Section):
         ["builtin"], "files, folders, globs, URLs, hf:NAME, or builtin", "train_file", min_length=1
     )
     text_field: str = fact("text", "the field or column that holds the text", "text_column")
-    tokenizer: str = fact(
+    tokenizer: Path = fact(
         "auto", "a folder or hub name; auto = the model's own, else train a BPE", "tokenizer_name"
     )
     vocab_size: Whole = fact(4096, "tokens in a BPE that is trained here", ge=257)
@@ -67,7 +68,7 @@ class DataConfig(Section):
     eval_fraction: Number = fact(
         0.02, "share of the documents held out when eval_path is not given", "validation_split", ge=0, lt=1
     )
-    cache_dir: str = fact("", "where prepared data lies; empty = $XDG_CACHE_HOME/shoal or ~/.cache/shoal")
+    cache_dir: Path = fact("", "where prepared data lies; empty = $XDG_CACHE_HOME/shoal or ~/.cache/shoal")
 
 
 class TrainConfig(Section):
@@ -147,10 +148,10 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     """Where the run is written, how often, and what it goes on from."""
 
-    output_dir: str = fact("", "the folder of the run; empty = runs/<model>", "out_dir")
+    output_dir: Path = fact("", "the folder of the run; empty = runs/<model>", "out_dir")
     save_steps: Whole = fact(500, "save every so many steps; 0 = only at the end", ge=0)
     save_total_limit: Whole = fact(2, "checkpoints kept beside the best one", ge=1)
-    resume_from_checkpoint: str = fact(
+    resume_from_checkpoint: Path = fact(
         "", "latest or the folder of a checkpoint; empty = start anew", "resume"
     )
     overwrite_output_dir: bool = fact(False, "replace an earlier run in output_dir")

@@ -20,7 +20,8 @@ Written by `shoal config docs` from the one definition in `shoal/config/record.p
   `10k`, `2e9`, `1B`. A recipe comes before the flags.
 - **Environment**: `SHOAL_LEARNING_RATE=1e-3`.
 - **Recipe**: sections as below, as in `train: {learning_rate: 1e-3}`; `model: gpt2` is short for
-  `model: {name: gpt2}`.
+  `model: {name: gpt2}`. A value means what it means behind the flag: `no`, `012` and `1e-3` are not YAML's.
+- **Paths**: `~` is the home folder, wherever the setting comes from.
 - **Batch**: global batch size = per-device batch size x accumulation x workers; any two give the third.
 - A setting that does not exist is refused, with the file and line and the nearest one that does.
 - `shoal config schema` prints a JSON schema for editors.

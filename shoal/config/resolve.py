@@ -14,6 +14,7 @@ from shoal.config.layout import STAGES
 from shoal.config.names import Setting, sections, setting
 from shoal.config.record import RunConfig
 from shoal.config.sources import environment_settings, file_settings
+from shoal.config.values import at_home
 from shoal.errors import UserError
 
 
@@ -37,7 +38,7 @@ def load_config(
     Raises UserError, naming the origin, for whatever is no setting or does not fit its type.
     """
     environ = os.environ if environ is None else environ
-    given = file_settings(file) if file else []
+    given = file_settings(Path(at_home(str(file)))) if file else []
     given += environment_settings(environ)
     given += flag_settings(flags or [])
     given += [_argument(name, value) for name, value in arguments.items()]

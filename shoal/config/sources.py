@@ -1,6 +1,8 @@
 """Settings from a YAML file, with the line of each, and from the environment."""
 
+import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ def file_settings(file: Path) -> list[Setting]:
     import yaml
 
     try:
-        loader = yaml.SafeLoader(file.read_text(encoding="utf-8"))
+        loader = _as_written()(file.read_text(encoding="utf-8-sig"))
         root = loader.get_single_node()
         return list(_settings(file, loader, root)) if root else []
     except OSError as error:
@@ -44,8 +46,27 @@ def file_settings(file: Path) -> list[Setting]:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         change = "correct the line" if file.suffix in (".yaml", ".yml") else f"or is it text: --data {file}"
         raise UserError(f"{file}:{line}", f"not YAML, {error.problem}", change) from None
+    except RecursionError:
+        raise UserError(
+            str(file), "not YAML of settings, it is nested too deeply", "write it flatter"
+        ) from None
     except yaml.YAMLError as error:
         raise UserError(str(file), f"not YAML, {error}".replace("\n", " "), "give a YAML file") from None
+
+
+@cache
+def _as_written() -> type[Any]:
+    """Reads a plain word as text, unless it is null: what `no`, `012` or `1e-3` means its setting says."""
+    import yaml
+
+    class AsWritten(yaml.SafeLoader):
+        """Of the words that stand for values it knows null alone."""
+
+    AsWritten.yaml_implicit_resolvers = {}
+    AsWritten.add_implicit_resolver(
+        "tag:yaml.org,2002:null", re.compile("(~|null|Null|NULL|)$"), ["~", "n", "N", ""]
+    )
+    return AsWritten
 
 
 def _settings(file: Path, loader: Any, root: Any) -> Iterator[Setting]:

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BeforeValidator
 
 _NUMBER = re.compile(r"([+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)([kKMGBT]?)")
 MOST_COMMAS = 16  # tried in a file's name, where others are named beside it
+TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 
 
@@ -73,6 +74,15 @@ def _is_there(name: str) -> bool:
     return os.path.lexists(path) or (has_magic(path) and next(iglob(path, recursive=True), None) is not None)
 
 
+def at_home(path: str) -> str:
+    """A path with the home folder for a `~` that it begins with; any other text, such as a hub name, as it is."""
+    return os.path.expanduser(path)
+
+
+def _all_at_home(paths: list[str]) -> list[str]:
+    return [at_home(path) for path in paths]
+
+
 def _trackers(given: list[str]) -> list[str]:
     unknown = [name for name in given if name != "tensorboard"]
     if unknown:
@@ -81,11 +91,18 @@ def _trackers(given: list[str]) -> list[str]:
 
 
 def guess(given: Any) -> Any:
-    """Text without a declared type (a model dimension): a number or a truth value if it reads as one."""
+    """Text without a declared type (a model dimension): a number or a truth value if it reads as one.
+
+    So is each text within a list or a mapping.
+    """
+    if isinstance(given, list):
+        return [guess(each) for each in given]
+    if isinstance(given, dict):
+        return {name: guess(each) for name, each in given.items()}
     if not isinstance(given, str):
         return given
-    if given.lower() in ("true", "false"):
-        return given.lower() == "true"
+    if given.lower() in TRUTH:
+        return TRUTH[given.lower()]
     if given.lower() in ("null", "none"):
         return None
     try:
@@ -128,7 +145,7 @@ def _precision(given: Any) -> Any:
 
 
 def _recompute(given: Any) -> Any:
-    truth = {"true": "full", "false": "none"}
+    truth = {word: "full" if on else "none" for word, on in TRUTH.items()}
     return renamed(truth)(str(given).lower() if isinstance(given, bool | str) else given)
 
 
@@ -139,8 +156,8 @@ def _warmup(given: float) -> float:
 
 
 def _shares(given: Any) -> Any:
-    text = str(given).lower() if isinstance(given, bool) else given
-    text = renamed({"false": "off", "true": "auto", "none": "off"})(text)
+    words = {word: "auto" if on else "off" for word, on in TRUTH.items()} | {"none": "off"}
+    text = renamed(words)(str(given).lower() if isinstance(given, bool) else given)
     if isinstance(text, list):
         text = ",".join(str(part) for part in text)
     if text not in ("auto", "off") and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", str(text)):
@@ -177,7 +194,12 @@ def _whole_or(wanted: str, given: Any) -> Any:
 Number = Annotated[float, BeforeValidator(number, json_schema_input_type=float | str)]
 Whole = Annotated[int, BeforeValidator(whole_number, json_schema_input_type=int | str)]
 Warmup = Annotated[Number, AfterValidator(_warmup)]
-Paths = Annotated[list[str], BeforeValidator(paths, json_schema_input_type=list[str] | str)]
+Path = Annotated[str, AfterValidator(at_home)]
+Paths = Annotated[
+    list[str],
+    BeforeValidator(paths, json_schema_input_type=list[str] | str),
+    AfterValidator(_all_at_home),
+]
 Trackers = Annotated[list[str], BeforeValidator(names), AfterValidator(_trackers)]
 Optimizer = Annotated[
     Literal["adamw", "adamw-8bit", "muon", "sgd", "onebit-adam"], BeforeValidator(_optimizer)

@@ -20,19 +20,15 @@ from shoal.data.fingerprints import fingerprints
 from shoal.data.shards import Shard, content_hash, held_out
 from shoal.data.sources import Part, list_sources
 from shoal.data.units import JOB, Job, Unit, bytes_of, cut_units
-from shoal.errors import UserError, printable
+from shoal.errors import UserError
 from shoal.locks import Report
+from shoal.output import say
 
 TRAIN = "train"  # the tokenizer to be trained on the data
 TRAINING_SAMPLE_BYTES = 16 << 20  # a BPE of a few thousand entries gains nothing from more
 CHECK_SAMPLE_CHARACTERS = 64 << 10
 JOURNAL = "finished.jsonl"  # the shards that are whole, while others are still to be written
 POOL_FROM_BYTES = 64 << 20  # below, starting processes costs more than they save over threads
-
-
-def say(text: str) -> None:
-    """Print a line where it does not mix with results."""
-    print(printable(text), file=sys.stderr, flush=True)
 
 
 def prepare(

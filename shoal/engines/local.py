@@ -12,10 +12,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from shoal import output
 from shoal.config import Resolved, check_options, resolve_grid, resolve_workers
 from shoal.engines.environment import STORE_FD, is_worker
 from shoal.engines.worker import ERRORS, JOB, began, work
-from shoal.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, PREEMPTED, ShoalError, UserError
+from shoal.errors import BAD_INPUT, DONE, LESS_MEMORY, PREEMPTED, Preempted, ShoalError, UserError
 from shoal.runfolder import RunFolder, begins_anew
 
 GRACE = 10.0  # seconds a worker gets to save and leave before it is killed
@@ -29,22 +30,24 @@ MEMORY = {
 }
 
 
-def launch(resolved: Resolved, verb: str = "train") -> int:
-    """Do `verb` ("train" or "evaluate") on as many workers as the configuration says; returns the exit code.
+def launch(resolved: Resolved, verb: str = "train") -> None:
+    """Do `verb` ("train" or "evaluate") to its end, on as many workers as the configuration says.
 
     Under an engine that has set rank and world size (torchrun, MPI, Slurm) this process is one of the workers.
-    Raises UserError before any worker starts where the configuration is at odds with itself or its folder.
+    Raises UserError for bad input, whoever found it, Preempted or KeyboardInterrupt where the run was asked to
+    stop, and ShoalError where it failed.
     """
+    output.occupy()  # stdout closed, a worker could take the socket of the store for it
     if verb == "train":
         check_options(resolved)
         check_folder(resolved)
     if is_worker():
         work(verb, resolved)
-        return DONE
+        return
     workers = resolve_workers(resolved.config)
     grid = resolve_grid(resolved.config, workers)
     with tempfile.TemporaryDirectory(prefix="shoal-") as errors:
-        return Workers(resolved, verb, workers, Path(errors), whole=grid["replicate"] == workers).run()
+        Workers(resolved, verb, workers, Path(errors), whole=grid["replicate"] == workers).run()
 
 
 def check_folder(resolved: Resolved) -> None:
@@ -76,8 +79,8 @@ class Workers:
             env = self._environment(count, listener, json.dumps(job))
             self.processes = [self._start(env, rank, listener) for rank in range(count)]
 
-    def run(self) -> int:
-        """Wait for all; returns the exit code. One that fails takes the others with it, unless these can spare it."""
+    def run(self) -> None:
+        """Wait for all; raises as `launch` does. One that fails takes the rest with it, unless these can spare it."""
         previous = {
             number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM)
         }
@@ -96,7 +99,7 @@ class Workers:
             self._end_all(grace=0)
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        return self._verdict()
+        self._judge()
 
     def _environment(self, count: int, listener: socket.socket, job: str) -> dict[str, str]:
         threads = str(self.config.train.threads)
@@ -149,44 +152,43 @@ class Workers:
         training = (self.errors / began(rank)).exists()
         return killed and training and self.whole and self.config.strategy.can_lose(rank)
 
-    def _verdict(self) -> int:
-        """The exit code of the whole, after the root cause was raised or printed."""
+    def _judge(self) -> None:
+        """Raise the root cause of what went wrong, if anything did."""
         codes = [p.returncode for p in self.processes]
         if not any(code for rank, code in enumerate(codes) if rank not in self.spared):
-            return DONE
+            return
         records = [json.loads(path.read_text()) for path in self.errors.glob("rank-*.json")]
         if self.interrupted:
-            _say(records, "interrupted")
-            return INTERRUPTED
+            raise KeyboardInterrupt(_first(records)["message"] if records else "interrupted")
         own = {rank: p.returncode for rank, p in enumerate(self.processes) if p.pid not in self.stuck}
         if all(own[r] in (DONE, PREEMPTED, -signal.SIGTERM) for r in own.keys() - self.spared):
-            _say(records, "stopped before the first step: there was nothing to save yet")
-            return PREEMPTED
+            nothing = "stopped before the first step: there was nothing to save yet"
+            raise Preempted(_first(records)["message"] if records else nothing)
         failed = [r for r in records if r["exit_code"] != PREEMPTED]  # the others leave while rank 0 saves
         refused = [r for r in failed if not r["traceback"]]
         silent = [rank for rank, code in own.items() if code < 0]
         if silent and not refused:
             raise ShoalError(
                 f"worker {silent[0]} was killed by {signal.Signals(-codes[silent[0]]).name}; if the machine ran out "
-                f"of memory lower --per-device-train-batch-size; go on with --resume-from-checkpoint latest"
+                f"of memory {LESS_MEMORY}; go on with --resume-from-checkpoint latest"
             )
         if not failed:
             rank, code = next((rank, code) for rank, code in own.items() if code not in (DONE, PREEMPTED))
             raise ShoalError(f"worker {rank} ended with exit code {code} and left no message")
-        return self._tell(min(refused or failed, key=lambda r: r["time"]))
-
-    def _tell(self, root: dict[str, Any]) -> int:
-        """Print the root cause, its traceback first where it is no refusal, and keep a copy in the run's folder."""
-        where = ""
+        root = _first(refused or failed)
+        if root["refusal"]:
+            raise UserError(*root["refusal"])
         if root["traceback"]:
-            print(root["traceback"], file=sys.stderr)
-            where = f" (worker {root['rank']}; its traceback is above)"
-            folder = RunFolder(Path(self.config.checkpoint.output_dir))
-            folder.keep_error(root["rank"], json.dumps(root, indent=1))
-        print(f"shoal: error: {root['message']}{where}", file=sys.stderr)
-        return int(root["exit_code"]) or FAILED
+            self._show(root)
+            raise ShoalError(f"{root['message']} (worker {root['rank']}; its traceback is above)")
+        raise ShoalError(root["message"])
+
+    def _show(self, root: dict[str, Any]) -> None:
+        """Print the traceback of an error, and keep a copy in the run's folder if that can be written."""
+        output.say(root["traceback"])
+        folder = RunFolder(Path(self.config.checkpoint.output_dir))
+        folder.keep_error(root["rank"], json.dumps(root, indent=1))
 
 
-def _say(records: list[dict[str, Any]], otherwise: str) -> None:
-    message = min(records, key=lambda r: r["time"])["message"] if records else otherwise
-    print(f"shoal: {message}", file=sys.stderr)
+def _first(records: list[dict[str, Any]]) -> dict[str, Any]:
+    return min(records, key=lambda record: record["time"])

@@ -14,9 +14,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from shoal import output
 from shoal.config import Resolved, RunConfig
 from shoal.config.layout import STAGES
-from shoal.errors import DONE, FAILED, ShoalError, choose
+from shoal.errors import DONE, FAILED, ShoalError, UserError, choose, described, foreseen
 
 JOB = "SHOAL_JOB"  # the verb and the configuration, as JSON
 ERRORS = "SHOAL_ERRORS"  # the folder in which a worker leaves its error for the launcher
@@ -69,28 +70,36 @@ def main() -> int:
     from shoal.engines.orphans import die_with_parent
 
     die_with_parent()
+    output.forgive()
+    folder = ""
     try:
         job = json.loads(os.environ[JOB])
-        work(job["verb"], Resolved(RunConfig.model_validate(job["config"]), job["origins"]))
-    except ShoalError as error:
-        _leave(str(error), error.exit_code)
-        return error.exit_code
+        config = RunConfig.model_validate(job["config"])
+        folder = config.checkpoint.output_dir
+        work(job["verb"], Resolved(config, job["origins"]))
     except Exception as error:
-        trace = traceback.format_exc()
-        _leave(f"{type(error).__name__}: {error}".strip().splitlines()[0], FAILED, trace)
-        return FAILED
+        line = error if isinstance(error, ShoalError) else foreseen(error, folder)
+        _leave(error, line)
+        return line.exit_code if line else FAILED
     return DONE
 
 
-def _leave(message: str, exit_code: int, trace: str = "") -> None:
+def _leave(error: Exception, line: ShoalError | None) -> None:
+    """Leave an error for the launcher: as the line that it is, else with its traceback."""
+    trace = "" if line else traceback.format_exc()
     record = {
         "rank": int(os.environ["RANK"]),
         "time": time.time(),
-        "message": message,
-        "exit_code": exit_code,
+        "message": str(line) if line else described(error),
+        "refusal": [line.asked, line.found, line.change] if isinstance(line, UserError) else [],
+        "exit_code": line.exit_code if line else FAILED,
         "traceback": trace,
     }
-    Path(os.environ[ERRORS], f"rank-{record['rank']}.json").write_text(json.dumps(record, indent=1))
+    try:
+        file = Path(os.environ[ERRORS], f"rank-{record['rank']}.json")
+        file.write_text(json.dumps(record, indent=1))
+    except OSError:  # the disk of temporary files is full, too
+        output.say(f"{trace}shoal: error: {record['message']}")
 
 
 def leave(code: int) -> NoReturn:

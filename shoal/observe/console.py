@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from shoal import output
+
 GIB = 2**30
 
 
@@ -15,12 +17,17 @@ class Screen:
     def __init__(self, speaks: bool) -> None:
         self.speaks = speaks
         self._bar: Progress | None = None
+        self._told = False
         self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
-        """Print a line, above the progress bar if there is one."""
-        if self.speaks:
-            self._console.print(text, markup=False)
+        """Print a line as it stands, above the progress bar if there is one. That nobody can read it is said once."""
+        if not self.speaks:
+            return
+        self._console.out(text, highlight=False)
+        if (error := output.lost()) is not None and not self._told:
+            self._told = True
+            output.say(f"shoal: stdout cannot be written any more ({error.strerror}): going on without it")
 
     def banner(self, title: str, facts: dict[str, Any]) -> None:
         """Print a title and one fact a line."""

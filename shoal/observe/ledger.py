@@ -12,7 +12,7 @@ from typing import IO
 import numpy as np
 
 from shoal.data.batches import ABSENT, Batch, Batches
-from shoal.errors import UserError
+from shoal.errors import UserError, naming
 from shoal.runfolder import ledger_file
 
 FACTS = "run.json"
@@ -27,7 +27,7 @@ class Ledger:
             begins = {"step": batches.first_step, "position": batches.first_position}
             (folder / FACTS).write_text(json.dumps({"samples": len(batches.samples), **begins}))
         self.attempt = attempt
-        path = folder / ledger_file(rank)
+        self.path = path = folder / ledger_file(rank)
         broken = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
         self._file: IO[str] = path.open("a")
         if broken:  # a kill left half a line
@@ -38,8 +38,9 @@ class Ledger:
         samples = batch.ids[share.start : share.stop].reshape(-1).tolist()
         of_step = {"step": batch.step, "position": batch.position, "rows": batch.ids.size}
         line = {"attempt": self.attempt, **of_step, "first": share.start, "samples": samples}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,12 @@
 
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from shoal.errors import described, naming
 from shoal.runfolder import OWN
 
 
@@ -12,41 +15,61 @@ class MetricsFile:
     """`metrics.jsonl`. A resumed run goes on behind the step it resumes from; later lines are dropped."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
+        self.path = path
         aside = path.parent / OWN / f"{path.name}.tmp"
-        aside.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= resumed_step]
-        aside.write_text("".join(kept))
+        with naming(path):
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            aside.write_text("".join(kept))
         aside.replace(path)
         self._file: IO[str] = path.open("a")
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record. A number that is not finite is written as JSON has it in Python: NaN, Infinity."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Have all of it on disk."""
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with naming(self.path), self._file:
+            os.fsync(self._file.fileno())
 
 
 class TensorBoard:
-    """The same numbers for TensorBoard; imported only when asked for, since it costs seconds."""
+    """The same numbers for TensorBoard, as long as that works: a run is never lost for a picture of it.
 
-    def __init__(self, folder: Path, run: str) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    It is imported only when asked for, since that costs seconds. What goes wrong is told once, to `say`.
+    """
 
-        self._writer = SummaryWriter(str(folder), filename_suffix=f".{run}")
+    def __init__(self, folder: Path, run: str, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._writer: Any = None
+        with self._going_on():
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder), filename_suffix=f".{run}")
 
     def write(self, record: dict[str, Any]) -> None:
         """Every number of the record but the step, as a scalar at its step."""
-        for name, value in record.items():
-            if name != "step" and isinstance(value, int | float):
-                self._writer.add_scalar(name, value, record["step"])
+        with self._going_on():
+            for name, value in record.items():
+                if self._writer is not None and name != "step" and isinstance(value, int | float):
+                    self._writer.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
         """Have all of it on disk."""
-        self._writer.close()
+        with self._going_on():
+            if self._writer is not None:
+                self._writer.close()
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._writer = None
+            self._say(f"nothing more is written for TensorBoard: {described(error)}")
 
 
 def _lines(path: Path) -> list[str]:

@@ -29,7 +29,7 @@ class Observer:
         if run.mesh.is_first:
             self.writers.append(MetricsFile(run.folder / "metrics.jsonl", run.progress.step))
             if "tensorboard" in run.config.log.report_to:
-                self.writers.append(TensorBoard(run.folder / "tb", run.checkpoints.run))
+                self.writers.append(TensorBoard(run.folder / "tb", run.checkpoints.run, run.screen.say))
         self.ledger = _ledger(run) if run.config.log.ledger else None
         self.first_step = run.progress.step
         self.watched = min(self.first_step + 1, run.total_steps - 1)  # by then the optimizer has its state

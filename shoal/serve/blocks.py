@@ -39,14 +39,18 @@ def complete_file(options: GenerateOptions) -> None:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a .txt (one a line) or .jsonl file (`prompt` of each); errors name file and line."""
+    """The prompts of a .txt file, one a line, or of a .jsonl file, `prompt` of each; errors name file and line.
+
+    Both may begin with a byte order mark. Empty lines at the end are no prompts, in JSONL nowhere.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts-file {path}", str(error), "name a readable UTF-8 file") from error
-    prompts = lines = text.removesuffix("\n").split("\n") if text else []
+    prompts = lines = text.rstrip("\n").split("\n") if text.strip("\n") else []
     if path.suffix == ".jsonl":
-        prompts = [_prompt_of(line, f"{path} line {number}") for number, line in enumerate(lines, 1)]
+        numbered = ((f"{path} line {number}", line) for number, line in enumerate(lines, 1))
+        prompts = [_prompt_of(line, where) for where, line in numbered if line and not line.isspace()]
     if not prompts:
         raise UserError(f"--prompts-file {path}", "it holds no prompt", "write one a line")
     return prompts
@@ -55,12 +59,20 @@ def read_prompts(path: Path) -> list[str]:
 def _prompt_of(line: str, where: str) -> str:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # what is nested too deeply, and integers of thousands of digits too
         found = f"{where} is not JSON ({error})"
         raise UserError("--prompts-file", found, "write one object a line") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise UserError("--prompts-file", f"{where} has no text `prompt`", 'write {"prompt": "..."} a line')
-    return str(row["prompt"])
+    prompt = str(row["prompt"])
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UserError(
+            "--prompts-file", f"{where} has half a character (a lone surrogate)", "write it in UTF-8"
+        )
+    return prompt
 
 
 def _open_parts(parts: Path, options: GenerateOptions, prompts: list[str]) -> None:

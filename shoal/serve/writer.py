@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
 
+from shoal import output
 from shoal.data import tokenizer as tokenizers
 from shoal.errors import UserError
 from shoal.models.loading import load_trained
@@ -30,7 +31,7 @@ class Writer:
 
     def stream(self, prompt: str) -> None:
         """Print the prompt and what follows it, word by word as it comes."""
-        printer = TextStreamer(self.tokenizer, skip_special_tokens=True)
+        printer = _Printer(self.tokenizer, skip_special_tokens=True)
         self._generate([prompt], 0, streamer=printer)
 
     def complete(self, prompts: list[str], block: int) -> list[str]:
@@ -85,6 +86,14 @@ class Writer:
     def _before_stop(self, text: str) -> str:
         ends = [text.find(stop) for stop in self.options.stop]
         return text[: min((end for end in ends if end >= 0), default=len(text))]
+
+
+class _Printer(TextStreamer):
+    """Ends the generation when nobody reads it any more."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print a few words."""
+        output.result(text, end="\n" if stream_end else "")
 
 
 def _seed_of(seed: int, block: int) -> int:

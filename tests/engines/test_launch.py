@@ -7,9 +7,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from laws.launches import BATCH, is_alive, ledger_of, losses_of, shoal, steps_of, weights_of, workers_of
+from laws.launches import (
+    BATCH,
+    is_alive,
+    ledger_of,
+    losses_of,
+    shoal,
+    shoal_train,
+    steps_of,
+    weights_of,
+    workers_of,
+)
 from laws.pool import HANG, Pool
 from laws.worlds import first_difference
 
@@ -193,6 +204,40 @@ def test_a_second_run_in_the_same_folder_is_refused(pool: Pool, data: list[str],
     steps = [step["step"] for step in steps_of(tmp_path)]
     assert steps == list(range(1, len(steps) + 1))
     assert pool.alone(shoal, [*words, str(len(steps) + 1), *RESUME]).code == DONE
+
+
+def unseen(words: list[str]) -> None:
+    """`shoal` with an ASCII stdout whose reader is gone, and without a stderr."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, 1)
+    os.close(2)
+    sys.stdout = os.fdopen(1, "w", encoding="ascii", closefd=False)
+    shoal(words)
+
+
+def test_training_does_not_depend_on_who_reads(pool: Pool, data: list[str], tmp_path: Path) -> None:
+    ended = pool.alone(unseen, ["train", *data, *BATCH, "--max-steps", "4", "--output-dir", str(tmp_path)])
+    assert ended.code == DONE
+    assert len(losses_of(tmp_path)) == 4
+    assert weights_of(tmp_path)
+    assert (tmp_path / "summary.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("setting", "error"),
+    [
+        ({"data": "nowhere.txt"}, "UserError: --data nowhere.txt: no such file or folder; name a file"),
+        ({"model.hidden_size": 15}, "UserError: --model llama-tiny"),
+    ],
+)
+def test_what_a_worker_refuses_python_hears(
+    pool: Pool, tmp_path: Path, setting: dict[str, Any], error: str
+) -> None:
+    refused = pool.alone(
+        shoal_train, {"output_dir": str(tmp_path / "run"), "cache_dir": str(tmp_path), **setting}
+    )
+    assert refused.error.startswith(error)
 
 
 def listening(pid: int) -> list[str]:

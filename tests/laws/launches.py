@@ -53,6 +53,21 @@ PHASES = ("join", "forward", "backward", "exchange", "update", "observe", "save"
 def shoal(words: list[str], fault: Fault | None = None) -> None:
     """The command line, in a process of its own; ends it with the exit code."""
     from shoal import cli
+
+    fork_workers(fault)
+    sys.exit(cli.main(words))
+
+
+def shoal_train(settings: dict[str, Any]) -> dict[str, Any]:
+    """`shoal.train`, in a process of its own."""
+    from shoal import api
+
+    fork_workers(None)
+    return api.train(**settings)
+
+
+def fork_workers(fault: Fault | None) -> None:
+    """Have this process launch workers by fork."""
     from shoal.engines import local
 
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, 0)  # it is on its own, as under a shell
@@ -61,7 +76,6 @@ def shoal(words: list[str], fault: Fault | None = None) -> None:
     local.GRACE = 3.0
     os.environ.pop("GLOO_SOCKET_IFNAME")  # the pool's own: the launcher sets it
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(cli.main(words))
 
 
 class Forked:

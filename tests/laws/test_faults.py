@@ -214,12 +214,14 @@ def test_gradients_that_stay_not_finite_end_the_run(
     assert losses_of(tmp_path) == losses_of(undisturbed[strategy, 2])
 
 
+@pytest.mark.parametrize("phase", ["save", "observe"])
 def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(
-    pool: Pool, data: list[str], tmp_path: Path, undisturbed: Any
+    pool: Pool, data: list[str], tmp_path: Path, undisturbed: Any, phase: str
 ) -> None:
-    failed = train(pool, data, tmp_path, "allreduce", 2, fault=Fault("full disk", 0, 5, "save"))
+    failed = train(pool, data, tmp_path, "allreduce", 2, fault=Fault("full disk", 0, 5, phase))
+    assert failed.code == FAILED
     (error,) = errors_in(failed)
-    assert "the disk is full" in error
+    assert f"{tmp_path}: the disk is full" in error
     assert "Traceback" not in failed.output
     assert manifest.verify(tmp_path / "checkpoint-3") is None
     assert_goes_on(pool, data, tmp_path, "allreduce", 2, undisturbed["allreduce", 2])

@@ -159,6 +159,20 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     path.write_text('{"prompt": "a"}\nb\n')
     with pytest.raises(UserError, match="line 2 is not JSON"):
         read_prompts(path)
-    path.write_text("")
+    path.write_text("\n \n")
     with pytest.raises(UserError, match="no prompt"):
         read_prompts(path)
+    for odd in ("[" * 10**5, '{"prompt": ' + "9" * 5000 + "}", r'{"prompt": "\ud83d"}'):
+        path.write_text(odd)
+        with pytest.raises(UserError, match="line 1 "):
+            read_prompts(path)
+
+
+def test_prompts_are_read_in_the_forms_of_training_data(tmp_path: Path) -> None:
+    """With a byte order mark, line ends of another system, and empty lines where they say nothing."""
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\n{"prompt": "b"}\n \n')
+    assert read_prompts(rows) == ["a", "b"]
+    lines = tmp_path / "prompts.txt"
+    lines.write_bytes(b"\xef\xbb\xbfa\r\n\r\nb\n\n\n")
+    assert read_prompts(lines) == ["a", "", "b"]

@@ -1,5 +1,6 @@
 """What a run is: every setting with its type, default, meaning, and the other names people know it by."""
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
@@ -8,17 +9,20 @@ from shoal.config.layout import LayoutConfig
 from shoal.config.section import Section, fact
 from shoal.config.strategy import StrategyConfig
 from shoal.config.values import (
+    Device,
     Names,
     Number,
     Optimizer,
     Precision,
     Recompute,
+    Threads,
     Trackers,
     Warmup,
     Whole,
     Workers,
     guess,
 )
+from shoal.errors import UserError
 
 
 class ModelConfig(Section):
@@ -65,6 +69,17 @@ class DataConfig(Section):
         0.02, "share of the documents held out when eval_path is not given", "validation_split", ge=0, lt=1
     )
     cache_dir: str = fact("", "where prepared data lies; empty = $XDG_CACHE_HOME/shoal or ~/.cache/shoal")
+
+    @property
+    def cache(self) -> Path:
+        """The folder where prepared data lies. Raises UserError where it is below the home of a user without one."""
+        try:
+            return Path(self.cache_dir or "~/.cache/shoal").expanduser()
+        except RuntimeError:
+            found = "this user has no home folder"
+            raise UserError(
+                f"--cache-dir {self.cache_dir}".strip(), found, "give a folder, or set HOME"
+            ) from None
 
 
 class TrainConfig(Section):
@@ -126,7 +141,9 @@ class TrainConfig(Section):
     exact: bool = fact(
         False, "sum gradients in one fixed tree: the same bytes at any worker count", "full_determinism"
     )
-    threads: Whole = fact(1, "threads of a worker", ge=1)
+    threads: Threads = fact(
+        "auto", "threads of a worker; auto = OMP_NUM_THREADS, or its share of the cores (1 with --exact)"
+    )
     max_nonfinite_steps: Whole = fact(3, "stop after so many steps in a row without a finite gradient", ge=1)
 
 
@@ -166,7 +183,15 @@ class LaunchConfig(Section):
     """How many workers, and where."""
 
     nproc_per_node: Workers = fact(
-        "auto", "workers on this machine; auto = as many as cores and batch allow", "num_processes", "devices"
+        "auto",
+        "workers on this machine; auto = as many as GPUs (without: cores) and batch allow",
+        "num_processes",
+        "devices",
+    )
+    device: Device = fact(
+        "auto",
+        "what workers compute on; auto = a GPU each where there are some, else the cores",
+        switches={"use_cpu": ("cpu", "auto")},
     )
 
 

@@ -45,7 +45,7 @@ def prepare(
     out does not depend on `processes` (default: all cores, where there is work for them). Processes that ask
     for the same data wait for the first. Raises UserError for bad input, and where the disk is full.
     """
-    cache = Path(data.cache_dir or "~/.cache/shoal").expanduser()
+    cache = data.cache
     parts, eval_parts = list_parts(data.path), list_parts(data.eval_path, "--eval-path")
     content = [[part.format, fingerprint(part)] for part in parts]
     eval_content = [[part.format, fingerprint(part)] for part in eval_parts]

@@ -23,7 +23,7 @@ with shoal.Session(micro_batches=MICRO_BATCHES, exact=True) as session:
     model, optimizer = session.setup(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
     for step in range(session.steps_done, STEPS):
         for v in session.share():
-            x, y = micro_batch(step, v)
+            x, y = (tensor.to(session.device) for tensor in micro_batch(step, v))
             session.backward(nn.functional.cross_entropy(model(x), y, reduction="sum"), labels=len(y))
         loss = session.step()
         if session.rank == 0 and (step + 1) % 10 == 0:

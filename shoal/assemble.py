@@ -42,7 +42,6 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
     or the checkpoint do not fit together.
     """
     offload.check(config.layout.offload, mesh.device)
-    torch.set_num_threads(config.train.threads)
     mesh = mesh.cut(resolve_grid(config, mesh.world_size))
     everyone = Wire(mesh.group)
     wire = Wire(mesh.replicate.group) if mesh.size("island") > 1 else everyone
@@ -145,7 +144,7 @@ def _replica(
 
 def _placed(config: RunConfig, mesh: Mesh, task: Task, policy: Policy, nothing: dict[str, Tensor]) -> Placed:
     cut = mesh.size("island") > 1
-    with on_disk(Path(config.data.cache_dir or "~/.cache/shoal")) if cut else nullcontext():
+    with on_disk(config.data.cache) if cut else nullcontext():
         model = task.model()
     # Weights in 8 bits, which `shoal evaluate --quantize` holds, take the place of products in 8 bits.
     if policy.linear != policy.compute and config.eval.quantize == "none":

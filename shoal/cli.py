@@ -3,12 +3,15 @@
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from shoal import output
+from shoal.engines.signals import heard, nothing_to_save
 from shoal.errors import (
     DONE,
     FAILED,
@@ -30,10 +33,11 @@ def command() -> NoReturn:
     code = main()
     from shoal.engines.environment import is_worker
 
-    if is_worker():
-        from shoal.engines.worker import leave
+    with suppress(UserError):  # an environment at odds with itself, of which `main` has told
+        if is_worker():
+            from shoal.engines.worker import leave
 
-        leave(code)
+            leave(code)
     sys.exit(code)
 
 
@@ -46,7 +50,8 @@ def main(words: list[str] | None = None) -> int:
     verb, rest = (words[0], words[1:]) if words else ("--help", [])
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # each try to reach it would be a line
     try:
-        return VERBS[verb](rest) if verb in VERBS else _about(verb)
+        with heard(nothing_to_save, signal.SIGTERM) if verb in LAUNCHED else nullcontext():
+            return VERBS[verb](rest) if verb in VERBS else _about(verb)
     except KeyboardInterrupt as asked:
         output.say(f"shoal: {str(asked) or 'interrupted'}")
         return INTERRUPTED
@@ -175,6 +180,7 @@ def config(words: list[str]) -> int:
         resolve_workers,
         team_size,
     )
+    from shoal.engines.environment import machine
 
     if what == "show":
         output.result(dump_yaml(_resolve(rest)), end="")
@@ -183,7 +189,7 @@ def config(words: list[str]) -> int:
         resolved = _resolve(rest)
         run = resolved.config
         check_options(resolved)
-        workers = resolve_workers(run)
+        workers = resolve_workers(run, machine(run))
         batch = resolve_batch(run, workers // team_size(run))
         sizes = resolve_grid(run, workers).items()
         grid = " x ".join(f"{axis} {size}" for axis, size in sizes if size > 1 or axis == "replicate")
@@ -205,6 +211,7 @@ def config(words: list[str]) -> int:
 VERBS: dict[str, Callable[[list[str]], int]] = {
     verb.__name__: verb for verb in (train, evaluate, generate, export, prepare, audit, doctor, config)
 }
+LAUNCHED = ("train", "evaluate")  # by workers; asked to stop before there are any, these have nothing to save
 
 
 def _about(word: str) -> int:

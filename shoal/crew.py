@@ -25,6 +25,22 @@ PACKAGE_ROOT = Path(__file__).parents[1]
 LOOK_SECONDS = 1
 
 
+def command(module: str, *arguments: str) -> list[str]:
+    """The words that start `module` as a program, which imports nothing from the current folder."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def imports() -> dict[str, str]:
+    """Variables by which such a program, and what it starts, finds modules where this process does.
+
+    Not in the current folder, though Python puts it first for `python -m`: a file there that is called like a module
+    of Python's own would take its place.
+    """
+    here = os.path.realpath(os.curdir)
+    folders = [folder for folder in sys.path if folder and os.path.realpath(folder) != here]
+    return {"PYTHONPATH": os.pathsep.join([*folders, str(PACKAGE_ROOT)]), "PYTHONSAFEPATH": "1"}
+
+
 def hand_out(
     module: str, argument: str | Path, numbers: Sequence[int], processes: int, **variables: str
 ) -> Iterator[Any]:
@@ -75,10 +91,9 @@ def serve(begin: Callable[[str], Callable[[int], Any]]) -> None:
 
 @contextmanager
 def _helper(module: str, argument: str, variables: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    import_path = os.pathsep.join([str(PACKAGE_ROOT), *filter(None, sys.path)])
     helper = subprocess.Popen(
-        [sys.executable, "-m", module, argument, str(os.getpid())],
-        env={**os.environ, "PYTHONPATH": import_path, **variables},
+        command(module, argument, str(os.getpid())),
+        env={**os.environ, **imports(), **variables},
         text=True,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -11,9 +11,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from shoal.config import usable_cores
+from shoal import devices
 from shoal.config.resolve import load_config
-from shoal.errors import ShoalError
+from shoal.devices import usable_cores
+from shoal.errors import ShoalError, UserError
 
 GIB = 2**30
 BF16 = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512", "bf16": "Arm"}  # processor flags, best first
@@ -66,12 +67,32 @@ def _hardware(environ: Mapping[str, str]) -> Iterator[Finding]:
     yield _judged(
         "hardware", "memory", found, free >= 1.5 * cores, "a worker needs about 1.5 GiB: start fewer"
     )
+    yield _gpus()
     yield _bf16(_processor_flags(Path("/proc/cpuinfo")))
-    places = {
-        "disk, here": Path.cwd(),
-        "disk, cache": Path(load_config(environ=environ).config.data.cache_dir),
-    }
-    yield from (_disk(name, place) for name, place in places.items())
+    yield _disk("disk, here", Path.cwd())
+    try:
+        yield _disk("disk, cache", load_config(environ=environ).config.data.cache)
+    except UserError as error:
+        yield Finding("hardware", "disk, cache", error.found, "warn", "set HOME, or give --cache-dir")
+
+
+def _gpus() -> Finding:
+    """The GPUs that workers will compute on, and why not where there are some."""
+    import torch
+
+    count = devices.gpus()
+    if count:
+        return Finding("hardware", "GPUs", f"{count}, one a worker: {', '.join(devices.describe(count))}")
+    if devices.has_driver():
+        built = torch.version.cuda or torch.version.hip
+        remedy = (
+            "see CUDA_VISIBLE_DEVICES and the driver's version"
+            if built
+            else "install torch with CUDA or ROCm"
+        )
+        return Finding("hardware", "GPUs", "a driver, but none that torch can use", "warn", remedy)
+    beside = " (Apple's is not used)" if torch.backends.mps.is_available() else ""
+    return Finding("hardware", "GPUs", f"none: workers compute on the cores{beside}")
 
 
 def _processor_flags(cpuinfo: Path) -> set[str]:
@@ -149,6 +170,9 @@ def _network(environ: Mapping[str, str]) -> Iterator[Finding]:
 
     try:
         link = measure_link(environ)
+    except UserError as error:
+        yield Finding("network", "local workers", error.found, "fail", error.change)
+        return
     except ShoalError as error:
         remedy = "let nothing block 127.0.0.1 (firewall, proxy, sandbox), or use --nproc-per-node 1"
         yield Finding("network", "local workers", str(error), "fail", remedy)

@@ -114,7 +114,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "Total train batch size (w. parallel, distributed & accumulation)": run.batches.global_batch_size,
         "Gradient accumulation steps": accumulation,
         "Total optimization steps": run.total_steps,
-        "Workers": f"{run.mesh.world_size} x {config.train.threads} threads on {run.mesh.device.type}",
+        "Workers": f"{run.mesh.world_size} x {torch.get_num_threads()} threads on {run.mesh.device.type}",
         "Layout": _layout(run),
         "Strategy": _strategy(run),
         "Precision": str(replica.policy),

@@ -1,5 +1,6 @@
 """Ranks as a grid with named axes. The only maker of process groups."""
 
+import hashlib
 import math
 import socket
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from shoal import devices
+from shoal.errors import UserError
 from shoal.placement import Placement
 
 TIMEOUT = timedelta(minutes=10)  # how long a collective waits for the slowest rank
@@ -97,10 +100,13 @@ class Mesh:
 
 
 @contextmanager
-def join(placement: Placement) -> Iterator[Mesh]:
-    """Meet the other ranks, and part from them at the end. One process alone is a world of size 1."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", placement.local_rank) if cuda else torch.device("cpu")
+def join(placement: Placement, wanted: str = "auto") -> Iterator[Mesh]:
+    """Meet the other ranks, and part from them at the end. One process alone is a world of size 1.
+
+    `wanted` is the kind of device: auto, cpu or gpu. Raises UserError where there is none for this rank.
+    """
+    device = torch.device(devices.device_of(wanted, placement.local_rank, placement.local_size))
+    cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     store = _store(placement)
@@ -114,9 +120,29 @@ def join(placement: Placement) -> Iterator[Mesh]:
     try:
         group = dist.distributed_c10d._get_default_group()
         axes = {"replicate": Axis(placement.world_size, placement.rank, group)}
+        if cuda:
+            check_own(devices.identity(str(device)), placement.world_size)
         yield Mesh(placement.rank, placement.world_size, device, group, axes)
     finally:
         dist.destroy_process_group()
+
+
+def check_own(identity: str, world_size: int) -> None:
+    """Refuse GPUs that several ranks take, on all ranks alike; NCCL would fail on them at the first exchange.
+
+    An engine that shows every worker the same single GPU cannot be told before from one that shows each its own.
+    """
+    digest = hashlib.sha256(f"{socket.gethostname()} {identity}".encode()).digest()
+    own = torch.frombuffer(bytearray(digest[:8]), dtype=torch.int64)
+    all_of_them = [torch.empty_like(own) for _ in range(world_size)]
+    dist.all_gather(all_of_them, own)
+    different = len({int(each) for each in all_of_them})
+    if different < world_size:
+        found = f"they see {different} GPU{'s' * (different > 1)}, and each takes one"
+        change = (
+            "start as many as GPUs, let the engine show each its own, or train on the cores: --device cpu"
+        )
+        raise UserError(f"{world_size} workers", found, change)
 
 
 def neighbours(group: dist.ProcessGroup, size: int) -> dist.ProcessGroup:

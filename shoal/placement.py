@@ -8,7 +8,8 @@ class Placement:
     """What an engine says of one process: who it is, how many there are, and where they meet.
 
     Rank 0 serves the store, on the listening socket `store_fd` if it inherited one from the launcher, unless the
-    engine itself serves it. `attempt` counts restarts by the engine: each meets under fresh keys.
+    engine itself serves it. `attempt` counts restarts by the engine: each meets under fresh keys. `local_size` is
+    how many there are on this machine, 0 where the engine does not say.
     """
 
     rank: int = 0
@@ -19,3 +20,4 @@ class Placement:
     store_fd: int | None = None
     served: bool = False
     attempt: int = 0
+    local_size: int = 0

@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from shoal import crew
+from shoal.engines.local import check_loopback
 from shoal.errors import ShoalError
 
 if TYPE_CHECKING:
@@ -32,14 +34,16 @@ class Link:
 def measure_link(environ: Mapping[str, str], timeout: float = 60) -> Link:
     """Time an all-reduce between two workers on loopback; lasts as long as importing torch in both.
 
-    Raises ShoalError, with the last line a worker left, if they do not end well within `timeout` seconds.
+    Raises UserError where there is no loopback, and ShoalError, with the last line a worker left, if they do not end
+    well within `timeout` seconds.
     """
+    check_loopback()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port, store = listener.getsockname()[1], listener.fileno()
         workers = [
             subprocess.Popen(
-                [sys.executable, "-m", "shoal.probe", str(rank), str(port), str(store)],
-                env={**environ, "OMP_NUM_THREADS": "1"},
+                crew.command("shoal.probe", str(rank), str(port), str(store)),
+                env={**environ, **crew.imports(), "OMP_NUM_THREADS": "1"},
                 pass_fds=[store],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -72,7 +76,9 @@ def _work(rank: int, port: int, store: int) -> None:
     from shoal.mesh import join
     from shoal.placement import Placement
 
-    with join(Placement(rank, 2, rank, port=port, store_fd=store if rank == 0 else None)) as mesh:
+    # On the cores, where two workers can meet on every machine.
+    place = Placement(rank, 2, rank, port=port, store_fd=store if rank == 0 else None)
+    with join(place, "cpu") as mesh:
         wire = Wire(mesh.group)
         latency = _seconds(wire, torch.zeros(1), repeats=50)
         bandwidth = PAYLOAD_BYTES / _seconds(wire, torch.zeros(PAYLOAD_BYTES // 4), repeats=5)

@@ -13,9 +13,9 @@ from shoal import checkpoint, precision
 from shoal.buckets import Buckets
 from shoal.checkpoint import Progress
 from shoal.collectives import Wire
-from shoal.config import RunConfig
+from shoal.config import RunConfig, load_config, wanted_device
 from shoal.data.order import derive_seed
-from shoal.engines.environment import is_worker, placement
+from shoal.engines.environment import is_worker, placement, threads_of
 from shoal.errors import UserError
 from shoal.island import Island
 from shoal.layouts import replicated
@@ -38,7 +38,8 @@ class Session:
             session.save("my-run")
 
     What micro-batch (step, v) holds must follow from the two numbers alone; then the result does not depend on how
-    many workers there are, and with `exact=True` neither do its last bits.
+    many workers there are, and with `exact=True` neither do its last bits. `threads` and `device` are those of `shoal
+    train`: by default a GPU for each worker where there are some, else its share of the cores.
     """
 
     def __init__(
@@ -48,19 +49,22 @@ class Session:
         seed: int = 42,
         exact: bool = False,
         max_grad_norm: float = 0.0,
-        threads: int = 1,
+        threads: int | None = None,
+        device: str = "auto",
     ) -> None:
         self.micro_batches = micro_batches
         self.seed = seed
         self.exact = exact
         self.max_grad_norm = max_grad_norm
         self.progress = Progress()
-        torch.set_num_threads(threads)
+        given = {"exact": exact, "device": device, **({} if threads is None else {"threads": threads})}
+        self._config = load_config(None, [], {}, **given).config
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
         place = placement() if is_worker() else Placement()
-        self.mesh = self._open.enter_context(join(place))
+        torch.set_num_threads(threads_of(self._config, place))
+        self.mesh = self._open.enter_context(join(place, wanted_device(self._config)))
         if self.mesh.world_size > self.micro_batches:
             found = f"{self.micro_batches} micro-batches a step, {self.mesh.world_size} workers"
             raise UserError("shoal.Session", found, "give at least one micro-batch to each worker")
@@ -77,6 +81,11 @@ class Session:
     def rank(self) -> int:
         """Which of the workers this is; rank 0 speaks."""
         return self.mesh.rank
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is after `setup`, and inputs belong."""
+        return self.mesh.device
 
     @property
     def steps_done(self) -> int:

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "shoal"
 
 # Import order is data order: a module imports only what stands above it (or beside it, in its own folder).
 ORDER = """
-    errors output locks crew config manifest runfolder piece stored
+    errors output locks crew devices config manifest runfolder piece stored
     data models tasks
     precision scaler placement mesh collectives island cost summation buckets layouts codecs eight_bit optim offload
     rounding

@@ -1,6 +1,6 @@
 """The typed record of a run: one definition for file, flags, Python, docs and schema."""
 
-from shoal.config.batch import Batch, resolve_batch, resolve_workers, usable_cores
+from shoal.config.batch import Batch, resolve_batch
 from shoal.config.grid import resolve_grid, team_size
 from shoal.config.layout import THERE_AND_BACK, LayoutConfig
 from shoal.config.options import check_options
@@ -17,6 +17,8 @@ from shoal.config.record import (
 )
 from shoal.config.resolve import Resolved, dump_yaml, load_config
 from shoal.config.strategy import StrategyConfig
+from shoal.config.workers import idle_gpus, resolve_threads, resolve_workers, wanted_device
+from shoal.devices import usable_cores
 
 __all__ = [
     "ORDER",
@@ -37,11 +39,14 @@ __all__ = [
     "check_options",
     "dump_yaml",
     "first_change",
+    "idle_gpus",
     "load_config",
     "order_of",
     "resolve_batch",
     "resolve_grid",
+    "resolve_threads",
     "resolve_workers",
     "team_size",
     "usable_cores",
+    "wanted_device",
 ]

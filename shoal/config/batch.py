@@ -1,11 +1,8 @@
 """Batch arithmetic: any two of global batch, per-device batch and accumulation give the third."""
 
-import os
-from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
 
-from shoal.config.grid import grid_sizes, team_size
 from shoal.config.record import RunConfig
 from shoal.errors import UserError
 
@@ -57,36 +54,6 @@ def resolve_batch(config: RunConfig, workers: int) -> Batch:
     elif total != each * turns * workers:
         raise _contradiction(total, each, turns, workers)
     return _cut(total, each, workers)
-
-
-def usable_cores() -> int:
-    """The cores this process may run on."""
-    affinity = getattr(os, "sched_getaffinity", None)  # absent on macOS and Windows
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def resolve_workers(config: RunConfig, devices: int | None = None) -> int:
-    """How many workers to start on a machine with so many `devices` (GPUs, or if None its usable cores).
-
-    A number is taken as it stands (more than cores is allowed, more than micro-batches is not); `auto`, `cpu`
-    and `gpu` mean the most workers that the devices and the batch allow, `threads` cores each.
-    """
-    asked, together = config.launch.nproc_per_node, team_size(config)
-    if isinstance(asked, int):
-        _check_workers(config, asked)
-        return asked
-    most = max(together, (devices or usable_cores()) // config.train.threads)
-    for workers in range(most, 0, -1):
-        with suppress(UserError):
-            _check_workers(config, workers)
-            return workers
-    _check_workers(config, most)
-    raise AssertionError("unreachable: so many workers were refused above")
-
-
-def _check_workers(config: RunConfig, workers: int) -> None:
-    grid_sizes(config, workers)
-    resolve_batch(config, workers // team_size(config))
 
 
 def _cut(total: int, each: int, workers: int) -> Batch:

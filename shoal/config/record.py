@@ -1,5 +1,6 @@
 """What a run is: every setting with its type, default, meaning, and the other names people know it by."""
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
@@ -8,18 +9,21 @@ from shoal.config.layout import LayoutConfig
 from shoal.config.section import Section, fact
 from shoal.config.strategy import StrategyConfig
 from shoal.config.values import (
+    Device,
     Number,
     Optimizer,
-    Path,
+    PathName,
     Paths,
     Precision,
     Recompute,
+    Threads,
     Trackers,
     Warmup,
     Whole,
     Workers,
     guess,
 )
+from shoal.errors import UserError
 
 
 class ModelConfig(Section):
@@ -28,7 +32,7 @@ class ModelConfig(Section):
     model_config = ConfigDict(extra="allow", frozen=True, defer_build=True)
     primary: ClassVar[str] = "name"
 
-    name: Path = fact("llama-tiny", "a preset, a Hugging Face folder or a hub name", "model_name_or_path")
+    name: PathName = fact("llama-tiny", "a preset, a Hugging Face folder or a hub name", "model_name_or_path")
 
     @model_validator(mode="before")
     @classmethod
@@ -52,7 +56,7 @@ class DataConfig(Section):
         ["builtin"], "files, folders, globs, URLs, hf:NAME, or builtin", "train_file", min_length=1
     )
     text_field: str = fact("text", "the field or column that holds the text", "text_column")
-    tokenizer: Path = fact(
+    tokenizer: PathName = fact(
         "auto", "a folder or hub name; auto = the model's own, else train a BPE", "tokenizer_name"
     )
     vocab_size: Whole = fact(4096, "tokens in a BPE that is trained here", ge=257)
@@ -68,7 +72,20 @@ class DataConfig(Section):
     eval_fraction: Number = fact(
         0.02, "share of the documents held out when eval_path is not given", "validation_split", ge=0, lt=1
     )
-    cache_dir: Path = fact("", "where prepared data lies; empty = $XDG_CACHE_HOME/shoal or ~/.cache/shoal")
+    cache_dir: PathName = fact(
+        "", "where prepared data lies; empty = $XDG_CACHE_HOME/shoal or ~/.cache/shoal"
+    )
+
+    @property
+    def cache(self) -> Path:
+        """The folder where prepared data lies. Raises UserError where it is below the home of a user without one."""
+        try:
+            return Path(self.cache_dir or "~/.cache/shoal").expanduser()
+        except RuntimeError:
+            found = "this user has no home folder"
+            raise UserError(
+                f"--cache-dir {self.cache_dir}".strip(), found, "give a folder, or set HOME"
+            ) from None
 
 
 class TrainConfig(Section):
@@ -130,7 +147,9 @@ class TrainConfig(Section):
     exact: bool = fact(
         False, "sum gradients in one fixed tree: the same bytes at any worker count", "full_determinism"
     )
-    threads: Whole = fact(1, "threads of a worker", ge=1)
+    threads: Threads = fact(
+        "auto", "threads of a worker; auto = OMP_NUM_THREADS, or its share of the cores (1 with --exact)"
+    )
     max_nonfinite_steps: Whole = fact(3, "stop after so many steps in a row without a finite gradient", ge=1)
 
 
@@ -148,10 +167,10 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     """Where the run is written, how often, and what it goes on from."""
 
-    output_dir: Path = fact("", "the folder of the run; empty = runs/<model>", "out_dir")
+    output_dir: PathName = fact("", "the folder of the run; empty = runs/<model>", "out_dir")
     save_steps: Whole = fact(500, "save every so many steps; 0 = only at the end", ge=0)
     save_total_limit: Whole = fact(2, "checkpoints kept beside the best one", ge=1)
-    resume_from_checkpoint: Path = fact(
+    resume_from_checkpoint: PathName = fact(
         "", "latest or the folder of a checkpoint; empty = start anew", "resume"
     )
     overwrite_output_dir: bool = fact(False, "replace an earlier run in output_dir")
@@ -170,7 +189,15 @@ class LaunchConfig(Section):
     """How many workers, and where."""
 
     nproc_per_node: Workers = fact(
-        "auto", "workers on this machine; auto = as many as cores and batch allow", "num_processes", "devices"
+        "auto",
+        "workers on this machine; auto = as many as GPUs (without: cores) and batch allow",
+        "num_processes",
+        "devices",
+    )
+    device: Device = fact(
+        "auto",
+        "what workers compute on; auto = a GPU each where there are some, else the cores",
+        switches={"use_cpu": ("cpu", "auto")},
     )
 
 

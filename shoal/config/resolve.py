@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
@@ -119,7 +120,11 @@ def _with_folders(resolved: Resolved, environ: Mapping[str, str]) -> Resolved:
     if not data.cache_dir:
         home = environ.get("XDG_CACHE_HOME")
         origins["data.cache_dir"] = "XDG_CACHE_HOME" if home else "default"
-        data = data.model_copy(update={"cache_dir": str(Path(home or "~/.cache").expanduser() / "shoal")})
+        with suppress(
+            RuntimeError
+        ):  # a user without a home, who may not need it: `data.cache` tells who does
+            found = Path(home or "~/.cache").expanduser() / "shoal"
+            data = data.model_copy(update={"cache_dir": str(found)})
     if not checkpoint.output_dir:
         folder = str(Path("runs") / Path(config.model.name).resolve().name)
         checkpoint = checkpoint.model_copy(update={"output_dir": folder})

@@ -183,6 +183,16 @@ def _workers(given: Any) -> Any:
     )
 
 
+def _threads(given: Any) -> Any:
+    wanted = "should be 1 or more, or auto"
+    if given == "auto":
+        return given
+    count = _whole_or(wanted, given)
+    if count < 1:
+        raise ValueError(wanted)
+    return count
+
+
 def _whole_or(wanted: str, given: Any) -> Any:
     """A whole number. Raises ValueError that says what is `wanted`."""
     try:
@@ -194,7 +204,7 @@ def _whole_or(wanted: str, given: Any) -> Any:
 Number = Annotated[float, BeforeValidator(number, json_schema_input_type=float | str)]
 Whole = Annotated[int, BeforeValidator(whole_number, json_schema_input_type=int | str)]
 Warmup = Annotated[Number, AfterValidator(_warmup)]
-Path = Annotated[str, AfterValidator(at_home)]
+PathName = Annotated[str, AfterValidator(at_home)]
 Paths = Annotated[
     list[str],
     BeforeValidator(paths, json_schema_input_type=list[str] | str),
@@ -214,6 +224,8 @@ Recompute = Annotated[
 ]
 Shares = Annotated[str, BeforeValidator(_shares)]
 Period = Annotated[str, BeforeValidator(_period, json_schema_input_type=int | str)]
+Threads = Annotated[int | Literal["auto"], BeforeValidator(_threads, json_schema_input_type=int | str)]
+Device = Annotated[Literal["auto", "cpu", "gpu"], BeforeValidator(renamed({"cuda": "gpu"}))]
 Workers = Annotated[
     int | Literal["auto", "cpu", "gpu"], BeforeValidator(_workers, json_schema_input_type=int | str)
 ]

@@ -45,7 +45,7 @@ def prepare(
     for the same data wait for the first. What was read and what left out is reported where the folder is made, with
     `verbose` also where it is found. Raises UserError for bad input, and for a cache that cannot be written.
     """
-    cache = Path(data.cache_dir or "~/.cache/shoal").expanduser()
+    cache = data.cache
     sources, eval_sources = list_sources(data.path), list_sources(data.eval_path, "--eval-path")
     given = _Given(data, sources.parts, eval_sources.parts)
     with cache_errors(cache):

@@ -8,17 +8,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from shoal import output
-from shoal.config import Resolved, check_options, resolve_grid, resolve_workers
-from shoal.engines.environment import STORE_FD, is_worker
+from shoal import crew, output
+from shoal.config import Resolved, check_options, idle_gpus, resolve_grid, resolve_threads, resolve_workers
+from shoal.engines.environment import INTERFACES, STORE_FD, is_worker, machine
+from shoal.engines.signals import NOTHING_TO_SAVE, hear, heard
 from shoal.engines.worker import ERRORS, JOB, began, work
 from shoal.errors import BAD_INPUT, DONE, LESS_MEMORY, PREEMPTED, Preempted, ShoalError, UserError
 from shoal.runfolder import RunFolder, begins_anew
 
+LOOPBACK = "127.0.0.1"
 GRACE = 10.0  # seconds a worker gets to save and leave before it is killed
 POLL = 0.05
 # For Linux's C library: keep freed memory, in huge pages. A step frees and takes hundreds of megabytes: page faults
@@ -42,12 +46,20 @@ def launch(resolved: Resolved, verb: str = "train") -> None:
         check_options(resolved)
         check_folder(resolved)
     if is_worker():
+        hear(signal.SIGTERM, signal.SIG_DFL)  # a handler would wait for whatever call it is in
         work(verb, resolved)
         return
-    workers = resolve_workers(resolved.config)
-    grid = resolve_grid(resolved.config, workers)
-    with tempfile.TemporaryDirectory(prefix="shoal-") as errors:
-        Workers(resolved, verb, workers, Path(errors), whole=grid["replicate"] == workers).run()
+    config, here = resolved.config, machine(resolved.config)
+    workers = resolve_workers(config, here)
+    grid = resolve_grid(config, workers)
+    if idle := idle_gpus(config, workers, here):
+        output.say(f"shoal: {idle}")
+    check_loopback()
+    threads = resolve_threads(config, workers, here)
+    with _private_folder() as folder:
+        started = Workers(resolved, verb, workers, folder, threads, whole=grid["replicate"] == workers)
+        with heard(started.pass_on, signal.SIGINT, signal.SIGTERM):
+            started.run()
 
 
 def check_folder(resolved: Resolved) -> None:
@@ -61,13 +73,41 @@ def check_folder(resolved: Resolved) -> None:
     place.check(anew=begins_anew(config), overwrite=config.overwrite_output_dir)
 
 
+def check_loopback() -> None:
+    """Refuse a machine on which workers could not meet; they would wait for each other for minutes."""
+    try:
+        with (
+            socket.create_server((LOOPBACK, 0)) as listener,
+            socket.create_connection(listener.getsockname(), timeout=5),
+        ):
+            pass
+    except OSError as error:
+        found = f"a process cannot connect to another on {LOOPBACK} ({error})"
+        change = "let the sandbox or container have a loopback interface (`ip link set lo up`)"
+        raise UserError("the workers of this machine", found, change) from None
+
+
+@contextmanager
+def _private_folder() -> Iterator[Path]:
+    """A folder that no other user can read, for what launcher and workers tell each other."""
+    try:
+        made = tempfile.TemporaryDirectory(prefix="shoal-")
+    except OSError as error:
+        found = f"no folder could be made there ({error.strerror})"
+        raise UserError("TMPDIR", found, "set it to a folder that can be written") from None
+    with made as name:
+        yield Path(name)
+
+
 class Workers:
     """The processes of one launch."""
 
     def __init__(
-        self, resolved: Resolved, verb: str, count: int, errors: Path, *, whole: bool = True
+        self, resolved: Resolved, verb: str, count: int, errors: Path, threads: int, *, whole: bool = True
     ) -> None:
         self.config = resolved.config
+        self.count = count
+        self.threads = threads
         self.errors = errors
         self.whole = whole  # whether each holds a replica of its own, and can be missed
         self.interrupted = False
@@ -75,16 +115,16 @@ class Workers:
         self.spared: set[int] = set()  # ranks that were killed from outside, and that the others do without
         self.stuck: set[int] = set()  # workers that did not notice that another failed, and were killed here
         job = {"verb": verb, "config": resolved.config.model_dump(), "origins": resolved.origins}
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            env = self._environment(count, listener, json.dumps(job))
-            self.processes = [self._start(env, rank, listener) for rank in range(count)]
+        (errors / JOB).write_text(json.dumps(job))
+        self.processes: list[subprocess.Popen[bytes]] = []
 
     def run(self) -> None:
-        """Wait for all; raises as `launch` does. One that fails takes the rest with it, unless these can spare it."""
-        previous = {
-            number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        """Start all and wait for them; raises as `launch` does. None is left when this ends.
+
+        One that fails takes the rest with it, unless these can spare it.
+        """
         try:
+            self._start_all()
             while None in (codes := [p.poll() for p in self.processes]):
                 self.spared |= {rank for rank, code in enumerate(codes) if self._can_spare(rank, code)}
                 if any(
@@ -97,24 +137,30 @@ class Workers:
                 time.sleep(POLL)
         finally:
             self._end_all(grace=0)
-            for number, handler in previous.items():
-                signal.signal(number, handler)
         self._judge()
 
-    def _environment(self, count: int, listener: socket.socket, job: str) -> dict[str, str]:
-        threads = str(self.config.train.threads)
+    def _start_all(self) -> None:
+        with socket.create_server((LOOPBACK, 0)) as listener:
+            env = self._environment(listener)
+            for rank in range(self.count):
+                self.processes.append(self._start(env, rank, listener))
+                if self.signals:  # it came while this one was on its way, and has not heard it
+                    self._signal_all()
+
+    def _environment(self, listener: socket.socket) -> dict[str, str]:
+        threads = str(self.threads)
         given = {
-            "WORLD_SIZE": str(count),
-            "LOCAL_WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1",
+            **crew.imports(),
+            "WORLD_SIZE": str(self.count),
+            "LOCAL_WORLD_SIZE": str(self.count),
+            "MASTER_ADDR": LOOPBACK,
             "MASTER_PORT": str(listener.getsockname()[1]),
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
-            JOB: job,
             ERRORS: str(self.errors),
         }
         if sys.platform == "linux":
-            given["GLOO_SOCKET_IFNAME"] = "lo"  # else the interface that the host's name resolves to
+            given[INTERFACES] = "lo"  # else the interface that the host's name resolves to
         return {**MEMORY, **os.environ, **given}
 
     def _start(self, env: dict[str, str], rank: int, listener: socket.socket) -> subprocess.Popen[bytes]:
@@ -123,14 +169,17 @@ class Workers:
         if rank == 0:
             env[STORE_FD] = str(listener.fileno())
             inherited = (listener.fileno(),)
-        command = [sys.executable, "-m", "shoal.engines.worker"]
-        # A session of its own keeps Ctrl-C from the workers: it comes through `_pass_on` as a wish to stop.
+        command = crew.command("shoal.engines.worker")
+        # A session of its own keeps Ctrl-C from the workers: it comes through `pass_on` as a wish to stop.
         return subprocess.Popen(command, env=env, pass_fds=inherited, start_new_session=True)
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+    def pass_on(self, number: int, frame: FrameType | None) -> None:
         """Ask the workers to save and leave; asked a second time, kill them."""
         self.signals += 1
         self.interrupted = self.interrupted or number == signal.SIGINT or self.signals > 1
+        self._signal_all()
+
+    def _signal_all(self) -> None:
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM if self.signals == 1 else signal.SIGKILL)
@@ -162,8 +211,7 @@ class Workers:
             raise KeyboardInterrupt(_first(records)["message"] if records else "interrupted")
         own = {rank: p.returncode for rank, p in enumerate(self.processes) if p.pid not in self.stuck}
         if all(own[r] in (DONE, PREEMPTED, -signal.SIGTERM) for r in own.keys() - self.spared):
-            nothing = "stopped before the first step: there was nothing to save yet"
-            raise Preempted(_first(records)["message"] if records else nothing)
+            raise Preempted(_first(records)["message"] if records else NOTHING_TO_SAVE)
         failed = [r for r in records if r["exit_code"] != PREEMPTED]  # the others leave while rank 0 saves
         refused = [r for r in failed if not r["traceback"]]
         silent = [rank for rank, code in own.items() if code < 0]

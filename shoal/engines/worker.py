@@ -15,12 +15,13 @@ from types import FrameType
 from typing import NoReturn
 
 from shoal import output
-from shoal.config import Resolved, RunConfig
+from shoal.config import Resolved, RunConfig, wanted_device
 from shoal.config.layout import STAGES
+from shoal.engines.signals import hear
 from shoal.errors import DONE, FAILED, ShoalError, UserError, choose, described, foreseen
 
-JOB = "SHOAL_JOB"  # the verb and the configuration, as JSON
-ERRORS = "SHOAL_ERRORS"  # the folder in which a worker leaves its error for the launcher
+ERRORS = "SHOAL_ERRORS"  # names the folder in which a worker leaves its error for the launcher
+JOB = "job.json"  # there: the verb and the configuration
 
 
 def began(rank: int) -> str:
@@ -36,7 +37,7 @@ class Stop:
 
     def hold(self) -> None:
         """From now on there is something to save, which the launcher hears of."""
-        signal.signal(signal.SIGTERM, self._receive)
+        hear(signal.SIGTERM, self._receive)
         if ERRORS in os.environ:
             Path(os.environ[ERRORS], began(int(os.environ["RANK"]))).touch()
 
@@ -51,29 +52,32 @@ class Stop:
 def work(verb: str, resolved: Resolved) -> None:
     """Do this rank's part of `verb`: "train" or "evaluate"."""
     stop = Stop()
-    from shoal.engines.environment import placement
+    import torch
+
+    from shoal.engines.environment import placement, threads_of
     from shoal.job import JOBS
     from shoal.mesh import join
     from shoal.sync import SYNCS
     from shoal.tasks import TASKS
 
-    config = resolved.config
+    config, place = resolved.config, placement()
+    torch.set_num_threads(threads_of(config, place))
     choose("--strategy", config.strategy.name, {**SYNCS, **STAGES})  # before the work of preparing
     data = choose("--task", config.train.task, TASKS).prepare(config)
-    with join(placement()) as mesh:
+    with join(place, wanted_device(config)) as mesh:
         JOBS[verb](resolved, mesh, data, stop)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is done: there is nothing left to stop
+        hear(signal.SIGTERM, signal.SIG_IGN)  # all is done: there is nothing left to stop
 
 
 def main() -> int:
-    """Take the job from the environment, do it, and leave an error where the launcher finds it."""
+    """Take the job from the launcher's folder, do it, and leave an error where the launcher finds it."""
     from shoal.engines.orphans import die_with_parent
 
     die_with_parent()
     output.forgive()
     folder = ""
     try:
-        job = json.loads(os.environ[JOB])
+        job = json.loads(Path(os.environ[ERRORS], JOB).read_text())
         config = RunConfig.model_validate(job["config"])
         folder = config.checkpoint.output_dir
         work(job["verb"], Resolved(config, job["origins"]))

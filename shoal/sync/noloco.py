@@ -100,8 +100,6 @@ class NoLoCo(Local):
         if other == self.wire.rank:
             return own
         theirs = [torch.empty_like(tensor) for tensor in own]
-        works = [self.wire.start_receive(tensor, other) for tensor in theirs]
-        works += [self.wire.start_send(tensor, other) for tensor in own]
-        for work in works:
+        for work in self.wire.start_swap(own, theirs, other):
             work.wait()
         return [(a + b).div_(2) for a, b in zip(own, theirs, strict=True)]

@@ -33,7 +33,7 @@ RESUME = ["--resume-from-checkpoint", "latest"]
 
 
 def start(*command: str) -> subprocess.Popen[str]:
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "SHOAL_DEVICE": "cpu"}
     return subprocess.Popen(
         [sys.executable, "-m", *command], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

@@ -28,6 +28,8 @@ from laws.pool import PR_SET_PDEATHSIG
 from laws.strategies import STRATEGIES
 from safetensors.numpy import load_file
 
+from shoal import crew
+
 MODEL = [
     "--model.hidden-size", "16", "--model.num-hidden-layers", "1", "--model.num-attention-heads", "2",
     "--model.intermediate-size", "32", "--vocab-size", "300", "--sequence-length", "16",
@@ -75,6 +77,7 @@ def fork_workers(fault: Fault | None) -> None:
     local.subprocess = SimpleNamespace(Popen=started, TimeoutExpired=subprocess.TimeoutExpired)
     local.GRACE = 3.0
     os.environ.pop("GLOO_SOCKET_IFNAME")  # the pool's own: the launcher sets it
+    os.environ["SHOAL_DEVICE"] = "cpu"  # whatever the machine has
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -85,7 +88,7 @@ class Forked:
         self, command: list[str], env: dict[str, str], pass_fds: tuple[int, ...], start_new_session: bool,
         fault: Fault | None,
     ) -> None:  # fmt: skip
-        assert command == [sys.executable, "-m", "shoal.engines.worker"]
+        assert command == crew.command("shoal.engines.worker")
         assert start_new_session
         self.returncode: int | None = None
         sys.stdout.flush()

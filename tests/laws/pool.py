@@ -175,7 +175,7 @@ def _run(result: Path, rank: int, ranks: int, port: int, store_fd: int | None, w
     try:
         function, args, kwargs = pickle.loads(work)
         if ranks:
-            with join(Placement(rank, ranks, port=port, store_fd=store_fd)) as mesh:
+            with join(Placement(rank, ranks, port=port, store_fd=store_fd), "cpu") as mesh:
                 written["value"] = function(mesh, *args, **kwargs)
         else:
             written["value"] = function(*args, **kwargs)

@@ -31,7 +31,7 @@ class Job:
         config = load_config(None, flags).config
         self.train = config.train
         self.evaluate_every = config.eval.eval_steps
-        torch.set_num_threads(config.train.threads)
+        torch.set_num_threads(int(config.train.threads))
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         batch = resolve_batch(config, self.world_size)
         task = TASKS[config.train.task]

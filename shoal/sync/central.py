@@ -37,7 +37,7 @@ from shoal.sync.parameter_server.parcels import Parcels
 from shoal.sync.parameter_server.ranges import cut, runs
 from shoal.sync.parameter_server.worker import Servers
 
-CATCH_UP = 2  # steps that a worker takes at most, when all stop, to come to where the foremost is
+CATCH_UP = 4  # steps that a worker takes at most, when all stop, to come to where the foremost is
 _DOORS = itertools.count()  # every rank attaches equally often, and so finds the same doors
 
 

@@ -4,12 +4,12 @@ Bytes are what the algorithm has a rank send (the payload of a ring or of direct
 headers of the transport.
 """
 
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -19,6 +19,9 @@ Work = dist.Work  # a started exchange: done after its `.wait()`
 # Renamed in torch 2.13.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+_texts: Counter[str] = Counter()  # by group: every rank of it counts alike
 
 
 class Wire:
@@ -87,12 +90,25 @@ class Wire:
         dist.broadcast(tensor, group=self.group, group_src=0)
 
     def share_text(self, text: str) -> str:
-        """The text that rank 0 gave, on every rank. (Torch's own way would unpickle what it receives.)"""
-        size = torch.tensor([len(text.encode())])
-        self.broadcast(size)
-        content = torch.tensor([*text.encode()] if self.rank == 0 else [0] * int(size), dtype=torch.uint8)
-        self.broadcast(content)
-        return bytes(content.tolist()).decode()
+        """The text that rank 0 gives, on every rank. Whatever rank 0 does before it may take as long as it takes.
+
+        It goes through the store, without the deadline of a collective: there one who waits looks again and again.
+        Raises ConnectionError when rank 0, or who keeps the store, is gone. (Torch's own way would unpickle.)
+        """
+        _texts[self.group.group_name] += 1
+        key = f"text/{self.group.group_name}/{_texts[self.group.group_name]}"
+        with _as_connection_error():
+            store = mesh.shared_store()
+            if self.rank == 0:
+                store.set(key, text)
+                return text
+            for _ in mesh.looks(lambda: store.check([key])):
+                pass
+            return str(store.get(key).decode())
+
+    def wait_for_first(self) -> None:
+        """Wait until rank 0 is here, which has had something to do alone, however long."""
+        self.share_text("")
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -190,6 +206,24 @@ class Visitor:
             key = f"{door}/{self._store.add(f'{door}/count', 1)}"
             self._store.set(key, str(self.number))
             return Pair(mesh.pair(self._store, f"{key}/pair", 1, patience), 1)
+
+
+class Bell:
+    """One process rings it, and hears who waits: beside all exchanges, whatever either is doing."""
+
+    def __init__(self, name: str) -> None:
+        self._key = f"bell/{name}"
+        self._store = mesh.own_store()
+
+    def ring(self) -> None:
+        """Wake up who waits, now or later. Nothing happens where nobody can wait any more."""
+        with suppress(ConnectionError), _as_connection_error():
+            self._store.set(self._key, "rung")
+
+    def wait(self) -> None:
+        """Until it is rung; only one may wait, who does not ring. Raises ConnectionError when nobody can any more."""
+        with _as_connection_error():
+            self._store.wait([self._key], FOREVER)
 
 
 @contextmanager

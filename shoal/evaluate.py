@@ -11,13 +11,15 @@ from shoal.data.batches import ABSENT, Samples
 from shoal.layouts.base import Loss
 from shoal.precision import Policy
 
+ASK_EVERY = 4  # micro-batches of each, after which all ask each other whether to stop
+
 
 @dataclass(frozen=True)
 class Evaluators:
     """Those who evaluate together: this one's place among `size`, and how they add up what each has found.
 
-    So many neighbours do it `in_step`: each computes as often as the others, on nothing if need be. What several
-    ranks compute together only some of them answer for (`reports`).
+    All call `agree` equally often. So many neighbours compute `in_step`: each as often as the others, on nothing if
+    need be. What several ranks compute together only some of them answer for (`reports`).
     """
 
     index: int = 0
@@ -43,7 +45,7 @@ def evaluate(
 
     Each takes every size-th micro-batch; the sums of the micro-batches are added up in their order, so the result
     does not depend on who computed them. What nobody answers for, because a rank has died, each computes again for
-    itself. None if `stop()` came true on any rank.
+    itself. None if `stop()` came true on any rank: all leave together, at most ASK_EVERY micro-batches later.
     """
     rows = -(-len(samples) // micro_batch_size)
     rows += -rows % among.in_step  # the last ones without samples: as many for each of those in step
@@ -55,19 +57,24 @@ def evaluate(
         with policy.autocast(device):
             return float(loss(model, inputs).item())
 
-    told = torch.zeros(3, len(micro_batches), dtype=torch.float64)  # sums, which are known, who has stopped
+    def stopping() -> bool:
+        return bool(among.agree(torch.tensor([float(stop())], dtype=torch.float64)) > 0)
+
+    told = torch.zeros(2, len(micro_batches), dtype=torch.float64)  # sums, and which are known
     was_training = model.training
     model.eval()
-    for v in range(among.index, rows, among.size):
-        if stop():
-            told[2, 0] = 1
-            if among.in_step == 1:
-                break
-        found = measure(v)
-        told[0, v], told[1, v] = found if among.reports else 0.0, 1
-    sums, known, stopped = among.agree(told.view(-1)).view(3, -1)
-    if not stopped.any():
-        for v in (known == 0).nonzero().flatten().tolist():
-            sums[v] = measure(v)
+    stopped = False
+    for turn, first in enumerate(range(0, rows, among.size)):  # as many on every rank, whatever its share
+        if turn % ASK_EVERY == 0 and stopping():
+            stopped = True
+            break
+        if (v := first + among.index) < rows:
+            found = measure(v)
+            told[0, v], told[1, v] = found if among.reports else 0.0, 1
+    stopped = stopped or stopping()
+    if not stopped:
+        told = among.agree(told.view(-1)).view(2, -1)
+        for v in (told[1] == 0).nonzero().flatten().tolist():
+            told[0, v] = measure(v)
     model.train(was_training)
-    return None if stopped.any() else (sums.sum().item(), int(samples.label_counts(micro_batches).sum()))
+    return None if stopped else (told[0].sum().item(), int(samples.label_counts(micro_batches).sum()))

@@ -31,8 +31,8 @@ class Stop(Protocol):
 
     def __call__(self) -> bool: ...
 
-    def hold(self) -> None:
-        """From now on there is something to save before leaving."""
+    def hold(self, tell: Callable[[], None]) -> None:
+        """From now on there is something to save before leaving. `tell` is called when the run is asked to stop."""
         ...
 
 
@@ -45,9 +45,9 @@ def train_job(resolved: Resolved, mesh: Mesh, data: Path, stop: Stop) -> None:
     run = assemble(resolved.config, mesh, data, screen)
     if mesh.is_first:
         _begin_folder(run, resolved, place)
-    run.everyone.barrier()
+    run.everyone.wait_for_first()
     screen.banner("Running training", _facts(run))
-    stop.hold()
+    stop.hold(run.sync.wish)
     metrics = train(run, stop)
     with run.sync.shared_model(run.replica):
         if mesh.is_first:

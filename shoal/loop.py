@@ -17,8 +17,9 @@ Stop = Callable[[], bool]
 def train(run: Run, stop: Stop) -> dict[str, float]:
     """Run the loop from where `run` stands to its last step, and validate.
 
-    Returns the metrics of the last evaluation. When `stop()` comes true on any rank, all of them save and raise
-    Preempted. Raises ShoalError when too many steps in a row had no finite gradient.
+    Returns the metrics of the last evaluation. When `stop()` comes true on any rank, all of them end the step in hand
+    (or leave an evaluation, at most ASK_EVERY micro-batches later), save and raise Preempted. Raises ShoalError when
+    too many steps in a row had no finite gradient.
     """
     balancer = Balancer()
     with Observer(run) as observer:
@@ -26,19 +27,24 @@ def train(run: Run, stop: Stop) -> dict[str, float]:
             batch = run.batches.at(step)
             with observer.watching(step):
                 losses = run.replica.gradients(batch)
-                run.checkpoints.settle()  # a save in flight still reads the parameters until here
+                run.settle()  # a save in flight still reads the parameters until here
                 run.sync.step(run.replica, step)
             tally = _agree(run, losses, stop())
             observer.step(batch, tally.loss)
             run.commit(batch, tally.loss)
             if run.config.strategy.balance == "auto" and run.sync.all_agree:
                 run.replica.shares = balancer.observe(run.replica.shares, tally.seconds)
-            improved = run.evaluation_due and _improves(run, observer.evaluate(stop))
-            if run.checkpoints.due(step + 1) or improved or tally.stopping:
+            evaluated = observer.evaluate(stop) if run.evaluation_due and not tally.stopping else {}
+            improved = _improves(run, evaluated)
+            # Who evaluates alone goes on until the strategy says after which step all stop.
+            stopping = tally.stopping or (evaluated is None and not run.sync.evaluates_alone)
+            if improved or (run.checkpoints.due(step + 1) and not stopping):
                 run.save(best=improved)
             _give_up_if_not_finite(run)
-            if tally.stopping:
+            if stopping:
                 _leave(run)
+                run.progress.step = min(run.total_steps, max(run.progress.step, run.sync.reached))
+                run.save()
                 raise _preempted(run)
         _leave(run)
         run.save()
@@ -74,7 +80,7 @@ def _agree(run: Run, losses: Tensor, stopping: bool) -> Tally:
 
 def _leave(run: Run) -> None:
     """Part from the others, once no save reads the parameters: a strategy may have to bring the final ones."""
-    run.checkpoints.settle()
+    run.settle()
     run.sync.finish(run.replica)
 
 

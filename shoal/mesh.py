@@ -3,7 +3,9 @@
 import hashlib
 import math
 import socket
-from collections.abc import Iterator, Mapping
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -13,11 +15,13 @@ import torch
 import torch.distributed as dist
 
 from shoal import devices
-from shoal.errors import UserError
+from shoal.errors import ShoalError, UserError
 from shoal.placement import Placement
 
 TIMEOUT = timedelta(minutes=10)  # how long a collective waits for the slowest rank
-
+JOIN = timedelta(hours=24)  # how long ranks wait for the last to come, which may have data to prepare before
+WORD = timedelta(minutes=1)  # after which it is said who is awaited, and again
+LOOK = 0.1  # seconds, at most, between two looks of one who waits
 
 # The outermost first: the ranks of an island, which hold one replica, are neighbours, and among them those of a team,
 # which compute a micro-batch together.
@@ -109,10 +113,11 @@ def join(placement: Placement, wanted: str = "auto") -> Iterator[Mesh]:
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
-    store = _store(placement)
+    store = dist.PrefixStore(f"attempt{placement.attempt}", _store(placement))
+    _meet(store, placement)
     dist.init_process_group(
         "cuda:nccl,cpu:gloo" if cuda else "gloo",
-        store=dist.PrefixStore(f"attempt{placement.attempt}", store),
+        store=store,
         rank=placement.rank,
         world_size=placement.world_size,
         timeout=TIMEOUT,
@@ -161,6 +166,9 @@ def _store(placement: Placement) -> dist.Store:
     """The key-value store where ranks meet. It listens on the address that was named, and on no other."""
     serves = placement.rank == 0 and not placement.served
     port, listen_fd = placement.port, placement.store_fd
+    if not serves:
+        where = f"worker 0 at {placement.address}:{port}"
+        _await(lambda: _listens(placement.address, port), placement, lambda: where)
     if serves and listen_fd is None:
         listener = socket.create_server((placement.address, port))
         port, listen_fd = listener.getsockname()[1], listener.detach()
@@ -169,15 +177,67 @@ def _store(placement: Placement) -> dist.Store:
         port,
         placement.world_size,
         is_master=serves,
-        timeout=TIMEOUT,
+        timeout=JOIN,
+        wait_for_workers=False,
         master_listen_fd=listen_fd if serves else None,
     )
 
 
+def _listens(address: str, port: int) -> bool:
+    """Whether the store's place is open. (Torch's own attempts would fill the screen.)"""
+    try:
+        socket.create_connection((address, port), timeout=WORD.total_seconds()).close()
+    except OSError:
+        return False
+    return True
+
+
+def _meet(store: dist.Store, placement: Placement) -> None:
+    """Wait until every rank is here, however long some prepare their data. Raises ShoalError after JOIN."""
+    ranks = range(placement.world_size)
+    store.set(f"here/{placement.rank}", "")
+    if store.add("here", 1) == len(ranks):
+        store.set("all here", "")
+
+    def missing() -> str:
+        return "worker " + ", ".join(str(rank) for rank in ranks if not store.check([f"here/{rank}"]))
+
+    _await(lambda: store.check(["all here"]), placement, missing)
+
+
+def _await(arrived: Callable[[], bool], placement: Placement, awaited: Callable[[], str]) -> None:
+    began = said = time.monotonic()
+    for _ in looks(arrived):
+        now = time.monotonic()
+        if now - began > JOIN.total_seconds():
+            raise ShoalError(f"{awaited()} did not come within {JOIN}; see what it has printed")
+        if now - said > WORD.total_seconds():
+            said = now
+            if placement.local_rank == 0:  # one of each machine
+                waited = timedelta(seconds=round(now - began))
+                print(f"shoal: waiting for {awaited()}, since {waited}", file=sys.stderr, flush=True)
+
+
+def looks(done: Callable[[], bool]) -> Iterator[None]:
+    """Look whether it is `done`, ever less often; yields after each look that finds it is not.
+
+    Between them Python hears of signals, which it does not in a call that waits.
+    """
+    pause = 0.001
+    while not done():
+        yield
+        time.sleep(pause)
+        pause = min(LOOK, 2 * pause)
+
+
 def own_store() -> dist.Store:
     """A connection of one's own to the store: a thread that waits on a shared one would hold up the others."""
-    store: Any = dist.distributed_c10d._get_default_store()
-    return store.clone()
+    return shared_store().clone()
+
+
+def shared_store() -> Any:
+    """The connection of this process to the store, for what does not wait."""
+    return dist.distributed_c10d._get_default_store()
 
 
 def pair(store: dist.Store, name: str, number: int, patience: timedelta) -> dist.ProcessGroup:

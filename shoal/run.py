@@ -45,6 +45,7 @@ class Run:
     progress: Progress
     total_steps: int
     memory: Memory | None = None  # by part, once a step was watched
+    saving: bool = False  # whether parameters may still be read for a save, here or on rank 0
     shared: checkpoint.Tensors | None = None  # `tensors()` after the steps done, once they were asked for
 
     def tensors(self) -> checkpoint.Tensors:
@@ -116,7 +117,9 @@ class Run:
         """Start to save a checkpoint of the steps done, unless there is one. Every rank calls it."""
         if not best and self.checkpoints.newest_step == self.progress.step:
             return
-        self.checkpoints.settle()
+        self.settle()
+        self._after_first(self.checkpoints.finish)
+        self.saving = True
         if self.shared is None:
             with self.sync.shared_model(self.replica):
                 self.shared = self.tensors()
@@ -124,6 +127,18 @@ class Run:
         self.checkpoints.save(
             self.shared, self.progress, describe, part=self.part(), places=self._places, best=best
         )
+
+    def settle(self) -> None:
+        """Wait until what is being saved has been read; call before parameters change."""
+        if self.saving:
+            self._after_first(self.checkpoints.settle)
+            self.saving = False
+
+    def _after_first(self, work: Callable[[], None]) -> None:
+        """Do `work`, which may be rank 0's alone, and wait for rank 0: an exchange would not wait for long."""
+        work()
+        if not self.sync.evaluates_alone:
+            self.everyone.wait_for_first()
 
     @property
     def _places(self) -> Places | None:
@@ -141,7 +156,7 @@ class Run:
         alone = self.sync.evaluates_alone
         if not len(samples) or (alone and self.mesh.replicate.index):
             return {}
-        self.checkpoints.settle()  # the shared model may be written over what is being copied
+        self.settle()  # the shared model may be written over what is being copied
         island, placed = self.replica.island, self.replica.placed
         among = Evaluators(
             self.mesh.team,
@@ -161,7 +176,7 @@ class Run:
                 among=among,
                 policy=self.replica.policy,
                 device=self.mesh.device,
-                stop=stop,
+                stop=(lambda: stop() or self.sync.hears_wish) if alone else stop,
             )
             placed.release()
         return None if measured is None else self.task.metrics(*measured)

@@ -159,7 +159,7 @@ class Session:
                 "optimizer/state.safetensors": dict(self._replica.optimizer_state.tensors()),
             }
             checkpoint.write(path, files, self.progress, None)
-        self.wire.barrier()
+        self.wire.wait_for_first()
 
     def load(self, folder: str | Path) -> bool:
         """Go on from the newest valid checkpoint below `folder`; returns whether there was one."""

@@ -27,7 +27,7 @@ from shoal.checkpoint.progress import Progress
 from shoal.errors import ShoalError, foreseen
 from shoal.stored import Places
 
-PATIENCE = 120.0  # seconds that rank 0 waits for the parts of the others
+PATIENCE = 120.0  # seconds that rank 0 waits for the part of another, of which nothing more is written
 Describe = Callable[[Path], None]  # leaves in the folder of the weights what others need to load them
 Tensors = dict[str, dict[str, Tensor]]  # file below the checkpoint -> tensors by name
 
@@ -144,7 +144,10 @@ class Checkpoints:
         folders = [Path(file).parent.name for file in own]
         awaited = [(rank_file(each, rank), rank) for each in folders for rank in range(1, holders[each])]
         for file, rank in awaited:
+            written = 0
             while not (parts / file).exists():
+                if (size := _size(unready(parts / file))) != written:
+                    written, deadline = size, time.monotonic() + PATIENCE
                 if rank // self.island_size not in self.present():
                     all_here = False
                     break
@@ -210,13 +213,25 @@ def rank_file(folder: str, rank: int) -> str:
 def _hand_over(path: Path, tensors: dict[str, Tensor], places: Places) -> None:
     """Leave a file where rank 0 puts the checkpoint together, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unready = path.with_suffix(".tmp")
+    aside = unready(path)
     try:
-        stored.write(unready, tensors, places)
-        unready.rename(path)
+        stored.write(aside, tensors, places)
+        aside.rename(path)
     except BaseException:
-        unready.unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
         raise
+
+
+def unready(path: Path) -> Path:
+    """Under which name a file is written until it is whole."""
+    return path.with_suffix(".tmp")
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _fill(aside: Path, tensors: Tensors, progress: Progress, describe: Describe | None, run: str) -> None:

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -35,8 +36,9 @@ class Stop:
     def __init__(self) -> None:
         self.asked = False
 
-    def hold(self) -> None:
-        """From now on there is something to save, which the launcher hears of."""
+    def hold(self, tell: Callable[[], None]) -> None:
+        """From now on there is something to save, and the launcher hears of it. `tell` is called at SIGTERM."""
+        self._tell = tell
         hear(signal.SIGTERM, self._receive)
         if ERRORS in os.environ:
             Path(os.environ[ERRORS], began(int(os.environ["RANK"]))).touch()
@@ -47,6 +49,7 @@ class Stop:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+        self._tell()
 
 
 def work(verb: str, resolved: Resolved) -> None:

@@ -124,7 +124,7 @@ class Async(Central):
         """What this rank knows, and what the others told with their last pushes: nobody waits."""
         self.told = numbers.clone()
         others = self.servers.others
-        return numbers + others if others.numel() == numbers.numel() else numbers
+        return self.decided(numbers + others if others.numel() == numbers.numel() else numbers)
 
     @contextmanager
     def shared_model(self, replica: Replica) -> Iterator[None]:

@@ -32,6 +32,7 @@ class Changed(Sequence[State]):
 class Sync(ABC):
     """How one replica agrees with the others. It owns the update, since some strategies update elsewhere."""
 
+    reached = 0  # once ranks that do not wait for each other stop: the steps that the foremost has taken
     all_agree = True  # whether `agree` tells every rank the same
     replicas_differ = False  # whether they may, after a step, in parameters or optimizer state
     drift = 0.0  # how far this replica was from those it last met, as a part of the norm of its parameters
@@ -48,7 +49,11 @@ class Sync(ABC):
         """After the gradients of `step`: exchange what the strategy exchanges, and update the replica."""
 
     def agree(self, numbers: Tensor) -> Tensor:
-        """The sum over the ranks of what the loop tells of a step; of the ranks heard of, without a barrier."""
+        """The sum over the ranks of what the loop tells of a step; of the ranks heard of, without a barrier.
+
+        Of a step the last number is a wish to stop. Where ranks do not wait for each other, there comes back in its
+        place whether this one stops here.
+        """
         return self.wire.sum(numbers)
 
     def shared_model(self, replica: Replica) -> AbstractContextManager[None]:
@@ -58,6 +63,15 @@ class Sync(ABC):
     def finish(self, replica: Replica) -> None:
         """After the last step that this rank takes, which need not be the others' last: part from them."""
         return
+
+    def wish(self) -> None:
+        """This rank wishes to stop: tell at once those who do not ask it. It may interrupt what this rank does."""
+        return
+
+    @property
+    def hears_wish(self) -> bool:
+        """Whether another rank is known to wish to stop, without asking it."""
+        return False
 
     @property
     def evaluates_alone(self) -> bool:

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from shoal import optim
 from shoal.codecs import Subject, make
 from shoal.codecs.exchange import Exchange, warm
-from shoal.collectives import Visitor, Wire
+from shoal.collectives import Bell, Visitor, Wire
 from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
 from shoal.errors import UserError
@@ -37,6 +37,7 @@ from shoal.sync.parameter_server.parcels import Parcels
 from shoal.sync.parameter_server.ranges import cut, runs
 from shoal.sync.parameter_server.worker import Servers
 
+CATCH_UP = 4  # steps that a worker takes at most, when all stop, to come to where the foremost is
 _DOORS = itertools.count()  # every rank attaches equally often, and so finds the same doors
 
 
@@ -55,6 +56,8 @@ class Central(Sync):
         self.exchange = Exchange(self.options, wire, config.train.seed)
         self.host: Host | None = None
         self.begun = self.finished = False
+        self.done = 0  # steps, by this worker
+        self.since = 0  # of these since it was heard that all stop
         self._sent_before = 0
 
     @abstractmethod
@@ -73,13 +76,17 @@ class Central(Sync):
         """Open the doors of the servers, and have a line to each."""
         ranges = cut(replica.params, self.count)
         # Ranks that hold other pieces of a replica have servers of their own.
-        doors = f"servers/{next(_DOORS)}/{replica.island.place}"
+        number = next(_DOORS)
+        doors = f"servers/{number}/{replica.island.place}"
+        self.bell = Bell(f"stop/{number}")
         if self.wire.rank < len(ranges):
             params = ranges[self.wire.rank]
             server = ParameterServer(params, self.build, self.policy(replica))
             self.host = Host(server, self._parcels(self.wire.rank, params), self._say)
             if self.wire.world_size > 1:
                 self.host.open(f"{doors}/{self.wire.rank}", share_memory=self.options.share_memory)
+            if self.wire.rank == 0:
+                self.host.listen(Bell(f"stop/{number}"), 1 + self.ahead)
         visitor = Visitor(self.wire.rank)
         links = [self._link(s, params, visitor, f"{doors}/{s}") for s, params in enumerate(ranges)]
         self.servers = Servers(links, ranges, self.wire.rank)
@@ -90,6 +97,7 @@ class Central(Sync):
             self._begin(replica, step)
         started = time.perf_counter()
         self.turn(replica, step)
+        self.done = step + 1
         replica.seconds.communication += time.perf_counter() - started
         self._count_bytes()
 
@@ -110,6 +118,40 @@ class Central(Sync):
             self.host.close()
         self._count_bytes()
         self.finished = True
+
+    @property
+    def ahead(self) -> int:
+        """The pushes of its own that a worker does not wait for."""
+        return 0
+
+    def wish(self) -> None:
+        """Ring the bell of rank 0's server, which tells all with its next replies after which step they stop."""
+        self.bell.ring()
+
+    @property
+    def hears_wish(self) -> bool:
+        """Whether the server here has heard it."""
+        return self.host is not None and self.host.last >= 0
+
+    def decided(self, numbers: Tensor) -> Tensor:
+        """`numbers`, whose last one is a wish to stop, with whether this worker stops here in its place.
+
+        All stop after the same step, beyond which none has pushed, so that a run that goes on from there takes no
+        sample twice. Who is far behind does not come to it: its share of the steps between is left out.
+        """
+        if self.wire.world_size == 1:
+            return numbers
+        if numbers[-1] > 0:
+            self.wish()
+        self.since += self.servers.last >= 0
+        behind = max(0, self.servers.last - self.done)
+        stops = self.since > 0 and (not behind or self.since > CATCH_UP)
+        if stops and behind:
+            said = f"worker {self.wire.rank} stops {behind} steps behind: its share of them is left out"
+            print(f"shoal: {said}", file=sys.stderr, flush=True)
+        self.reached = self.servers.last if stops else 0
+        numbers[-1] = stops
+        return numbers
 
     @contextmanager
     def shared_model(self, replica: Replica) -> Iterator[None]:

@@ -75,9 +75,9 @@ class Guard(Sync):
     def agree(self, numbers: Tensor) -> Tensor:
         """As who trains now; along with them the mean of the replicas' drift."""
         own = self.replica.island.sum(torch.tensor([self.acting.drift, 1.0], dtype=numbers.dtype))
-        told = self.acting.agree(torch.cat([numbers, own]))
-        self.drift = (told[-2] / told[-1]).item()
-        return told[:-2]
+        told = self.acting.agree(torch.cat([own, numbers]))
+        self.drift = (told[0] / told[1]).item()
+        return told[2:]
 
     def shared_model(self, replica: Replica) -> AbstractContextManager[None]:
         """As who trains now."""
@@ -86,6 +86,20 @@ class Guard(Sync):
     def finish(self, replica: Replica) -> None:
         """As who trains now."""
         self.acting.finish(replica)
+
+    def wish(self) -> None:
+        """As who trains now."""
+        self.acting.wish()
+
+    @property
+    def hears_wish(self) -> bool:
+        """As who trains now."""
+        return self.acting.hears_wish
+
+    @property
+    def reached(self) -> int:  # type: ignore[override]
+        """As who trains now."""
+        return self.acting.reached
 
     @property
     def evaluates_alone(self) -> bool:

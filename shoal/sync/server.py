@@ -75,7 +75,7 @@ class Server(Central):
         if self.options.quorum is None:
             return self.wire.sum(numbers)
         self.told = numbers.clone()
-        return numbers + self.servers.others if self.servers.others.numel() else numbers
+        return self.decided(numbers + self.servers.others if self.servers.others.numel() else numbers)
 
     def state_dict(self) -> State:
         """What the codec left out; nothing with a quorum, where a checkpoint does not wait for other workers."""

@@ -7,6 +7,7 @@ is there at once, where Python would need seconds to import torch. Other tests s
 import atexit
 import ctypes
 import errno
+import itertools
 import json
 import math
 import os
@@ -45,11 +46,19 @@ class Fault:
     rank: int
     step: int
     phase: str  # one of PHASES
+    to: str = (
+        "worker"  # whom SIGTERM reaches: "worker" `rank` alone, "launcher", which passes it on, or its "peer"
+    )
     steps: int = 1  # NaN: in so many steps in a row
 
 
 KINDS = ("kill", "raise", "sigterm", "full disk", "nan")  # NaN comes in the backward pass
-PHASES = ("join", "forward", "backward", "exchange", "update", "observe", "save", "evaluate", "export")
+PHASES = (
+    "join", "forward", "backward", "exchange", "update", "observe", "save", "evaluate",
+    "measure",  # in an evaluation, before the second micro-batch of this rank
+    "finish",  # where a worker of servers waits for the others
+    "export",
+)  # fmt: skip
 
 
 def shoal(words: list[str], fault: Fault | None = None) -> None:
@@ -154,17 +163,20 @@ def _work(env: dict[str, str], pass_fds: tuple[int, ...], fault: Fault | None) -
 def insert(fault: Fault) -> None:
     """Have this process meet `fault`."""
     from shoal import mesh
+    from shoal import run as running
     from shoal.checkpoint import saving
+    from shoal.engines.worker import Stop
     from shoal.observe.observer import Observer
     from shoal.replica import Replica
     from shoal.run import Run
     from shoal.sync import SYNCS
+    from shoal.sync.central import Central
     from shoal.sync.parameter_server.worker import Servers
     from shoal.tasks.causal_lm import CausalLM
 
     assert fault.kind in KINDS
     assert fault.phase in PHASES
-    at = SimpleNamespace(step=-1, struck=False)
+    at = SimpleNamespace(step=-1, struck=False, heard=False)
 
     def meet(phase: str, step: int | None = None) -> None:
         if phase != fault.phase or fault.step != (at.step if step is None else step) or at.struck:
@@ -174,7 +186,13 @@ def insert(fault: Fault) -> None:
             raise RuntimeError(f"the fault in {phase}")
         if fault.kind == "full disk":
             raise OSError(errno.ENOSPC, "No space left on device")
-        os.kill(os.getpid(), signal.SIGKILL if fault.kind == "kill" else signal.SIGTERM)
+        if fault.kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        launcher = os.getppid()
+        (peer,) = {*workers_of(launcher)} - {os.getpid()} if fault.to == "peer" else {0}
+        os.kill({"worker": os.getpid(), "launcher": launcher, "peer": peer}[fault.to], signal.SIGTERM)
+        while fault.to == "launcher" and not at.heard:  # it has come when this rank goes on
+            time.sleep(0.001)
 
     def before(owner: Any, name: str, then: Callable[..., None]) -> None:
         original = getattr(owner, name)
@@ -207,11 +225,29 @@ def insert(fault: Fault) -> None:
     before(Servers, "load", lambda *args: meet("update"))
     before(Observer, "step", lambda *args: meet("observe"))
     before(Run, "evaluate", lambda *args: meet("evaluate"))
+    before(Stop, "_receive", lambda *args: setattr(at, "heard", True))
+    before(Central, "finish", lambda *args: meet("finish"))
+    running.evaluate = counting(running.evaluate, lambda turn: turn == 1 and meet("measure"))
     before(CausalLM, "export", lambda *args: meet("export"))
     before(
         saving, "write",  # in a thread, while the loop is at a later step
         lambda folder, *args, **kwargs: meet("save", int(folder.name.removeprefix("checkpoint-")) - 1),
     )  # fmt: skip
+
+
+def counting(evaluate: Callable[..., Any], then: Callable[[int], Any]) -> Callable[..., Any]:
+    """`evaluate`, with `then` called before each micro-batch that it measures, with its number on this rank."""
+
+    def counted(model: Any, loss: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        turns = itertools.count()
+
+        def measured(*inputs: Any) -> Any:
+            then(next(turns))
+            return loss(*inputs)
+
+        return evaluate(model, measured, *args, **kwargs)
+
+    return counted
 
 
 def workers_of(launcher: int) -> list[int]:

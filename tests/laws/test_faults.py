@@ -1,6 +1,6 @@
 """Law 10: a fault at a chosen (rank, step, phase) ends in one clear error or in the agreed skip.
 
-Never in a hang, never in a wrong number.
+Never in a hang, never in a wrong number. Stops and kills at every phase are in `test_stopping`.
 """
 
 import math
@@ -26,7 +26,7 @@ from laws.launches import (
 )
 from laws.pool import HANG, Outcome, Pool, Started
 from laws.rows import RowsTask
-from laws.strategies import STRATEGIES, each_that_keeps
+from laws.strategies import each_that_keeps
 from laws.worlds import Record, first_difference, follow
 
 from shoal import checkpoint, manifest
@@ -85,38 +85,6 @@ def assert_goes_on(pool: Pool, data: list[str], run: Path, strategy: str, ranks:
 
 
 @pytest.mark.parametrize(
-    ("phase", "rank", "step"),
-    [
-        ("forward", 0, 4),
-        ("backward", 1, 4),
-        ("exchange", 2, 4),
-        ("update", 0, 5),
-        ("observe", 1, 5),
-        ("save", 0, 5),
-    ],
-)
-@each_that_keeps(10)
-def test_a_killed_worker_ends_the_run_which_can_be_resumed(
-    pool: Pool,
-    data: list[str],
-    tmp_path: Path,
-    undisturbed: Any,
-    strategy: str,
-    phase: str,
-    rank: int,
-    step: int,
-) -> None:
-    failed = train(pool, data, tmp_path, strategy, 3, fault=Fault("kill", rank, step, phase))
-    assert failed.code == FAILED, failed.output
-    assert f"worker {rank} was killed by SIGKILL" in the_last_line(failed)
-    whole = undisturbed[strategy, 3]
-    done = losses_of(tmp_path)
-    assert done == losses_of(whole)[: len(done)]
-    assert len(done) >= step - 1
-    assert_goes_on(pool, data, tmp_path, strategy, 2 if STRATEGIES[strategy].exact else 3, whole)
-
-
-@pytest.mark.parametrize(
     ("phase", "rank", "step"), [("forward", 1, 4), ("backward", 0, 0), ("exchange", 2, 4), ("save", 0, 5)]
 )
 @each_that_keeps(10)
@@ -141,39 +109,6 @@ def test_a_fault_before_the_ranks_have_met_ends_all(
     assert (
         f"worker {rank} was killed by SIGKILL" if kind == "kill" else "RuntimeError: the fault in join"
     ) in error
-
-
-@pytest.mark.parametrize(
-    ("phase", "step"),
-    [
-        ("forward", 0),
-        ("backward", 4),
-        ("exchange", 2),
-        ("update", 4),
-        ("observe", 5),
-        ("save", 2),
-        ("evaluate", 7),
-    ],
-)
-@each_that_keeps(10)
-def test_sigterm_saves_and_leaves_in_any_phase(
-    pool: Pool, data: list[str], tmp_path: Path, undisturbed: Any, strategy: str, phase: str, step: int
-) -> None:
-    rank = 0 if phase == "save" else 1
-    left = train(pool, data, tmp_path, strategy, 2, fault=Fault("sigterm", rank, step, phase))
-    assert left.code == PREEMPTED, left.output
-    (line,) = errors_in(left)
-    assert "--resume-from-checkpoint latest" in line
-    steps = len(losses_of(tmp_path))
-    assert steps - step in (0, 1, 2)
-    assert manifest.verify(tmp_path / f"checkpoint-{steps}") is None
-    assert_goes_on(pool, data, tmp_path, strategy, 2, undisturbed[strategy, 2])
-
-
-def test_sigterm_while_exporting_finishes(pool: Pool, data: list[str], tmp_path: Path) -> None:
-    left = train(pool, data, tmp_path, "allreduce", 2, fault=Fault("sigterm", 0, STEPS - 1, "export"))
-    assert left.code in (DONE, PREEMPTED), left.output
-    assert left.code == PREEMPTED or weights_of(tmp_path)
 
 
 @each_that_keeps(10)

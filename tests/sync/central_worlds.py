@@ -63,7 +63,7 @@ def steps_of(
         before = run.wire.bytes_sent
         run.sync.step(run.replica, step)
         sent.append(run.wire.bytes_sent - before)
-        numbers.append(run.sync.agree(torch.tensor([1.0], dtype=torch.float64)).item())
+        numbers.append(run.sync.agree(torch.tensor([1.0, 0.0], dtype=torch.float64))[0].item())
         staleness.append(run.sync.metrics().get("sync/staleness", 0.0))
     if held_up and mesh.rank == 0:
         (held_up / "rank 0 is done").touch()

@@ -8,15 +8,25 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from shoal.collectives import Door, Guest
+from shoal.collectives import Bell, Door, Guest
 from shoal.optim import NamedParams
-from shoal.sync.parameter_server.core import Halted, ParameterServer, Push, norm_of
+from shoal.sync.parameter_server.core import END, Halted, ParameterServer, Push, norm_of
 from shoal.sync.parameter_server.lines import Line, describe, welcome
 from shoal.sync.parameter_server.messages import PULLS, PUSHES, Kind, Reply, Request
 from shoal.sync.parameter_server.parcels import Parcels
 
 NOTHING = torch.empty(0, dtype=torch.float64)
-EMPTY = Reply(version=0, clock=0, workers=0, staleness=0, bound=-1, told=0, text=0, rate=0.0, squares=0.0)
+EMPTY = Reply(
+    version=0, clock=0, workers=0, staleness=0, bound=-1, told=0, text=0, last=-1, waits=0, rate=0.0, squares=0.0
+)  # fmt: skip
+STILL_HERE = replace(EMPTY, waits=1)
+WORD_SECONDS = 1.0  # how often a worker that waits hears that the server is there
+
+Still = Callable[[], None]
+
+
+def nobody() -> None:
+    """Who waits in this process needs no word."""
 
 
 class Host:
@@ -29,6 +39,7 @@ class Host:
         self.server = server
         self.parcels = parcels
         self.say = say
+        self.last = -1  # the steps after which all stop, once somebody has asked for it
         self.lines: dict[int, Line] = {}  # of the workers in other processes
         self._begun = False
         self._changed = threading.Condition()
@@ -49,6 +60,11 @@ class Host:
         args = (guests, share_memory)
         threading.Thread(target=self._mind, args=args, name=door, daemon=True).start()
 
+    def listen(self, bell: Bell, more: int) -> None:
+        """When the bell is rung, have all workers stop `more` steps after those that the foremost has pushed."""
+        args = (bell, more)
+        threading.Thread(target=self._stop_all, args=args, name="stop", daemon=True).start()
+
     def begin(self, params: NamedParams, workers: Iterable[int], first_step: int) -> None:
         """Start from these values at this step; until then workers wait."""
         with self._changed:
@@ -56,42 +72,47 @@ class Host:
             self._begun = True
             self._changed.notify_all()
 
-    def push(self, request: Request, gradient: Tensor | None, told: Tensor = NOTHING) -> None:
-        """Take a push. `gradient` must stay as it is until `pushed` or `pull` returns."""
+    def push(
+        self, request: Request, gradient: Tensor | None, told: Tensor = NOTHING, still: Still = nobody
+    ) -> None:
+        """Take a push. `gradient` must stay as it is until `pushed` or `pull` returns.
+
+        `still` is called every WORD_SECONDS while this waits, here and below.
+        """
         push = Push(
             request.worker, request.clock, request.version, request.labels, request.step_labels, gradient
         )
         with self._changed:
-            self._wait(lambda: self._begun)
+            self._wait(lambda: self._begun, still)
             if self.server.push(push):
                 self._staleness[request.worker] = self.server.policy.staleness
             if told.numel():
                 self._told[request.worker] = told
             self._changed.notify_all()
 
-    def pushed(self, request: Request) -> tuple[Reply, Tensor]:
+    def pushed(self, request: Request, still: Still = nobody) -> tuple[Reply, Tensor]:
         """Wait until it is known what became of a push. Raises Halted when nothing can go on."""
         with self._changed:
-            self._wait(lambda: self.server.answers(request.clock))
+            self._wait(lambda: self.server.answers(request.clock), still)
             return self._reply(request)
 
-    def pull(self, request: Request, into: Tensor) -> tuple[Reply, Tensor]:
+    def pull(self, request: Request, into: Tensor, still: Still = nobody) -> tuple[Reply, Tensor]:
         """Copy the parameters into `into` [n] as soon as the worker may have them, or as they are for a PEEK.
 
         In an EXCHANGE the norm is that of this server, which must be the only one.
         """
         with self._changed:
-            self._wait(lambda: self._begun)
+            self._wait(lambda: self._begun, still)
             if request.kind == Kind.PEEK:
                 self.server.read(request.worker, into)
                 return self._reply(request)
             norm = request.norm
             if request.kind != Kind.PULL:
-                self._wait(lambda: self.server.answers(request.clock))
+                self._wait(lambda: self.server.answers(request.clock), still)
                 norm = norm_of(self.server.policy.squares(request.clock))
             self.server.ask(request.worker, request.needed, norm)
             self._changed.notify_all()
-            self._wait(lambda: self.server.opens(request.needed))
+            self._wait(lambda: self.server.opens(request.needed), still)
             self.server.read(request.worker, into)
             return self._reply(request)
 
@@ -128,8 +149,17 @@ class Host:
         with self._changed:
             self._changed.wait_for(lambda: not self.lines)
 
-    def _wait(self, predicate: Callable[[], bool]) -> None:
-        self._changed.wait_for(lambda: bool(self.server.failure) or predicate())
+    def _stop_all(self, bell: Bell, more: int) -> None:
+        with suppress(ConnectionError, Halted):  # the run has ended
+            bell.wait()
+            with self._changed:
+                self._wait(lambda: self._begun)
+                steps = [clock for clock in self.server.clocks.values() if clock != END]
+                self.last = max(steps, default=0) + more
+
+    def _wait(self, predicate: Callable[[], bool], still: Still = nobody) -> None:
+        while not self._changed.wait_for(lambda: bool(self.server.failure) or predicate(), WORD_SECONDS):
+            still()
         if self.server.failure:
             raise Halted(self.server.failure)
 
@@ -145,6 +175,8 @@ class Host:
             bound=policy.bound,
             told=told.numel(),
             text=0,
+            last=self.last,
+            waits=0,
             rate=self.server.rate,
             squares=policy.squares(request.clock),
         )
@@ -204,7 +236,8 @@ class Host:
     def _answer(self, request: Request, line: Line) -> None:
         """Do what a worker asks for. Raises ConnectionError."""
         told = line.receive_told(request.told)
-        gradient = None
+        gradient, words = None, []
+        still = lambda: words.extend(line.send(STILL_HERE.pack()))  # noqa: E731
         if request.kind in PUSHES:
             line.receive_payload()
             gradient = self.parcels.unwrap(line.incoming)
@@ -213,14 +246,14 @@ class Host:
                 _send_state(line, self.state())
                 return
             if request.kind in (*PUSHES, Kind.SKIP):
-                self.push(request, gradient, told)
+                self.push(request, gradient, told, still)
             if request.kind in PULLS:
-                reply, others = self.pull(request, line.outgoing.view(self.server.flat.dtype))
-                line.finish(line.send(reply.pack(), others, payload=True))
+                reply, others = self.pull(request, line.outgoing.view(self.server.flat.dtype), still)
+                line.finish([*words, *line.send(reply.pack(), others, payload=True)])
                 self._note_served(request)
             else:
-                reply, others = self.pushed(request)
-                line.finish(line.send(reply.pack(), others))
+                reply, others = self.pushed(request, still)
+                line.finish([*words, *line.send(reply.pack(), others)])
         except Halted as halted:
             line.finish(line.send(replace(EMPTY, text=-len(str(halted).encode())).pack()))
             line.send_text(str(halted))

@@ -169,7 +169,8 @@ class Remote(Link):
         self._works = self._line.send(request.pack(), told, payload=request.kind in PUSHES)
 
     def _receive(self) -> tuple[Reply, Tensor]:
-        reply = Reply.unpack(self._line.receive_header())
+        while (reply := Reply.unpack(self._line.receive_header())).waits:
+            pass  # here Python hears of signals
         self._line.finish(self._works)
         if reply.text < 0:
             raise Halted(self._line.receive_text(-reply.text))

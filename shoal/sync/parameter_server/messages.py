@@ -11,7 +11,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-HEADER_BYTES = 80
+HEADER_BYTES = 88
 
 
 class Kind(IntEnum):
@@ -47,7 +47,7 @@ class _Header:
 class Request(_Header):
     """From a worker."""
 
-    FORMAT: ClassVar[struct.Struct] = struct.Struct("<8qd8x")
+    FORMAT: ClassVar[struct.Struct] = struct.Struct("<8qd16x")
 
     kind: int
     worker: int
@@ -64,7 +64,7 @@ class Request(_Header):
 class Reply(_Header):
     """From a server."""
 
-    FORMAT: ClassVar[struct.Struct] = struct.Struct("<7q2d8x")
+    FORMAT: ClassVar[struct.Struct] = struct.Struct("<9q2d")
 
     version: int
     clock: int  # before which no step is taken any more
@@ -73,5 +73,7 @@ class Reply(_Header):
     bound: int  # how many steps a worker may be ahead of the last one; negative: as many as it likes
     told: int  # how many numbers follow
     text: int  # bytes of text that follow; negative: they say why nothing can go on
+    last: int  # after so many steps all stop; negative: nobody has asked for it
+    waits: int  # 1: this is no answer yet, but the server is there
     rate: float  # of the last update
     squares: float  # of this server's part of the gradient; negative: not known any more

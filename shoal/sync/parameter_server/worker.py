@@ -28,6 +28,7 @@ class Servers:
         self.worker = worker
         self.versions = [0] * len(links)  # of the parameters in the replica
         self.others = NOTHING  # the sum of what the other workers told last
+        self.last = -1  # after so many steps all stop; negative: nobody has asked for it
         self._pulled = self.versions
 
     @property
@@ -115,6 +116,7 @@ class Servers:
         answers = [link.answer() for link in self.links]
         replies = [reply for reply, _ in answers]
         self.others = answers[0][1]
+        self.last = replies[0].last
         if requests[0].kind in PULLS:
             self._pulled = [reply.version for reply in replies]
         known = all(not reply.squares < 0 for reply in replies)

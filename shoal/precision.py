@@ -9,6 +9,9 @@ import torch
 
 from shoal.errors import ShoalError
 
+# Of "...-true", in which everything is computed as it is held.
+HELD = {"64-true": torch.float64, "32-true": torch.float32, "bf16-true": torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -72,11 +75,14 @@ def resolve(precision: str, device: torch.device) -> Policy:
     """The policy named `precision`; "auto" is bf16-mixed where the device computes in bf16, else 32-true."""
     if precision == "auto":
         precision = "bf16-mixed" if has_bf16(device) else "32-true"
-    held = {"64-true": torch.float64, "bf16-true": torch.bfloat16}.get(precision, torch.float32)
+    held = HELD.get(precision, torch.float32)
+    summed = torch.promote_types(
+        held, torch.float32
+    )  # of many micro-batches: bf16 would stand still at a few hundred
     mixed = {"bf16-mixed": torch.bfloat16, "fp8-mixed": torch.bfloat16, "16-mixed": torch.float16}
     compute = mixed.get(precision, held)
     linear = torch.float8_e4m3fn if precision == "fp8-mixed" else compute
-    return Policy(precision, held, held, held, held, compute, linear)
+    return Policy(precision, held, summed, summed, held, compute, linear)
 
 
 def has_bf16(device: torch.device) -> bool:

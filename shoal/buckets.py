@@ -13,7 +13,8 @@ from shoal.summation import TreeSum
 class Bucket:
     """Gradients that travel together: `flat` [n], of which every piece's `.grad` becomes a view.
 
-    `flat` is padded with zeros to a multiple of `multiple`, so that it cuts into equal parts.
+    `flat` is padded with zeros to a multiple of `multiple`, so that it cuts into equal parts. Its dtype is that in
+    which gradients come (`grad_dtype`): a parameter's own, or a wider one that sums of many of them need.
     """
 
     def __init__(self, pieces: list[Piece], multiple: int) -> None:
@@ -21,7 +22,7 @@ class Bucket:
         self.params = [piece.local for piece in pieces]
         numel = sum(p.numel() for p in self.params)
         padded = -(-numel // multiple) * multiple
-        self.flat = torch.zeros(padded, dtype=self.params[0].dtype, device=self.params[0].device)
+        self.flat = torch.zeros(padded, dtype=self.params[0].grad_dtype, device=self.params[0].device)
         self.views = dict(self.parts(self.flat))
         self._grads = {piece: piece.wrap(self.views[piece.local]) for piece in pieces}
         self.tree = TreeSum()  # exact mode: the sums over this rank's micro-batches

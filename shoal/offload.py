@@ -45,7 +45,8 @@ def _copy(p: Tensor) -> nn.Parameter:
     pinned = p.device.type == "cuda"  # or the bus would wait for pages
     values = torch.empty(p.shape, dtype=p.dtype, pin_memory=pinned)
     copy = nn.Parameter(values, requires_grad=p.requires_grad)
-    copy.grad = torch.empty_like(values, pin_memory=pinned)
+    copy.grad_dtype = p.grad_dtype
+    copy.grad = torch.empty_like(values, dtype=p.grad_dtype, pin_memory=pinned)
     return copy
 
 

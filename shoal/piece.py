@@ -77,6 +77,14 @@ def whole(model: nn.Module) -> list[Piece]:
     return [Piece(name, p.shape, (0,) * p.dim(), p, p) for name, p in model.named_parameters()]
 
 
+def take_wide_gradients(pieces: Iterable[Piece]) -> None:
+    """Have the gradients of trained pieces come and add up in at least float32, whatever their values are held in."""
+    for piece in pieces:
+        for p in (piece.source, piece.local):
+            if p.requires_grad:
+                p.grad_dtype = torch.promote_types(p.dtype, torch.float32)
+
+
 def named(pieces: Iterable[Piece]) -> list[tuple[str, nn.Parameter]]:
     """What is held of each parameter, with its name."""
     return [(piece.name, piece.local) for piece in pieces]

@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from shoal.errors import ShoalError
+from shoal.errors import ShoalError, UserError
+
+# Of "...-true", in which everything is computed as it is held.
+HELD = {"64-true": torch.float64, "32-true": torch.float32, "bf16-true": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,29 @@ def resolve(precision: str, device: torch.device) -> Policy:
     """The policy named `precision`; "auto" is bf16-mixed where the device computes in bf16, else 32-true."""
     if precision == "auto":
         precision = "bf16-mixed" if has_bf16(device) else "32-true"
-    held = {"64-true": torch.float64, "bf16-true": torch.bfloat16}.get(precision, torch.float32)
+    held = HELD.get(precision, torch.float32)
+    summed = torch.promote_types(
+        held, torch.float32
+    )  # of many micro-batches: bf16 would stand still at a few hundred
     mixed = {"bf16-mixed": torch.bfloat16, "fp8-mixed": torch.bfloat16, "16-mixed": torch.float16}
     compute = mixed.get(precision, held)
     linear = torch.float8_e4m3fn if precision == "fp8-mixed" else compute
-    return Policy(precision, held, held, held, held, compute, linear)
+    return Policy(precision, held, summed, summed, held, compute, linear)
+
+
+def as_it_is(model: nn.Module) -> Policy:
+    """The policy of a model that is trained in the dtypes it has, by the widest of them.
+
+    Raises UserError where one is not trained in.
+    """
+    params = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    for name, dtype in params.items():
+        if dtype not in HELD.values():
+            kind = str(dtype).removeprefix("torch.")
+            change = "hold parameters in float32, and compute in bfloat16 under torch.autocast"
+            raise UserError("shoal.Session", f"{name} is {kind}: its gradients would be lost", change)
+    widest = max(params.values(), key=lambda dtype: dtype.itemsize, default=torch.float32)
+    return resolve(next(name for name, dtype in HELD.items() if dtype == widest), torch.device("cpu"))
 
 
 def has_bf16(device: torch.device) -> bool:

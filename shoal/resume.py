@@ -74,22 +74,20 @@ def resume(run: Run, folder: Path, progress: Progress) -> None:
         first=run.mesh.rank - run.replica.island.ranks.start,
         every=len(run.replica.island),
     )
-    models, optimizers, syncs, scalers = (
-        line(heading) for heading in ("model", "optimizer", "sync", "scaler")
-    )
+    syncs = line("sync")
     now = run.progress
     if progress.precision not in ("", now.precision):
         run.screen.say(
             f"{folder} was saved under --precision {progress.precision}: going on with {now.precision}"
         )
     same_strategy = (progress.strategy, progress.island_size) == (now.strategy, now.island_size)
-    same_ranks = len(models) == run.mesh.replicate.size and same_strategy and run.sync.replicas_differ
+    same_ranks = len(syncs) == run.mesh.replicate.size and same_strategy and run.sync.replicas_differ
     own = run.mesh.replicate.index if same_ranks else None
     placed = run.replica.placed
-    checkpoint.load_model(folder, placed, None if own is None else models[own])
+    checkpoint.load_model(folder, placed, None if own is None else line("model")[own])
     run.sync.attach(run.replica)  # which may take copies of the model
     if optim.goes_on(progress.optimizer, now.optimizer):
-        part = None if own is None else optimizers[own]
+        part = None if own is None else line("optimizer")[own]
         checkpoint.load_optimizer(folder, run.replica.optimizer_state, placed, part)
     else:
         run.screen.say(f"{folder} was saved under --optim {progress.optimizer}: {now.optimizer} starts anew")
@@ -108,7 +106,7 @@ def resume(run: Run, folder: Path, progress: Progress) -> None:
         optimizer=now.optimizer,
     )
     run.replica.nonfinite_steps = progress.nonfinite_steps
-    run.replica.scaler.load_state_dict(progress.scaler if own is None else scalers[own])
+    run.replica.scaler.load_state_dict(progress.scaler if own is None else line("scaler")[own])
     counts = progress.shares
     if counts and len(counts) == run.mesh.teams and sum(counts) == sum(run.replica.shares.counts):
         run.replica.shares = shares.Shares(counts)

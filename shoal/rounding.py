@@ -3,7 +3,8 @@
 bfloat16 keeps 8 bits of a number: an update below 1/512 of a weight is rounded away, each time anew, and training
 stands still where its steps get small. Rounded up or down by chance, with the odds of what lies between, the
 expectation of a weight is what it would be in float32 (Zamirai et al. 2020, "Revisiting BFloat16 Training",
-section 4.1). Replaces float32 weights where memory is short: 2 bytes for each of weight, gradient and moments.
+section 4.1). Replaces float32 weights where memory is short: 2 bytes for a weight and for each of its two moments.
+Its gradient takes 4: sums over micro-batches and ranks are float32.
 """
 
 from collections.abc import Sequence

@@ -19,7 +19,9 @@ from shoal.engines.environment import is_worker, placement, threads_of
 from shoal.errors import UserError
 from shoal.island import Island
 from shoal.layouts import replicated
+from shoal.layouts.base import Placed
 from shoal.mesh import join
+from shoal.piece import take_wide_gradients
 from shoal.placement import Placement
 from shoal.replica import Replica
 from shoal.shares import equal
@@ -95,13 +97,18 @@ class Session:
     def setup(
         self, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Give every worker rank 0's weights, and have gradients summed while the backward pass runs.
+        """Move the model to the worker's device, with rank 0's weights, and sum gradients as the backward pass runs.
 
-        Call it before the first step, with an optimizer over the model's own parameters.
+        Call it before the first step, with an optimizer over the model's own parameters. Parameters keep their
+        dtypes; gradients add up in at least float32, and an optimizer over bfloat16 parameters is handed the sum
+        rounded once. (It rounds small updates away: to train so, hold parameters in float32 and compute under
+        `torch.autocast`.) Raises UserError for float16 parameters: there is no loss scale here.
         """
-        policy = precision.resolve("32-true", self.mesh.device)
-        placed = replicated.place(model, _taken_by_the_caller, self.mesh, policy)
+        policy = precision.as_it_is(model)
+        placed = Placed.whole(model.to(self.mesh.device), _taken_by_the_caller)
+        take_wide_gradients(placed.pieces)
         replicated.share(placed, self.mesh)
+        _hand_over_rounded(optimizer)
         self._replica = Replica(
             placed=placed,
             island=Island(self.mesh),
@@ -170,6 +177,27 @@ class Session:
             checkpoint.load_optimizer(Path(chosen), self._replica.optimizer_state, self._replica.placed)
             self.progress = checkpoint.load_progress(Path(chosen))
         return bool(chosen)
+
+
+def _hand_over_rounded(optimizer: torch.optim.Optimizer) -> None:
+    """Have the optimizer see gradients in its parameters' dtype, as torch's want them."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    narrow = [p for p in params if p.grad_dtype not in (None, p.dtype)]
+
+    def before(*_: object) -> None:
+        for p in narrow:
+            summed, p.grad = p.grad, None
+            p.grad_dtype = p.dtype
+            p.grad = None if summed is None else summed.to(p.dtype)
+
+    def after(*_: object) -> None:
+        for p in narrow:
+            p.grad = None
+            p.grad_dtype = torch.promote_types(p.dtype, torch.float32)
+
+    if narrow:
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(after)
 
 
 def _taken_by_the_caller(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

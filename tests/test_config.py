@@ -75,6 +75,7 @@ def another(fact) -> tuple[str, object]:
         **{
             f"strategy.{name}": ("0.25", 0.25)
             for name in (
+                "error_decay",
                 "outer_lr",
                 "outer_momentum",
                 "mixing",

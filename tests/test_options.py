@@ -32,6 +32,8 @@ REFUSED = {
     "--strategy local --normalize each": "--normalize each: with local",
     "--error-feedback": "--error-feedback: nothing is encoded",
     "--strategy gossip --codec topk --error-feedback": "--error-feedback: gossip encodes differences",
+    "--error-decay 0.95": "--error-decay: nothing is encoded",
+    "--strategy gossip --codec topk --error-decay 0.95": "--error-decay: gossip encodes differences",
     "--strategy gossip --codec topk --codec-warmup 3": "--codec-warmup: gossip encodes differences",
     "--strategy async --codec topk --codec-warmup 3": "--codec-warmup 3: strategy async sends from one rank",
     "--codec topk --codec-momentum 0.9": "--codec-momentum: adamw would take its momentum a second time",
@@ -43,7 +45,6 @@ REFUSED = {
     "--strategy server --trim 0.1": "add --aggregation trimmed-mean",
     "--precision bf16-true --optim sgd": "sgd would round small updates of bf16 parameters away",
     "--precision bf16-true --strategy diloco": "take --strategy allreduce, zero1, zero2 or zero3",
-    "--precision bf16-true --codec int8": "codec int8 computes with float32 gradients",
     "--quantize int8": "give it to shoal evaluate",
 }
 TAKEN = [
@@ -57,7 +58,10 @@ TAKEN = [
     "--strategy async --max-staleness 3 --collect 2 --delay-compensation 0.04",
     "--strategy gossip --topology push-sum --overlap-steps 0 --codec sign --mixing 0.2",
     "--strategy demo --demo-topk 4",
+    "--strategy diloco --outer-lr 1 --outer-momentum 0 --codec topk --two-bits --topk-chunk 4096 --density 0.02"
+    " --error-decay 0.95",
     "--precision bf16-true --strategy zero3",
+    "--precision bf16-true --codec int8",
     "--fp16 --strategy diloco --codec int4",
 ]
 

@@ -112,17 +112,25 @@ def _for_each(saved: Stored, name: str, piece: Piece) -> Tensor:
 class Parts(Sequence[dict[str, Tensor]]):
     """What ranks that saved held alone, below one heading ("sync", "model", "optimizer"); read when asked for.
 
-    They are those with the `first` place in islands of `every` ranks: all that agreed with each other.
+    They are those with the `first` place in islands of `every` ranks: all that agreed with each other. The one asked
+    for last is kept: ask for all that is wanted of one before the next.
     """
 
     def __init__(self, folder: Path, heading: str, first: int = 0, every: int = 1) -> None:
         self.files = sorted((folder / "ranks").glob("*.safetensors"))[first::every]
         self.prefix = f"{heading}/"
+        self._last: tuple[Path | None, dict[str, Tensor]] = (None, {})
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, rank: Any) -> Any:
+        if self._last[0] != self.files[rank]:
+            self._last = (None, {})  # free, before there are two
+            self._last = (self.files[rank], self._read(rank))
+        return self._last[1]
+
+    def _read(self, rank: int) -> dict[str, Tensor]:
         with stored.opened(self.files[rank]) as file:
             names = [name for name in file.keys() if name.startswith(self.prefix)]  # noqa: SIM118 (not a dict)
             return {name.removeprefix(self.prefix): file.get_tensor(name) for name in names}

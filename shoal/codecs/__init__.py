@@ -34,7 +34,9 @@ CODECS: dict[str, Callable[[StrategyConfig, Subject], Codec]] = {
     "int8": lambda options, subject: Quantizer(subject, 8, options.block or BLOCK, options.stochastic),
     "int4": lambda options, subject: Quantizer(subject, 4, options.block or BLOCK, options.stochastic),
     "sign": lambda options, subject: Sign(subject, options.block or BLOCK, options.error_feedback is False),
-    "topk": lambda options, subject: (TwoBits if options.two_bits else TopK)(subject, _density(options)),
+    "topk": lambda options, subject: (TwoBits if options.two_bits else TopK)(
+        subject, _density(options), options.topk_chunk
+    ),
     "randomk": lambda options, subject: RandomK(subject, _density(options), options.error_feedback is False),
     "powersgd": lambda options, subject: PowerSGD(subject, options.rank or RANK),
 }
@@ -50,7 +52,7 @@ def fed_back(codec: Codec, options: StrategyConfig) -> Codec:
     if options.codec_momentum and isinstance(codec, Sparse):
         return MomentumCorrection(codec, options.codec_momentum)
     wanted = codec.biased if options.error_feedback is None else options.error_feedback
-    return ErrorFeedback(codec) if wanted and codec.combine != "dense" else codec
+    return ErrorFeedback(codec, options.error_decay) if wanted and codec.combine != "dense" else codec
 
 
 def build(options: StrategyConfig, subject: Subject) -> Codec:
@@ -63,6 +65,9 @@ def check(options: StrategyConfig, shapes: Sequence[torch.Size]) -> None:
     if options.codec_momentum and options.error_feedback is False and options.codec in ("topk", "randomk"):
         found = "momentum before a sparse codec is a kind of error feedback"
         raise UserError("--codec-momentum without --error-feedback", found, "leave one of the two out")
+    if options.error_decay != 1 and type(build(options, Subject(tuple(shapes)))) is not ErrorFeedback:
+        found = f"nothing that {options.codec} leaves out goes into the next step by error feedback alone"
+        raise UserError(f"--error-decay {options.error_decay:g}", found, "leave it out")
     if options.codec != "powersgd":
         return
     rank = options.rank or RANK

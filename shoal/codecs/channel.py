@@ -61,6 +61,13 @@ class Channel:
         if self.momentum:
             self.momentum.after(flat, encoded=encoded)
 
+    @property
+    def rounds(self) -> int:
+        """How many exchanges the last sum took, one after the other."""
+        if not self.encoded or self.codec.combine == "gather":
+            return 1
+        return 2 if self.codec.combine == "chunks" else len(self.codec.round_bytes(self.numel))
+
     def bytes_sent(self, world_size: int) -> int:
         """What a rank sends for the next sum, if that is encoded: see the head of this file."""
         others = world_size - 1

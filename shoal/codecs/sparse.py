@@ -57,6 +57,7 @@ class TopK(Sparse):
 
         x' = x at the k places, 0 elsewhere        k = density times the number of elements, 0.01 by default
 
+    With `chunk` they are chosen in each run of so many elements for itself, so that a large layer does not take all.
     With error feedback as Stich et al. 2018 ("Sparsified SGD with Memory"); with `codec_momentum` it is Deep
     Gradient Compression (see `shoal.codecs.momentum`), with `codec_warmup` including its warm-up. NaN counts as
     largest.
@@ -69,11 +70,14 @@ class TopK(Sparse):
 
     combine = "gather"
 
+    def __init__(self, subject: Subject, density: Density, chunk: int = 0) -> None:
+        super().__init__(subject, density)
+        self.chunk = chunk  # 0: the whole tensor
+
     def encode(self, tensor: Tensor) -> Tensor:
         """Float [n] to uint8 [(b + 4) k]: the values, then their places."""
         assert tensor.numel() <= torch.iinfo(INDEX).max, "places are sent in int32: make buckets smaller"
-        count = self.density.count(tensor.numel(), self.calls)
-        places = tensor.abs().topk(count, sorted=False).indices
+        places = self._largest(tensor)
         self.calls += 1
         return torch.cat([to_bytes(tensor[places]), to_bytes(places.to(INDEX))])
 
@@ -90,7 +94,26 @@ class TopK(Sparse):
 
     def nbytes(self, numel: int) -> int:
         """A value and a place for each element sent."""
-        return self.density.count(numel, self.calls) * (self.dtype.itemsize + INDEX.itemsize)
+        return self._count(numel) * (self.dtype.itemsize + INDEX.itemsize)
+
+    def _count(self, numel: int) -> int:
+        """How many of `numel` elements are sent next."""
+        chunks, rest = divmod(numel, self.chunk or numel)
+        whole = chunks * self.density.count(self.chunk or numel, self.calls)
+        return whole + (self.density.count(rest, self.calls) if rest else 0)
+
+    def _largest(self, tensor: Tensor) -> Tensor:
+        """The places of these in `tensor` [n]."""
+        size = self.chunk or tensor.numel()
+        sizes = tensor.abs()
+        end = len(sizes) - len(sizes) % size
+        found = []
+        for first, rows in ((0, sizes[:end].view(-1, size)), (end, sizes[end:][None])):
+            if rows.numel():
+                count = self.density.count(rows.shape[1], self.calls)
+                starts = torch.arange(first, first + rows.numel(), rows.shape[1], device=tensor.device)
+                found.append((rows.topk(count, sorted=False).indices + starts[:, None]).flatten())
+        return torch.cat(found)
 
     def _parted(self, payload: Tensor) -> tuple[Tensor, Tensor]:
         """The values, and their places."""
@@ -103,9 +126,8 @@ class TwoBits(TopK):
 
         v' = sign(v) a where |v| <= the mean of all |v|, else sign(v) b        a, b: the mean of |v| on either side
 
-    With `diloco`, no outer momentum and error feedback it is SparseLoCo (Sarfi et al. 2025, from memory: they choose
-    within chunks of 4096, where a place takes 12 bits; here within a bucket, in int32). Bytes: 4 1/4 k, and 2 b for
-    the magnitudes. Use it for the outer gradients of local training, whose few large elements are what matters.
+    With `diloco` it makes SparseLoCo (Sarfi et al. 2025): see `shoal.sync.diloco`. Bytes: 4 1/4 k, and 2 b for the
+    magnitudes. Use it for the outer gradients of local training, whose few large elements are what matters.
     """
 
     def encode(self, tensor: Tensor) -> Tensor:
@@ -130,7 +152,7 @@ class TwoBits(TopK):
 
     def nbytes(self, numel: int) -> int:
         """Two magnitudes; for each element two bits and a place."""
-        count = self.density.count(numel, self.calls)
+        count = self._count(numel)
         return 2 * self.dtype.itemsize + 2 * -(-count // 8) + count * INDEX.itemsize
 
     @staticmethod

@@ -85,7 +85,7 @@ def _contradictions(config: RunConfig) -> Iterator[Refusal]:
 
 
 def _bfloat16(config: RunConfig) -> Iterator[Refusal]:
-    """What cannot be had of parameters that are held in bfloat16."""
+    """What parameters in bfloat16 cannot be trained with."""
     if config.train.precision != "bf16-true":
         return
     mixed = "or --precision bf16-mixed"
@@ -95,9 +95,6 @@ def _bfloat16(config: RunConfig) -> Iterator[Refusal]:
     if config.strategy.name != "allreduce":
         found = f"what {config.strategy.name} shares would be rounded to bf16 at each agreement"
         yield "--precision bf16-true", found, f"take --strategy allreduce, zero1, zero2 or zero3, {mixed}"
-    if config.strategy.codec != "none":
-        found = f"codec {config.strategy.codec} computes with float32 gradients"
-        yield "--precision bf16-true", found, f"leave --codec out, {mixed}"
 
 
 def _eight_bit(config: RunConfig) -> Iterator[Refusal]:
@@ -161,15 +158,13 @@ def _codec(options: StrategyConfig) -> Iterator[Refusal]:
     """Options of a codec that its strategy leaves no room for."""
     given = {
         "--error-feedback": options.error_feedback is not None,
+        "--error-decay": options.error_decay != 1,
         "--codec-momentum": options.codec_momentum,
         "--codec-warmup": options.codec_warmup,
     }
-    if options.error_feedback is not None and options.codec == "none":
-        yield (
-            "--error-feedback",
-            "nothing is encoded, and so nothing left out",
-            "add --codec, or leave it out",
-        )
+    for flag in ("--error-feedback", "--error-decay") if options.codec == "none" else ():
+        if given[flag]:
+            yield flag, "nothing is encoded, and so nothing left out", "add --codec, or leave it out"
     if options.name == "gossip":
         for flag in (flag for flag, is_given in given.items() if is_given):
             found = (

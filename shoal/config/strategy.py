@@ -119,9 +119,22 @@ class StrategyConfig(Section):
     error_feedback: bool | None = fact(
         None, "carry what a codec left out into the next step; empty = where it is biased", of=SENDERS
     )
+    error_decay: Number = fact(
+        1.0,
+        "what is left of that error from one step to the next, such as SparseLoCo's 0.95",
+        of=SENDERS,
+        gt=0,
+        le=1,
+    )
     density: Number | None = fact(None, "share of the elements that is sent", of="topk randomk", gt=0, le=1)
     two_bits: bool = fact(
         False, "send of each value its sign and which of two magnitudes it has, as SparseLoCo", of="topk"
+    )
+    topk_chunk: Whole = fact(
+        0,
+        "elements of which the largest are sent, such as SparseLoCo's 4096; 0 = a whole bucket",
+        of="topk",
+        ge=0,
     )
     rank: Whole | None = fact(None, "columns of the factors", of="powersgd", ge=1)
     block: Whole | None = fact(None, "elements that share a scale", of="int8 int4 sign", ge=1)

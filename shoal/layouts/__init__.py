@@ -11,6 +11,7 @@ from shoal.layouts.sharded import Sharded
 from shoal.layouts.stages import Stages, look
 from shoal.layouts.tensor import TensorParallel
 from shoal.mesh import Mesh
+from shoal.piece import take_wide_gradients
 from shoal.precision import Policy
 
 
@@ -36,10 +37,12 @@ def place(
     if seen is not None:
         placed = stages = Stages(placed, mesh, seen, options)
     if mesh.size("zero") > 1:
-        placed = Sharded(placed, mesh, options.zero_stage or 3, offload=options.offload == "parameters")
+        offload = options.offload == "parameters"
+        placed = Sharded(placed, mesh, policy, options.zero_stage or 3, offload=offload)
     if stages is not None:
         from shoal.layouts.pipelined import Pipelined  # torch's schedules take seconds to import
 
         placed = Pipelined(placed, stages, mesh, options)
+    take_wide_gradients(placed.pieces)
     replicated.share(placed, mesh)
     return placed

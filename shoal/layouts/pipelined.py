@@ -154,7 +154,7 @@ class Pipelined(Placed):
         for piece in self._tied:
             if not piece.source.requires_grad:
                 continue
-            grad = torch.zeros_like(_values(piece))
+            grad = torch.zeros_like(_values(piece), dtype=piece.source.grad_dtype)
             if self.stages.follows and piece.source.grad is not None:
                 grad = piece.unwrap(piece.source.grad)
             self._move(grad, to_first=True)
@@ -191,7 +191,8 @@ class Pipelined(Placed):
                 sent += self.stages.room(index - 1, *shape)[0].nbytes
         tied = [piece for piece in self._tied if piece.source.requires_grad or not self.stages.follows]
         count = self._filled(turns)
-        return super().cost(count, shape) + count * sent + sum(_values(piece).nbytes for piece in tied)
+        told = sum(_values(piece).numel() * _told_of(piece, self.stages.follows).itemsize for piece in tied)
+        return super().cost(count, shape) + count * sent + told
 
     def __str__(self) -> str:
         return f"pipelines of {self.wire.world_size} workers by {self.schedule}, {self.inner}"
@@ -200,6 +201,13 @@ class Pipelined(Placed):
 def _values(piece: Piece) -> Tensor:
     """What this worker has of a tied parameter, whether it trains it or follows."""
     return piece.unwrap(piece.source.detach())
+
+
+def _told_of(piece: Piece, follows: bool) -> torch.dtype:
+    """The dtype in which a worker sends a tied parameter: who follows its gradient, the other one its values."""
+    found = piece.source.grad_dtype if follows else piece.source.dtype
+    assert found is not None
+    return found
 
 
 def _itself(tensor: Tensor) -> Tensor:

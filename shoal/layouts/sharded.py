@@ -15,12 +15,19 @@ pass reads the weights' bf16 copies, which autograd keeps from the forward pass:
 
 import time
 from collections.abc import Container, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.distributed.fsdp._fully_shard._fsdp_common import _from_local_no_grad
 from torch.distributed.tensor import DTensor
@@ -31,6 +38,7 @@ from shoal.layouts.base import Loss, Placed
 from shoal.mesh import Mesh
 from shoal.models.blocks import blocks
 from shoal.piece import Piece
+from shoal.precision import Policy
 
 
 class Whole(nn.Module):
@@ -49,7 +57,9 @@ class Whole(nn.Module):
 class Sharded(Placed):
     """The pieces of another layout cut over the ranks that compute other tokens, at a stage of ZeRO."""
 
-    def __init__(self, inner: Placed, mesh: Mesh, stage: int, *, offload: bool = False) -> None:
+    def __init__(
+        self, inner: Placed, mesh: Mesh, policy: Policy, stage: int, *, offload: bool = False
+    ) -> None:
         axis, model = mesh.axes["zero"], inner.model
         layers = [layer for layer in blocks(model) if any(True for _ in layer.parameters())]
         _check(model, layers, mesh)
@@ -62,10 +72,17 @@ class Sharded(Placed):
         names = {p: name for name, p in model.named_parameters()}
         grid = DeviceMesh.from_group(axis.group, mesh.device.type, mesh_dim_names=("shard",))
         host = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if offload else OffloadPolicy()
+        self._wide = policy.gradients if policy.gradients != policy.parameters else None
+        cut = partial(
+            fully_shard,
+            mesh=grid,
+            offload_policy=host,
+            mp_policy=MixedPrecisionPolicy(reduce_dtype=self._wide, cast_forward_inputs=False),
+        )
         for module in layers:
-            fully_shard(module, mesh=grid, reshard_after_forward=stage == 3, offload_policy=host)
+            cut(module, reshard_after_forward=stage == 3)
         # The backward pass of what is outside the blocks comes at once.
-        fully_shard(self.root, mesh=grid, reshard_after_forward=False, offload_policy=host)
+        cut(self.root, reshard_after_forward=False)
         self.parts = [module for module in self.root.modules() if isinstance(module, FSDPModule)]
         gather, scatter = self._exchanges = (Gather(self.wire), Scatter(self.wire))
         self._reduced = scatter.dtypes
@@ -96,6 +113,15 @@ class Sharded(Placed):
             part.set_is_last_backward(last)
             part.set_reshard_after_backward(last or self.stage == 3, recurse=False)
             part.set_requires_gradient_sync(last or self.stage > 1, recurse=False)
+        if self._wide:
+            self.parts[0]._get_fsdp_state()._lazy_init()  # which sets what is changed here
+            for group in self._groups():
+                _sum_in(self._wide, group)
+
+    def _groups(self) -> Iterator[Any]:
+        """What FSDP keeps of the parameters that it gathers together."""
+        for part in self.parts:
+            yield from part._get_fsdp_state()._fsdp_param_groups
 
     def release(self) -> None:
         """Keep nothing but this rank's parts."""
@@ -113,10 +139,9 @@ class Sharded(Placed):
 
     def gathered(self) -> Iterator[Tensor]:
         """What FSDP gathers parameters into: freed and allocated again in one place."""
-        for part in self.parts:
-            for group in part._get_fsdp_state()._fsdp_param_groups:
-                for each in group.fsdp_params:
-                    yield from each.all_gather_outputs
+        for group in self._groups():
+            for each in group.fsdp_params:
+                yield from each.all_gather_outputs
 
     def held(self) -> dict[str, int]:
         """As the head of this file has it: rows filled up to be even; whole, two blocks at a time or all of them."""
@@ -179,14 +204,27 @@ def _refuse(mesh: Mesh, found: str, change: str) -> None:
     raise UserError(f"{flag} {mesh.size(axis)}", found, change)
 
 
+def _sum_in(wide: torch.dtype, group: Any) -> None:
+    """Have FSDP hand over in `wide` the sums that it takes in it, and have all that it sums be of one dtype.
+
+    It would round each micro-batch's to the parameters' dtype, and refuse a parameter that has no gradient yet
+    beside others that have.
+    """
+    group._orig_dtype = wide
+    if any(each.unsharded_accumulated_grad is not None for each in group.fsdp_params):
+        for each in group.fsdp_params:
+            if each.unsharded_accumulated_grad is None and each.sharded_param.requires_grad:
+                each.unsharded_accumulated_grad = torch.zeros_like(each._unsharded_param, dtype=wide)
+
+
 def _part_bytes(module: nn.Module, ranks: int, without: Container[int] = ()) -> tuple[int, int]:
-    """What a rank holds of all parameters, and of those that are trained, rows filled up to be even: in bytes."""
-    parts = [
-        (-(-p.shape[0] // ranks) * p[0].numel() * p.itemsize, p.requires_grad)
-        for p in module.parameters()
-        if id(p) not in without
-    ]
-    return sum(size for size, _ in parts), sum(size for size, trained in parts if trained)
+    """The bytes that a rank holds of all parameters, and of the gradients of some; rows filled up to be even."""
+    parts = [(-(-p.shape[0] // ranks) * p[0].numel(), p) for p in module.parameters() if id(p) not in without]
+    held = sum(size * p.itemsize for size, p in parts)
+    wide = sum(
+        size * torch.promote_types(p.dtype, torch.float32).itemsize for size, p in parts if p.requires_grad
+    )
+    return held, wide
 
 
 def _cut(piece: Piece, source: nn.Parameter, rank: int) -> Piece:

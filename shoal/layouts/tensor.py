@@ -265,6 +265,7 @@ class _Sizes:
     logits: bool  # whether they are gathered, where no loss can be taken without
     wide: int  # bytes of a number, where they are not those of matrix products:
     narrow: int
+    summed: int  # of a sum of gradients
 
     @classmethod
     def of(
@@ -293,6 +294,7 @@ class _Sizes:
             logits=not has_plain_head(model),
             wide=policy.parameters.itemsize,
             narrow=policy.compute.itemsize,
+            summed=policy.reduction.itemsize,
         )
 
     def sent(self, tokens: Tokens, here: list[bool]) -> int:
@@ -300,17 +302,19 @@ class _Sizes:
         count, others = tokens.rows * tokens.length, self.ranks - 1
         shares = others * tokens.share
         sent = sum(
-            2 * shares * between * self.narrow + self._summed(common)
+            2 * shares * between * self.narrow + self._summed(common, self.summed)
             for between, common in itertools.compress(zip(self.between, self.common, strict=True), here)
         )
-        ends = sum(here[end] for end in self.ends)  # an embedding stands before, head or decoder behind
-        sent += ends * (shares * self.width * self.wide + self._summed(count * self.width))
+        # Before a stack stands an embedding, whose sum is of the forward pass; behind it the head or a decoder.
+        for ends, size in ((self.ends[::2], self.wide), (self.ends[1::2], self.summed)):
+            each = shares * self.width * self.wide + self._summed(count * self.width, size)
+            sent += sum(here[end] for end in ends) * each
         rows = -(-self.vocabulary // self.ranks)
-        loss = others * count * (rows * self.narrow if self.logits else 3 * self.wide)
+        loss = others * count * (rows * self.narrow if self.logits else 3 * self.summed)
         return sent + here[-1] * loss
 
-    def _summed(self, numbers: int) -> int:
-        return 2 * (numbers * self.wide * (self.ranks - 1) // self.ranks)
+    def _summed(self, numbers: int, size: int) -> int:
+        return 2 * (numbers * size * (self.ranks - 1) // self.ranks)
 
 
 def _styles(model: Any, layers: list[nn.Module], ranks: int) -> Styles:

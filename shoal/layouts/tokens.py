@@ -180,8 +180,9 @@ class Share(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """The sums of the ranks' gradients, in one exchange."""
-        flat = ctx.line.sum(torch.cat([grad.flatten() for grad in grads]))
+        """The sums of the ranks' gradients, in one exchange and in at least float32."""
+        wide = torch.promote_types(grads[0].dtype, torch.float32)
+        flat = ctx.line.sum(torch.cat([grad.flatten().to(wide) for grad in grads]))
         parts = flat.split([grad.numel() for grad in grads])
         return (None, *(part.view_as(grad) for part, grad in zip(parts, grads, strict=True)))
 

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 CHUNK_TOKENS = 512
+# The gradient of a logit lies in [-1, 1], and float16 takes less than 6e-8 for zero: so it is rounded this many times
+# as large, a power of two that leaves its own digits alone. As much as a loss scale gives a mean over 1 or 2 labels.
+FLOAT16_SCALE = 2.0**15
 
 
 def summed_cross_entropy(
@@ -40,7 +43,8 @@ def linear_cross_entropy(
     """`cross_entropy(F.linear(hidden, weight, bias), labels)` without the logits whole in memory.
 
     hidden [..., H], weight [V, H], bias [V] or None, labels [...]. Matrix products run in the autocast dtype
-    where autocast is on, sums over tokens in at least float32.
+    where autocast is on, sums over tokens in at least float32. Their gradients stay in that until a loss scale has
+    come to them: nothing is rounded to float16 before.
 
     Where the vocabulary is `cut`, weight and bias are this process's rows, of which the gradients are; the loss and
     the gradient of the hidden states are whole. Processes tell each other three numbers a token, and the latter.
@@ -67,8 +71,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         wide = _wide(hidden.dtype)
         low_hidden, low_weight = hidden.to(compute), weight.to(compute)
+        scale = FLOAT16_SCALE if compute == torch.float16 else 1.0
         total = hidden.new_zeros((), dtype=wide)
-        grad_hidden = torch.empty_like(hidden)
+        grad_hidden = torch.empty_like(hidden, dtype=wide)
         grad_weight = torch.zeros_like(weight, dtype=wide)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
         for start in range(0, len(labels), CHUNK_TOKENS):
@@ -81,22 +86,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
             else:
                 loss, error = _loss_and_error_of_part(scores, labels[part], wide, cut)
             total += loss
-            low_error = error.to(compute)
-            grad_hidden[part] = low_error @ low_weight
-            grad_weight += low_error.T @ low_hidden[part]
             if grad_bias is not None:
                 grad_bias += error.sum(0)
+            low_error = (error if scale == 1 else error.mul_(scale)).to(compute)
+            grad_hidden[part] = _product(low_error, low_weight)
+            grad_weight += _product(low_error.T, low_hidden[part])
+        if scale != 1:
+            grad_hidden /= scale
+            grad_weight /= scale
         if cut is not None and ctx.needs_input_grad[0]:
             cut.sum(grad_hidden)
-        grads = [grad_hidden, grad_weight.to(weight.dtype)]
         ctx.has_bias = grad_bias is not None
-        ctx.save_for_backward(*grads, *([grad_bias] if grad_bias is not None else []))
+        ctx.save_for_backward(grad_hidden, grad_weight, *([grad_bias] if grad_bias is not None else []))
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [(saved * grad).to(saved.dtype) for saved in ctx.saved_tensors]
+        scaled = [
+            saved * grad for saved in ctx.saved_tensors
+        ]  # autograd rounds them to what the leaves ask for
         return (*scaled, None, None, None) if ctx.has_bias else (*scaled, None, None, None, None)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right; of float16, whose sums could overflow, in float32."""
+    if left.dtype != torch.float16:
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
 
 
 def _loss_and_error(scores: Tensor, labels: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,18 @@ class Changed(Sequence[State]):
         return self._change(self._states[rank])
 
 
+def mean_of(states: Sequence[State]) -> State:
+    """The mean over the ranks of every tensor of floats, of the rest what the first one has; each is read once."""
+    total: State = {}
+    for state in states:
+        for name, tensor in state.items():
+            if name not in total:
+                total[name] = tensor.clone()
+            elif tensor.is_floating_point():
+                total[name] += tensor
+    return {n: t.div_(len(states)) if t.is_floating_point() else t for n, t in total.items()}
+
+
 class Sync(ABC):
     """How one replica agrees with the others. It owns the update, since some strategies update elsewhere."""
 

@@ -39,7 +39,7 @@ from shoal.collectives import Wire, Work
 from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
 from shoal.replica import Replica
-from shoal.sync.base import State, Sync
+from shoal.sync.base import State, Sync, mean_of
 
 
 class DeMo(Sync):
@@ -99,12 +99,10 @@ class DeMo(Sync):
 
     def load_state_dict(self, states: Sequence[State]) -> None:
         """By another number of ranks each takes the mean: what is shared is a mean over those that send it."""
-        own = len(states) == self.wire.world_size
+        same = len(states) == self.wire.world_size
+        state = states[self.wire.rank] if same else mean_of(states)
         for name, part in self.state_dict().items():
-            if own:
-                part.copy_(states[self.wire.rank][name])
-            else:
-                part.copy_(torch.stack([state[name] for state in states]).mean(0))
+            part.copy_(state[name])
 
     @classmethod
     def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:

@@ -175,12 +175,13 @@ class Gossip(Sync):
 
     def load_state_dict(self, states: Sequence[State]) -> None:
         """By another number of ranks all start from the mean, whose weight is 1 and which all know."""
-        self.rounds = int(states[0]["rounds"])
         same = len(states) == self.wire.world_size
+        state = states[self.wire.rank if same else 0]
+        self.rounds = int(state["rounds"])
         if same:
-            self.weight.copy_(states[self.wire.rank]["weight"])
+            self.weight.copy_(state["weight"])
         if self.copies:
-            self.copies.load_state_dict(states[self.wire.rank] if same else None)
+            self.copies.load_state_dict(state if same else None)
 
     @classmethod
     def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:

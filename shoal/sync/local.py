@@ -58,18 +58,31 @@ def period_of(options: StrategyConfig) -> Period:
 
 @dataclass
 class Journey:
-    """The deltas of one fragment on their way, and the local steps after which they are taken in."""
+    """The deltas of one fragment on their way, between two counts of local steps; `rounds` are the exchanges of each.
+
+    Every rank starts a round after the same step, whether the one before is done or not: exchanges must be started
+    in one order everywhere, that of the loop's own sums included.
+    """
 
     fragment: int
+    departs: int
     arrives: int
     deltas: list[Tensor]
     finish: list[Finish]
+    rounds: list[int]
+
+    def travel(self, done: int) -> None:
+        """Start the rounds that are due after `done` steps: all rounds have equal parts of the way."""
+        length = self.arrives - self.departs
+        for finish, rounds in zip(self.finish, self.rounds, strict=True):
+            if done in [self.departs + -(-length * i // rounds) for i in range(1, rounds)]:
+                finish()
 
     def complete(self) -> None:
         """Wait until the deltas are the sums over the ranks."""
         for work in [finish() for finish in self.finish]:
             work.wait()
-        self.finish = []
+        self.finish, self.rounds = [], []
 
 
 class Local(Sync):
@@ -166,7 +179,8 @@ class Local(Sync):
             if f"travelling.{f}" in state:
                 sums = [state[f"travelling.{f}.{i}"] * scale for i in self._fragment(f)]
                 deltas = [self.shared[i].padded(s) for i, s in zip(self._fragment(f), sums, strict=True)]
-                self.travelling.append(Journey(f, int(state[f"travelling.{f}"]), deltas, []))
+                arrives = int(state[f"travelling.{f}"])
+                self.travelling.append(Journey(f, arrives, arrives, deltas, [], []))
         self.exchange.load_state_dict(Changed(states, partial(_scaled, scale=scale)))
         self.synchronous.load_state_dict(Changed(states, _of_synchronous))
 
@@ -205,8 +219,8 @@ class Local(Sync):
         return step >= self.options.local_after
 
     def _taken_up(self, states: Sequence[State]) -> State:
-        """Of what all ranks have saved, the shared part that this one goes on with."""
-        return states[0]
+        """Of what all ranks have saved, the shared part that this one goes on with: it is alike on all."""
+        return states[self.wire.rank if len(states) == self.wire.world_size else 0]
 
     def _begin(self, replica: Replica) -> None:
         if self.has_outer(self.options):
@@ -236,7 +250,10 @@ class Local(Sync):
             # A fragment may still be under way where the guard has shortened the period.
             under_way = any(journey.fragment == f for journey in self.travelling)
             if self.period.due(done, replica.step_labels, offset) and not under_way:
-                self.travelling.append(self._start(f, done + (self.options.overlap_steps or 0)))
+                self.travelling.append(self._start(f, done))
+        for journey in self.travelling:
+            if done < journey.arrives:
+                journey.travel(done)
         for journey in [each for each in self.travelling if each.arrives == done]:
             self.travelling.remove(journey)
             journey.complete()
@@ -245,7 +262,7 @@ class Local(Sync):
             for shared, delta in zip(parts, means, strict=True):
                 shared.settle(delta, replica.learning_rate)
 
-    def _start(self, fragment: int, arrives: int) -> Journey:
+    def _start(self, fragment: int, done: int) -> Journey:
         parts = [(i, self.shared[i]) for i in self._fragment(fragment)]
         deltas = [shared.delta() for _, shared in parts]
         self.drift = apart(deltas, [shared.flat for _, shared in parts])
@@ -253,7 +270,8 @@ class Local(Sync):
             self.exchange.start_sum(str(i), delta, shared.bucket.shapes)
             for (i, shared), delta in zip(parts, deltas, strict=True)
         ]
-        return Journey(fragment, arrives, deltas, finish)
+        rounds = [self.exchange.rounds(str(i)) for i, _ in parts]
+        return Journey(fragment, done, done + (self.options.overlap_steps or 0), deltas, finish, rounds)
 
     def _fragment(self, fragment: int) -> range:
         """The buckets of a fragment: every so-manieth one, so that each holds layers of all depths."""

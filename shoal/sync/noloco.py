@@ -27,7 +27,7 @@ from shoal.config.strategy import StrategyConfig
 from shoal.cost import Cost, Sizes
 from shoal.data.order import derive_seed
 from shoal.replica import Replica
-from shoal.sync.base import State
+from shoal.sync.base import State, mean_of
 from shoal.sync.local import Local, period_of
 from shoal.sync.outer import BlockMomentum, Outer
 from shoal.sync.parameters import apart
@@ -66,11 +66,6 @@ class NoLoCo(Local):
         """The slow parameters and the momentum of this rank, and whose turn it is."""
         return super().state_dict() | {"syncs": torch.tensor(self.syncs)}
 
-    def load_state_dict(self, states: Sequence[State]) -> None:
-        """Each rank its own; by another number of ranks all go on from the mean of all."""
-        self.syncs = int(states[0]["syncs"])
-        super().load_state_dict(states)
-
     @classmethod
     def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
         """Delta and slow parameters, to one rank a period."""
@@ -78,10 +73,11 @@ class NoLoCo(Local):
         return Cost(sent=2 * sizes.nbytes / every if sizes.world_size > 1 else 0, held=2 * sizes.nbytes)
 
     def _taken_up(self, states: Sequence[State]) -> State:
-        if len(states) == self.wire.world_size:
-            return states[self.wire.rank]
-        floats = [name for name, tensor in states[0].items() if tensor.is_floating_point()]
-        return dict(states[0]) | {name: torch.stack([s[name] for s in states]).mean(0) for name in floats}
+        """Each rank its own; by another number of ranks all go on from the mean of all."""
+        same = len(states) == self.wire.world_size
+        state: State = states[self.wire.rank] if same else mean_of(states)
+        self.syncs = int(state["syncs"])
+        return state
 
     def _sync_shared(self, done: int, replica: Replica) -> None:
         """Meet the partner of this sync, if one is due, and take the outer step."""

@@ -189,5 +189,12 @@ def test_what_makes_no_sense_is_refused() -> None:
         check(options_of("powersgd", rank=12), shapes)
     with pytest.raises(UserError, match="leave one of the two out"):
         check(options_of("topk", codec_momentum=0.9, error_feedback=False), shapes)
+    check(options_of("topk", error_decay=0.95), shapes)
+    for refused in (
+        options_of("bf16", error_decay=0.95),
+        options_of("topk", error_decay=0.95, error_feedback=False),
+    ):
+        with pytest.raises(UserError, match=r"--error-decay 0\.95: nothing that"):
+            check(refused, shapes)
     with pytest.raises(UserError, match="none of that name; take one of: none, bf16"):
         make(options_of("none").model_copy(update={"codec": "zip"}), subject())

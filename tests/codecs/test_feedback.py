@@ -32,6 +32,27 @@ def test_what_was_sent_and_the_residual_are_what_was_given(codec: str) -> None:
     torch.testing.assert_close(torch.stack(sent).sum(0) + fed_back.residual, given, rtol=0, atol=1e-12)
 
 
+def test_what_waits_fades_by_the_decay() -> None:
+    """SparseLoCo's rule of the error: e = 0.95 e + x; e = e - what is sent of it."""
+    codec, waits = build(CASES["topk, SparseLoCo"], subject()), torch.zeros(354, dtype=torch.float64)
+    for step, sent in enumerate(sent_by(codec)):
+        waits = 0.95 * waits + values(354, step) - sent
+    assert isinstance(codec, ErrorFeedback)
+    torch.testing.assert_close(codec.residual, waits, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("density", [0.001, 0.1, 1.0])
+def test_the_largest_of_each_chunk_are_sent(density: float) -> None:
+    tensor = values(354, 3)
+    codec = make(options_of("topk", density=density, topk_chunk=64), subject())
+    sent = codec.decode(codec.encode(tensor), 354)
+    for start in range(0, 354, 64):
+        part = tensor[start : start + 64]
+        count = max(1, round(density * len(part)))
+        expected = torch.from_numpy(largest(count)(part.numpy()))
+        assert torch.equal(sent[start : start + 64], expected)
+
+
 def test_feedback_is_where_the_codec_is_biased_or_where_it_is_asked_for() -> None:
     fed = {case for case, options in CASES.items() if isinstance(build(options, subject()), ErrorFeedback)}
     refused = {"none", "bf16", "fp16", "int8, stochastic", "sign, vote", "randomk, unbiased"}

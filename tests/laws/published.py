@@ -154,6 +154,45 @@ def nesterov(rate: float, mu: float) -> Callable[[Tensor, Tensor, dict[str, Any]
     return move
 
 
+def sparse(every: int, density: float, chunk: int, decay: float, rate: float) -> Rule:
+    """SparseLoCo, where each parameter is sent for itself."""
+    memory: dict[str, Any] = {}
+
+    def chosen(part: Tensor) -> Tensor:
+        """The largest of each chunk, elsewhere 0."""
+        kept = torch.zeros_like(part)
+        for start in range(0, len(part), chunk):
+            of_chunk = part[start : start + chunk]
+            count = max(1, round(density * len(of_chunk)))
+            places = start + of_chunk.abs().argsort(descending=True)[:count]
+            kept[places] = part[places]
+        return kept
+
+    def two_bits(kept: Tensor) -> Tensor:
+        """Of each that is not 0 its sign, and one of two magnitudes."""
+        sizes = kept.abs()
+        border = sizes[kept != 0].mean()
+        for group in ((sizes > 0) & (sizes <= border), sizes > border):
+            if group.any():
+                kept = torch.where(group, kept.sign() * sizes[group].mean(), kept)
+        return kept
+
+    def rule(world: World, done: int) -> None:
+        if done % every:
+            return
+        errors = memory.setdefault("e", [torch.zeros_like(memory["x"]) for _ in world.models])
+        counts = [p.numel() for p in world.models[0].parameters()]
+        sent = []
+        for i, y in enumerate(world.vectors()):
+            errors[i] = decay * errors[i] + (memory["x"] - y)
+            sent.append(torch.cat([two_bits(chosen(part)) for part in errors[i].split(counts)]))
+            errors[i] = errors[i] - sent[i]
+        memory["x"] = memory["x"] - rate * mean(sent)
+        world.put([memory["x"]] * len(world.models))
+
+    return _from_the_start(rule, memory)
+
+
 def in_pairs(every: int, beta: float, alpha: float, gamma: float) -> Rule:
     """NoLoCo. Who meets whom is shoal's choice, as the order of the data is."""
     slow: Vectors = []

@@ -53,6 +53,11 @@ CASES: dict[str, tuple[int, dict[str, Any], Callable[[], Rule], int]] = {
         2, {"strategy": "diloco", "sync_every": 6, "fragments": 3, "overlap_steps": 2, "mixing": 0.5},
         lambda: published.streaming(6, 3, 2, 0.5, 0.7, 0.9), 0,
     ),
+    "sparseloco": (
+        3, {"strategy": "diloco", "sync_every": 4, "outer_lr": 1.0, "outer_momentum": 0.0, "codec": "topk",
+            "two_bits": True, "topk_chunk": 16, "density": 0.2, "error_decay": 0.95},
+        lambda: published.sparse(4, 0.2, 16, 0.95, 1.0), 0,
+    ),
     "noloco": (
         4, {"strategy": "noloco", "sync_every": 3, "global_batch_size": 16},
         lambda: published.in_pairs(3, 0.7, 0.5, 1.0), 0,

@@ -1,5 +1,6 @@
 """Law 7: interrupted equals uninterrupted: the same bits at the same world size, the same ledger at another."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ from laws.launches import BATCH, Fault, flags, ledger_of, losses_of, shoal, weig
 from laws.pool import Outcome, Pool
 from laws.rows import RowsTask
 from laws.strategies import STRATEGIES, each_that_keeps
-from laws.worlds import first_difference, follow
+from laws.worlds import first_difference, follow, run_of
 
+from shoal.checkpoint import Parts
 from shoal.errors import DONE, FAILED, PREEMPTED
+from shoal.mesh import Mesh
 from shoal.stored import Stored
 
 STEPS, STOPPED = 12, 5
@@ -79,6 +82,32 @@ def test_interrupted_and_resumed_on_other_ranks(
     resumed = pool.world(ranks, follow, strategy, TASK, resume_from_checkpoint="latest", **broken)[0]
     assert first_difference(whole.tensors[STOPPED:], resumed.tensors, tolerance) is None
     np.testing.assert_allclose(losses_of(tmp_path / "broken"), whole.losses, rtol=tolerance)
+
+
+def reads_of_ranks(mesh: Mesh, row: str, **given: Any) -> dict[tuple[str, str], int]:
+    """How often this rank reads what each rank has saved alone, by file and heading, when it resumes."""
+    reads: Counter[tuple[str, str]] = Counter()
+    read = Parts._read
+
+    def counted(parts: Parts, rank: int) -> Any:
+        reads[parts.files[rank].name, parts.prefix] += 1
+        return read(parts, rank)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Parts, "_read", counted)
+        run_of(mesh, row, TASK, resume_from_checkpoint="latest", **given)
+    return reads
+
+
+@pytest.mark.parametrize("strategy", ["demo", "noloco", "diloco-streaming", "gossip-int8"])
+def test_what_a_rank_has_saved_is_read_once(pool: Pool, tmp_path: Path, strategy: str) -> None:
+    """Not once a parameter; by another number of ranks once for the strategy, and once for its codec."""
+    given = settings(tmp_path)
+    pool.world(2, follow, strategy, TASK, stop_after=STOPPED, **given)
+    for ranks, most in ((2, 1), (3, 2)):
+        for reads in pool.world(ranks, reads_of_ranks, strategy, **given):
+            assert reads.keys()
+            assert max(reads.values()) <= most, (ranks, reads)
 
 
 @each_that_keeps(10)

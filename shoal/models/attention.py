@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+
+from shoal.models import isolation
 
 NAME = "shoal"
 MOST_TOKENS = 512
@@ -127,4 +128,4 @@ def kept(like: Tensor, shape: Sequence[int], dropout: float, part: tuple[int, in
 
 
 AttentionInterface.register(NAME, attention_forward)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+isolation.register(NAME)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from shoal.errors import ShoalError, UserError
 from shoal.models.heads import final_hidden, has_plain_head
@@ -39,6 +40,8 @@ REMEDY = "add --no-packing, or take another model"
 @contextmanager
 def trial(asked: str, packing: bool) -> Iterator[None]:
     """Whatever a forward pass on trial raises is one line. Raises UserError."""
+    told = logging.get_verbosity()
+    logging.set_verbosity_error()  # what a family warns of on labels is of no use here
     try:
         with torch.no_grad():
             yield
@@ -49,6 +52,8 @@ def trial(asked: str, packing: bool) -> Iterator[None]:
         reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
         change = REMEDY if packing else "take another model"
         raise UserError(asked, f"a forward pass on trial fails ({reason[:200]})", change) from error
+    finally:
+        logging.set_verbosity(told)
 
 
 def choose_loss(model: "PreTrainedModel", asked: str) -> How:

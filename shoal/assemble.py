@@ -163,7 +163,8 @@ def _check_model(task: Task, placed: Placed, mesh: Mesh, policy: Policy) -> None
 
     def loss(inputs: dict[str, Tensor]) -> Tensor:
         placed.refresh()
-        found = placed.loss(placed.model, inputs).double().cpu()
+        moved = {name: tensor.to(mesh.device) for name, tensor in inputs.items()}
+        found = placed.loss(placed.model, moved).double().cpu()
         placed.release()
         return island.sum(found if placed.reports else torch.zeros_like(found))
 

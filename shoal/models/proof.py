@@ -37,8 +37,13 @@ PADDED = "a document is not computed as it is without padding behind it"
 REMEDY = "add --no-packing, or take another model"
 
 
+def remedy(packing: bool) -> str:
+    """What to change where a model fails on trial."""
+    return REMEDY if packing else "take another model"
+
+
 @contextmanager
-def trial(asked: str, packing: bool) -> Iterator[None]:
+def trial(asked: str, change: str) -> Iterator[None]:
     """Whatever a forward pass on trial raises is one line. Raises UserError."""
     told = logging.get_verbosity()
     logging.set_verbosity_error()  # what a family warns of on labels is of no use here
@@ -50,7 +55,6 @@ def trial(asked: str, packing: bool) -> Iterator[None]:
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-        change = REMEDY if packing else "take another model"
         raise UserError(asked, f"a forward pass on trial fails ({reason[:200]})", change) from error
     finally:
         logging.set_verbosity(told)
@@ -125,7 +129,7 @@ def check_hidden(
     if packing and _differ(beside(other[:, :first], document), told) > near:
         raise UserError(asked, SEES, REMEDY)
     if _differ(_hidden(model, {"input_ids": document}), told) > near:
-        raise UserError(asked, MOVED if packing else PADDED, REMEDY if packing else "take another model")
+        raise UserError(asked, MOVED if packing else PADDED, remedy(packing))
 
 
 def check_loss(
@@ -182,7 +186,9 @@ def _first_document(model: "PreTrainedModel", tokens: int) -> int:
 
 def _ids(model: "PreTrainedModel", rows: int, tokens: int) -> Tensor:
     draw = torch.Generator().manual_seed(0)
-    words = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    words = (
+        model.config.get_text_config().vocab_size
+    )  # not of the embeddings: a rank may have a part, or none
     return torch.randint(words, (rows, tokens), generator=draw).to(model.device)
 
 

@@ -1,4 +1,4 @@
-"""Causal language modelling: predict each next token of packed windows."""
+"""Causal language modelling: predict each next token of packed windows, or of rows of one document."""
 
 import math
 from collections.abc import Callable
@@ -67,7 +67,7 @@ class CausalLM:
             seed=self.config.train.seed,
         )
         tokens = proof.trial_tokens(model, data.sequence_length)
-        with proof.trial(self._asked, packing=data.packing):
+        with proof.trial(self._asked, proof.remedy(data.packing)):
             self._how = proof.choose_loss(model, self._asked)
             proof.check_hidden(model, self._asked, tokens, data.packing, torch.float32)
         self._check_layout()
@@ -79,7 +79,7 @@ class CausalLM:
         By hidden states, or where the model is cut by the `loss` that its ranks find together.
         """
         data = self.config.data
-        with proof.trial(self._asked, packing=data.packing):
+        with proof.trial(self._asked, proof.remedy(data.packing)):
             if loss is None:
                 proof.check_hidden(model, self._asked, data.sequence_length, data.packing, dtype)
             else:

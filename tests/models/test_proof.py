@@ -94,7 +94,7 @@ def test_what_a_trial_raises_is_one_line(error: Exception) -> None:
     def forward(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    with pytest.raises(UserError) as raised, proof.trial("--model x", packing=True):
+    with pytest.raises(UserError) as raised, proof.trial("--model x", proof.remedy(packing=True)):
         proof.choose_loss(broken(forward=forward), "--model x")
     line = str(raised.value)
     assert "\n" not in line

@@ -154,7 +154,27 @@ def _placed(config: RunConfig, mesh: Mesh, task: Task, policy: Policy, nothing: 
     placed = layouts.place(model, task.loss, mesh, policy, config.layout, nothing)
     # A compiler, which takes whole replicas alone, could not read what is asked.
     recompute(model, config.train.gradient_checkpointing, placed.again if cut else None)
+    _check_model(task, placed, mesh, policy)
     return placed
+
+
+def _check_model(task: Task, placed: Placed, mesh: Mesh, policy: Policy) -> None:
+    """Have the task judge the model where it is trained, in the arithmetic that it is trained in."""
+    island = Island(mesh)
+    cut = len(island) > 1
+
+    def loss(inputs: dict[str, Tensor]) -> Tensor:
+        placed.refresh()
+        moved = {name: tensor.to(mesh.device) for name, tensor in inputs.items()}
+        found = placed.loss(placed.model, moved).double().cpu()
+        placed.release()
+        return island.sum(found if placed.reports else torch.zeros_like(found))
+
+    was_training = placed.model.training
+    placed.model.eval()
+    with torch.no_grad(), policy.autocast(mesh.device):
+        task.check(placed.model, loss if cut else None, policy.linear)
+    placed.model.train(was_training)
 
 
 def _optimizers(

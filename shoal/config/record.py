@@ -66,6 +66,9 @@ class DataConfig(Section):
     sequence_length: Whole = fact(
         256, "tokens in a window", "max_length", "max_seq_length", "seq_length", "block_size", ge=2
     )
+    packing: bool = fact(
+        True, "lay documents end to end in windows; off = one document a row, filled up with padding"
+    )
     eval_path: Paths = fact(
         [], "documents to validate on; none = hold out a part of the data", "validation_file"
     )

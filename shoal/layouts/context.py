@@ -36,6 +36,7 @@ from shoal.models import attention, blockwise
 from shoal.models.heads import final_hidden
 from shoal.models.isolation import document_positions, packed_inputs
 from shoal.models.loss import IGNORED
+from shoal.models.proof import trial
 from shoal.precision import Policy
 
 NAME = "shoal-context"
@@ -146,7 +147,7 @@ class Context(Placed):
         real = own < length
         was_training = model.training
         model.train()
-        with torch.no_grad(), torch.random.fork_rng():
+        with trial(f"--cp {self.ranks}", FITS), torch.random.fork_rng():
             torch.manual_seed(0)
             expected = final_hidden(model, packed_inputs(ids, inputs["documents"]))[:, own[real]]
             AttentionInterface.register(NAME, self._attend)

@@ -24,6 +24,7 @@ from shoal.layouts.base import Placed
 from shoal.layouts.cutting import Watched, balance, watch
 from shoal.layouts.sharded import is_recent_torch
 from shoal.mesh import Mesh
+from shoal.models.proof import trial
 from shoal.piece import Piece, empty
 from shoal.precision import Policy
 
@@ -180,7 +181,8 @@ def look(model: nn.Module, mesh: Mesh, policy: Policy, options: LayoutConfig) ->
     if not is_recent_torch():
         raise UserError(asked, f"this is torch {torch.__version__}", "install torch 2.13 or later")
     try:
-        seen = watch(model, policy.autocast(mesh.device), _generator(mesh.device))
+        with trial(asked, "leave it out"):
+            seen = watch(model, policy.autocast(mesh.device), _generator(mesh.device))
     except ValueError as error:
         raise UserError(asked, f"the model has no stages: {error}", "leave it out") from error
     stages = len(_owners(options, mesh.size("pipeline")))

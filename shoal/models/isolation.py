@@ -1,28 +1,46 @@
-"""Documents packed into one window do not see each other: the mask, the positions, and the proof."""
+"""Documents packed into one window do not see each other: positions that restart, and masks that end at a document.
 
-from typing import TYPE_CHECKING
+A family makes its masks itself, one for each kind of layer (causal, sliding, chunked): all through the functions that
+transformers keeps by the name of the attention. While `documents_apart`, these functions also forbid a query to look
+at another document. So a sliding window stays as wide as the family has it, and no family needs a case of its own.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AttentionMaskInterface
+from transformers.masking_utils import and_masks, causal_mask_function, eager_mask, sdpa_mask
 
-from shoal.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-PROBE_TOKENS = 16
+Mask = Callable[..., Tensor | None]
+PADDING = -1  # the document of a token that fills up a row
 
 
-def document_mask(documents: Tensor) -> Tensor:
-    """Who may look at whom: causal, and within one document only.
+@dataclass
+class _Forward:
+    """The forward pass that runs: the shape of its windows, and the documents [B, T] where there are several."""
 
-    `documents` int [B, T] names the document of each token; returns bool [B, 1, T, T], true where the query
-    (third dim) may attend to the key (fourth dim).
+    shape: tuple[int, int] | None = None
+    documents: Tensor | None = None
+
+
+_now = _Forward()
+
+
+@contextmanager
+def documents_apart(shape: tuple[int, int], documents: Tensor | None) -> Iterator[None]:
+    """Within it, masks are those of windows of `shape` [B, T] whose `documents` [B, T] do not see each other.
+
+    None: each row is one document. Padding stands on the right, where no token sees it: masks leave it out.
     """
-    length = documents.shape[-1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
-    same = documents[:, None, :, None] == documents[:, None, None, :]
-    return same & causal
+    _now.shape, _now.documents = shape, documents
+    try:
+        yield
+    finally:
+        _now.shape, _now.documents = None, None
 
 
 def document_positions(documents: Tensor) -> Tensor:
@@ -39,13 +57,13 @@ def document_positions(documents: Tensor) -> Tensor:
 def packed_inputs(
     input_ids: Tensor, documents: Tensor, position_ids: Tensor | None = None
 ) -> dict[str, Tensor | None]:
-    """The model's inputs for packed windows: input_ids, position_ids [B, T] and attention_mask [B, 1, T, T].
+    """The inputs of `heads` for packed windows: input_ids, position_ids and documents, int64 [B, T] each.
 
-    The mask is None when no window holds a boundary: plain causal attention then isolates already. A compiled
-    graph cannot ask that of its data, and has the mask always.
+    The documents are None when no window holds a boundary: plain causal attention then isolates already. A compiled
+    graph cannot ask that of its data, and has them always.
 
-    Of a part of each window, which comes with its `position_ids`, the mask is the `documents` of the whole window,
-    as [B, 1, 1, T]: for an attention that knows which part it is.
+    Of a part of each window, which comes with its `position_ids`, `documents` are those of the whole window. They
+    stand as attention_mask [B, 1, 1, T], for an attention that knows which part it is.
     """
     if position_ids is not None:
         mask = documents[:, None, None]
@@ -54,32 +72,58 @@ def packed_inputs(
     return {
         "input_ids": input_ids,
         "position_ids": document_positions(documents),
-        "attention_mask": document_mask(documents) if bounded else None,
+        "documents": documents if bounded else None,
     }
 
 
-@torch.no_grad()
-def check_isolation(model: "PreTrainedModel") -> None:
-    """Prove on one window of two documents that the second does not see the first.
+def padded_inputs(input_ids: Tensor, documents: Tensor) -> dict[str, Tensor | None]:
+    """The inputs of `heads` for rows [B, T] of one document each: input_ids, and attention_mask, 0 at padding."""
+    return {"input_ids": input_ids, "attention_mask": real_tokens(documents)}
 
-    Raises UserError naming the model class if altering the first document moves the second's hidden states.
-    """
-    from shoal.models.heads import final_hidden
 
-    device = next(model.parameters()).device
-    half = PROBE_TOKENS // 2
-    documents = torch.arange(PROBE_TOKENS, device=device)[None] // half
-    ids = torch.arange(PROBE_TOKENS, device=device)[None] % model.config.vocab_size
-    altered = ids.clone()
-    altered[:, :half] = (ids[:, :half] + half) % model.config.vocab_size
+def real_tokens(documents: Tensor) -> Tensor:
+    """1 where a token is no padding, int64 [B, T]. A row of padding has one: attention to nothing is not a number."""
+    real = documents != PADDING
+    real[:, 0] |= ~real.any(dim=1)
+    return real.long()
 
-    was_training = model.training
-    model.eval()
-    before, after = (final_hidden(model, packed_inputs(each, documents))[:, half:] for each in (ids, altered))
-    model.train(was_training)
-    if not torch.allclose(before, after, rtol=1e-4, atol=1e-5):
-        raise UserError(
-            f"--model {type(model).__name__}",
-            "a document in a packed window sees the one before it",
-            "choose a model that takes position_ids and a 4-D attention mask (llama, gpt2, qwen, lstm, ...)",
+
+def _apart(make: Mask) -> Mask:
+    """A maker of masks that keeps to the forward pass that runs."""
+
+    def masks(
+        *args: Any,
+        mask_function: Callable[..., Any] = causal_mask_function,
+        attention_mask: Tensor | None = None,
+        allow_is_causal_skip: bool = True,
+        **options: Any,
+    ) -> Tensor | None:
+        if _now.shape is not None:
+            attention_mask = None
+            rows, length = _now.shape  # of hidden states a rank of a team may hold a part
+            options |= {"batch_size": rows, "q_length": length, "kv_length": length}
+        documents = _now.documents
+        if documents is not None:
+
+            def same(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                return documents[row, query] == documents[row, key]
+
+            mask_function, allow_is_causal_skip = and_masks(mask_function, same), False
+        return make(
+            *args,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=allow_is_causal_skip,
+            **options,
         )
+
+    return masks
+
+
+def register(name: str, make: Mask = sdpa_mask) -> None:
+    """Have the masks of the attention called `name`, which `make` makes, keep documents apart."""
+    AttentionMaskInterface.register(name, _apart(make))
+
+
+register("sdpa")
+register("eager", eager_mask)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shoal.models.heads import Vocabulary, final_hidden, head, logits, vocabulary
+from shoal.models.heads import Vocabulary, final_hidden, forward, head, logits, vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,6 +29,17 @@ def summed_cross_entropy(
     if chunked:
         return linear_cross_entropy(final_hidden(model, inputs), *head(model), labels, vocabulary(model))
     return cross_entropy(logits(model, inputs), labels)
+
+
+def own_loss(model: "PreTrainedModel", inputs: dict[str, Any], labels: Tensor) -> Tensor:
+    """The loss of the model's own forward pass with labels [B, T], times their number: with all that it adds itself.
+
+    So the sum of micro-batches, divided by the labels of all, weights what is added (a router's auxiliary loss) by
+    labels. Labels as above; the family has to read `shift_labels`. Its logits are whole, and its loss is in float32.
+    """
+    count = (labels != IGNORED).sum()
+    more = {"shift_labels": labels, "num_items_in_batch": count.clamp(min=1)}
+    return forward(model, inputs, labels=labels, **more).loss * count
 
 
 def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:

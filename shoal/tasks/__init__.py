@@ -3,9 +3,11 @@
 A task is one file here and one line in `TASKS`. The loop, the batches and the evaluation know no task.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from shoal.config import RunConfig
@@ -26,6 +28,15 @@ class Task(Protocol):
 
     def model(self) -> nn.Module:
         """The model to train, with its weights set."""
+        ...
+
+    def check(
+        self, model: Any, loss: Callable[[dict[str, Tensor]], Tensor] | None, dtype: torch.dtype
+    ) -> None:
+        """Refuse a model that does not compute what it should in its place, in the precision of the run.
+
+        Where it is cut there is the `loss` that its ranks find together, of inputs like those that are collated.
+        """
         ...
 
     def samples(self, split: Split) -> Samples:

@@ -1,6 +1,7 @@
-"""Causal language modelling: predict each next token of packed windows."""
+"""Causal language modelling: predict each next token of packed windows, or of rows of one document."""
 
 import math
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,15 +14,19 @@ from shoal.config import RunConfig
 from shoal.data import prepare, tokenizer
 from shoal.data.shards import Split, TokenStream
 from shoal.errors import UserError
+from shoal.models import proof
 from shoal.models.export import check_same_logits, describe, export
-from shoal.models.heads import has_plain_head
-from shoal.models.isolation import check_isolation, packed_inputs
+from shoal.models.isolation import PADDING, packed_inputs, padded_inputs, real_tokens
 from shoal.models.loading import check_name, load
-from shoal.models.loss import IGNORED, summed_cross_entropy
+from shoal.models.loss import IGNORED, own_loss, summed_cross_entropy
 from shoal.models.presets import PRESETS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Loss = Callable[[dict[str, Tensor]], Tensor]
+Row = tuple[np.ndarray, ...]  # input_ids, labels, documents: int64 [T] each
+ROUTER = "(--model.output_router_logits false, for a router's)"
 
 
 class CausalLM:
@@ -52,26 +57,61 @@ class CausalLM:
         return tokenizer.load(str(self.folder / "tokenizer"))
 
     def model(self) -> "PreTrainedModel":
-        """The causal language model of the configuration; refused if packed documents see each other in it."""
+        """The causal language model of the configuration; refused if it cannot be trained as it is asked for."""
+        data = self.config.data
         model = load(
             self.config.model,
             vocab_size=tokenizer.vocab_size(self.tokenizer),
-            sequence_length=self.config.data.sequence_length,
+            sequence_length=data.sequence_length,
             tokenizer=self.tokenizer,
             seed=self.config.train.seed,
         )
-        check_isolation(model)
-        self._chunked = has_plain_head(model)
+        tokens = proof.trial_tokens(model, data.sequence_length)
+        with proof.trial(self._asked, proof.remedy(data.packing)):
+            self._how = proof.choose_loss(model, self._asked)
+            proof.check_hidden(model, self._asked, tokens, data.packing, torch.float32)
+        self._check_layout()
         return model
 
-    def samples(self, split: Split) -> "Windows":
-        """The windows of a split."""
-        return Windows(TokenStream(self.folder, split), self.config.data.sequence_length)
+    def check(self, model: "PreTrainedModel", loss: Loss | None, dtype: torch.dtype) -> None:
+        """The proof once more, of the model in its place, with windows as long as they are.
+
+        By hidden states, or where the model is cut by the `loss` that its ranks find together.
+        """
+        data = self.config.data
+        with proof.trial(self._asked, proof.remedy(data.packing)):
+            if loss is None:
+                proof.check_hidden(model, self._asked, data.sequence_length, data.packing, dtype)
+            else:
+                proof.check_loss(loss, model, self._asked, data.sequence_length, data.packing, dtype)
+
+    @property
+    def _asked(self) -> str:
+        return f"--model {self.config.model.name}"
+
+    def _check_layout(self) -> None:
+        """A loss that the model adds to cross entropy is one of all its layers and all tokens of a micro-batch."""
+        layout = self.config.layout
+        for flag, size in {"--tp": layout.tp, "--pp": layout.pp, "--cp": layout.cp}.items():
+            if self._how == "own" and size > 1:
+                found = f"{self.config.model.name} adds a loss of its own, which no part of it can compute"
+                raise UserError(f"{flag} {size}", found, f"leave it out, or turn that loss off {ROUTER}")
+
+    def samples(self, split: Split) -> "Windows | Rows":
+        """The windows of a split, or its rows of one document."""
+        kind = Windows if self.config.data.packing else Rows
+        return kind(TokenStream(self.folder, split), self.config.data.sequence_length)
 
     def loss(self, model: "PreTrainedModel", inputs: dict[str, Tensor]) -> Tensor:
-        """Summed cross entropy over the labels, logits never whole in memory."""
-        packed = packed_inputs(inputs["input_ids"], inputs["documents"], inputs.get("position_ids"))
-        return summed_cross_entropy(model, packed, inputs["labels"], chunked=self._chunked)
+        """Summed cross entropy over the labels; in training with what the model itself adds to it."""
+        ids, documents, positions = inputs["input_ids"], inputs["documents"], inputs.get("position_ids")
+        if self.config.data.packing or positions is not None:
+            given = packed_inputs(ids, documents, positions)
+        else:
+            given = padded_inputs(ids, documents)
+        if self._how == "own" and model.training:
+            return own_loss(model, given | {"attention_mask": real_tokens(documents)}, inputs["labels"])
+        return summed_cross_entropy(model, given, inputs["labels"], chunked=self._how == "chunked")
 
     def metrics(self, loss_sum: float, labels: int) -> dict[str, float]:
         """Loss in nats per token, perplexity, and bits per byte of the documents' UTF-8."""
@@ -140,23 +180,74 @@ class Windows:
 
     def collate(self, ids: np.ndarray) -> dict[str, Tensor]:
         """`input_ids`, `labels` and the ordinals of the tokens' `documents`: int64 [rows, T] each."""
-        rows = [self._row(int(i)) for i in ids]
-        names = ("input_ids", "labels", "documents")
-        return {
-            name: torch.from_numpy(np.stack(column))
-            for name, column in zip(names, zip(*rows, strict=True), strict=True)
-        }
+        return _columns([self._row(int(i)) for i in ids])
 
-    def _row(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        inputs = np.zeros(self.length, dtype=np.int64)
-        labels = np.full(self.length, IGNORED, dtype=np.int64)
-        documents = np.zeros(self.length, dtype=np.int64)
+    def _row(self, i: int) -> Row:
+        inputs, labels, documents = _blank(self.length)
         if i >= 0:
             tokens, owners = self.stream.read(
                 i * self.length, min((i + 1) * self.length + 1, self.stream.tokens)
             )
             n = len(tokens) - 1
-            inputs[:n], documents[:n], documents[n:] = tokens[:-1], owners[:-1], owners[-1] + 1
+            inputs[:n], documents[:n] = tokens[:-1], owners[:-1]
             crosses = (owners[1:] != owners[:-1]) & (not self.stream.shared_boundary)
             labels[:n] = np.where(crosses, IGNORED, tokens[1:])
         return inputs, labels, documents
+
+
+class Rows:
+    """Sample i holds up to T tokens of one document, and as labels those one further on; the rest is padding.
+
+    A document longer than T goes on in the next rows. Labels are those of `Windows`, each once. Costs 16 bytes
+    of memory for each document.
+    """
+
+    def __init__(self, stream: TokenStream, sequence_length: int) -> None:
+        self.stream = stream
+        self.length = sequence_length
+        last = stream.tokens - 1 if stream.shared_boundary else stream.tokens
+        self._ends = np.append(stream.starts[1:], last)  # of what a document predicts from, or one further
+        own = self._labels(np.arange(len(stream.starts)))
+        self._rows = np.cumsum(-(-own // sequence_length))  # those of all documents up to each
+
+    def _labels(self, documents: np.ndarray) -> np.ndarray:
+        counts = self._ends[documents] - self.stream.starts[documents]
+        return np.maximum(0, counts if self.stream.shared_boundary else counts - 1)
+
+    def _places(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each row the document, how many labels of it come before, and how many there are here."""
+        documents = np.searchsorted(self._rows, ids, "right")
+        own = self._labels(documents)
+        before = self.length * (ids - (self._rows[documents] - -(-own // self.length)))
+        return documents, before, np.minimum(self.length, own - before)
+
+    def __len__(self) -> int:
+        return int(self._rows[-1]) if len(self._rows) else 0
+
+    def label_counts(self, ids: np.ndarray) -> np.ndarray:
+        """How many labels each row has: from the index of the documents, no token is read."""
+        return np.where(ids < 0, 0, self._places(np.maximum(ids, 0))[2])
+
+    def collate(self, ids: np.ndarray) -> dict[str, Tensor]:
+        """As `Windows.collate`."""
+        return _columns([self._row(i) for i in ids])
+
+    def _row(self, i: int) -> Row:
+        inputs, labels, documents = _blank(self.length)
+        if i >= 0:
+            document, before, count = (int(each) for each in self._places(np.asarray(i)))
+            start = int(self.stream.starts[document]) + before
+            tokens, _ = self.stream.read(start, start + count + 1)
+            inputs[:count], labels[:count], documents[:count] = tokens[:-1], tokens[1:], document
+        return inputs, labels, documents
+
+
+def _blank(length: int) -> Row:
+    """Padding alone."""
+    return tuple(np.full(length, value, dtype=np.int64) for value in (0, IGNORED, PADDING))
+
+
+def _columns(rows: list[Row]) -> dict[str, Tensor]:
+    names = ("input_ids", "labels", "documents")
+    columns = zip(*rows, strict=True)
+    return {name: torch.from_numpy(np.stack(column)) for name, column in zip(names, columns, strict=True)}

@@ -103,6 +103,8 @@ class RowsTask:
         torch.manual_seed(self.seed)
         return Net(self.kind, self.dropout)
 
+    def check(self, model: nn.Module, loss: Any, dtype: torch.dtype) -> None: ...
+
     def samples(self, split: str) -> Rows:
         rows = Rows(self.size if split == "train" else 17, self.length, seed=len(split))
         if self.unlabelled and split == "train":

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -17,8 +18,9 @@ from transformers import (
 from shoal.errors import UserError
 from shoal.models import attention, isolation, lstm
 from shoal.models.heads import final_hidden, has_plain_head, logits
-from shoal.models.isolation import check_isolation, document_mask, document_positions, packed_inputs
+from shoal.models.isolation import PADDING, document_positions, documents_apart, packed_inputs, padded_inputs
 from shoal.models.loss import summed_cross_entropy
+from shoal.models.proof import check_hidden
 
 WORDS = 61
 SIZES = {
@@ -29,28 +31,53 @@ SIZES = {
     "pad_token_id": None,
 }
 GLU = {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
+MLP = {"intermediate_size": 48}
+SLIDING = {"sliding_window": 8}
+MIXED = SLIDING | {"layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+ONE = {"attention_heads": 4, "num_layers": 2, "ffn_dim": 48}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": SIZES | GLU,
     "gpt2": {"vocab_size": WORDS, "n_embd": 32, "n_layer": 2, "n_head": 4},
-    "gpt_neox": SIZES | {"intermediate_size": 48},
-    "qwen2": SIZES | {"intermediate_size": 48, "num_key_value_heads": 2},
+    "gpt_neox": SIZES | MLP,
+    "qwen2": SIZES | MLP | {"num_key_value_heads": 2},
     "qwen3": SIZES | GLU,
-    "mistral": SIZES | GLU | {"sliding_window": 8},
+    "mistral": SIZES | GLU | SLIDING,
+    "mixtral": SIZES | GLU | SLIDING | EXPERTS,
+    "qwen2_moe": SIZES | MLP | EXPERTS | {"num_key_value_heads": 2, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": SIZES | GLU | EXPERTS,
+    "gpt_oss": SIZES | GLU | MIXED | EXPERTS,
     "gemma": SIZES | GLU,
-    "gemma2": SIZES | GLU,
-    "gemma3_text": SIZES
-    | GLU
-    | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
-    "phi": SIZES | {"intermediate_size": 48},
+    "gemma2": SIZES | GLU | MIXED,
+    "gemma3_text": SIZES | GLU | MIXED,
+    "phi": SIZES | MLP,
+    "phi3": SIZES | MLP | SLIDING,
+    "olmo": SIZES | MLP,
+    "olmo2": SIZES | MLP,
+    "granite": SIZES | MLP | {"logits_scaling": 3.0},
+    "cohere": SIZES | MLP,
     "opt": SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "biogpt": SIZES | MLP,
+    "xglm": {"vocab_size": WORDS, "d_model": 32, **ONE},
+    "bloom": {"vocab_size": WORDS, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "falcon": SIZES | {"alibi": True},
+    "mpt": {"vocab_size": WORDS, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
     "lstm": {"vocab_size": WORDS, "hidden_size": 32},
 }
-SCALED_OR_CAPPED = {"gemma2"}
+SCALED_OR_CAPPED = {"gemma2", "granite", "cohere"}
+CANNOT_PACK: dict[str, dict[str, Any]] = {
+    "openai-gpt": {"vocab_size": WORDS, "n_embd": 32, "n_layer": 2, "n_head": 4},
+    "mamba": {"vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "rwkv": {"vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32},
+}
 
 
 def model_of(family: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family])).eval()
+    sizes = (FAMILIES | CANNOT_PACK)[family]
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **sizes), dtype=torch.float32
+    ).eval()
     attention.use_fastest(model)
     for parameter in model.parameters():  # large enough that a leak shows
         parameter.data.mul_(3)
@@ -59,11 +86,11 @@ def model_of(family: str) -> PreTrainedModel:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_document_sees_another(family: str) -> None:
-    """Each document alone gives the logits it gives within a packed window."""
+    """Each document alone gives the logits it gives within a packed window, longer than a sliding one."""
     model = model_of(family)
     ids = torch.arange(2 * 24).view(2, 24) * 7 % WORDS
     documents = torch.tensor([[0] * 5 + [1] * 1 + [2] * 18, [3] * 24])
-    check_isolation(model)
+    check_hidden(model, family, 32, packing=True, dtype=torch.float32)
     with torch.no_grad():
         packed = logits(model, packed_inputs(ids, documents))
         for row, start, stop in [(0, 0, 5), (0, 5, 6), (0, 6, 24), (1, 0, 24)]:
@@ -119,20 +146,69 @@ def test_body_and_head_make_the_model(family: str) -> None:
         torch.testing.assert_close(chunked, whole)
 
 
-def test_a_leak_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isolation, "document_mask", lambda documents: document_mask(documents * 0))
-    with pytest.raises(UserError, match=r"LlamaForCausalLM.*sees the one before"):
-        check_isolation(model_of("llama"))
+@pytest.mark.parametrize("family", CANNOT_PACK)
+def test_a_family_that_cannot_pack_takes_one_document_a_row(family: str) -> None:
+    """Packing is refused, and what to do is said; padding behind a document changes nothing of it."""
+    model = model_of(family)
+    with pytest.raises(UserError, match=r"family X: a document in a packed window .*; add --no-packing"):
+        check_hidden(model, "family X", 32, packing=True, dtype=torch.float32)
+    check_hidden(model, family, 32, packing=False, dtype=torch.float32)
+    ids = torch.arange(2 * 24).view(2, 24) * 7 % WORDS
+    documents = torch.tensor([[0] * 9 + [PADDING] * 15, [PADDING] * 24])
+    with torch.no_grad():
+        found = logits(model, padded_inputs(ids, documents))
+        torch.testing.assert_close(found[:1, :9], model(input_ids=ids[:1, :9]).logits, rtol=1e-4, atol=1e-4)
+    assert found.isfinite().all()
+
+
+def leaky(family: str, how: str) -> tuple[PreTrainedModel, pytest.MonkeyPatch]:
+    """A model of which one thing is wrong."""
+    broken, model = pytest.MonkeyPatch(), model_of(family)
+    if how == "masks":
+        broken.setattr(isolation._Forward, "__setattr__", lambda self, name, value: None)
+    if how == "positions":
+        broken.setattr(
+            isolation, "document_positions", lambda documents: torch.arange(documents.shape[1])[None]
+        )
+    if how == "a token of the past":
+        model.get_input_embeddings().register_forward_hook(lambda _, ids, made: made + made.roll(1, dims=1))
+    if how == "a token to come":
+        model.get_input_embeddings().register_forward_hook(lambda _, ids, made: made + made.roll(-1, dims=1))
+    return model, broken
+
+
+@pytest.mark.parametrize(
+    ("family", "how", "found"),
+    [
+        ("opt", "masks", "sees the one before"),
+        ("gpt2", "positions", "not computed as it is alone"),
+        ("llama", "a token of the past", "sees the one before"),
+        ("llama", "a token to come", "sees the ones after"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_leak_is_refused(family: str, how: str, found: str, dtype: torch.dtype) -> None:
+    model, broken = leaky(family, how)
+    try:
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
+            pytest.raises(UserError, match=f"here.*{found}"),
+        ):
+            check_hidden(model, "here", 32, packing=True, dtype=dtype)
+    finally:
+        broken.undo()
 
 
 def test_mask_and_positions_by_the_definition() -> None:
     documents = torch.tensor([[4, 4, 5, 6, 6, 6], [6, 6, 6, 6, 7, 7]])
-    mask, positions = document_mask(documents), document_positions(documents)
+    positions = document_positions(documents)
+    with documents_apart((2, 6), documents):
+        mask = AttentionMaskInterface()["sdpa"](batch_size=2, q_length=6, kv_length=6)
     for row, query, key in itertools.product(range(2), range(6), range(6)):
         same = documents[row, query] == documents[row, key]
         assert bool(mask[row, 0, query, key]) == bool(same and key <= query)
     assert positions.tolist() == [[0, 1, 0, 0, 1, 2], [0, 1, 2, 3, 0, 1]]
-    assert packed_inputs(documents, documents * 0)["attention_mask"] is None
+    assert packed_inputs(documents, documents * 0)["documents"] is None
 
 
 def test_a_compiled_body_has_no_graph_break() -> None:

@@ -87,6 +87,17 @@ def stream(
                 file.write(as_bytes(block).numpy().data)
 
 
+def rows(shape: Shape, itemsize: int) -> Iterator[tuple[Shape, Shape]]:
+    """Blocks of a few rows each that make up a tensor, about as large as `BLOCK`: where they begin, their size."""
+    if not shape:
+        yield (), ()
+        return
+    row = math.prod(shape[1:]) * itemsize
+    count = max(1, BLOCK // max(1, row))
+    for first in range(0, shape[0] if row else 0, count):
+        yield (first, *(0 for _ in shape[1:])), (min(count, shape[0] - first), *shape[1:])
+
+
 def as_bytes(tensor: Tensor) -> Tensor:
     """The bytes of a tensor, row by row: uint8 [N]."""
     return tensor.reshape(-1).view(torch.uint8)
@@ -180,17 +191,6 @@ class Stored:
     def specs(self) -> dict[str, Spec]:
         """The dtype and the whole shape of every tensor."""
         return {name: (self.dtypes[name], shape) for name, shape in self.shapes.items()}
-
-    def rows(self, name: str) -> Iterator[tuple[Shape, Shape]]:
-        """Blocks of a few rows each that make up `name`, about as large as `BLOCK`: where they begin, their size."""
-        shape = self.shapes[name]
-        if not shape:
-            yield (), ()
-            return
-        row = math.prod(shape[1:]) * self.dtypes[name].itemsize
-        count = max(1, BLOCK // max(1, row))
-        for first in range(0, shape[0] if row else 0, count):
-            yield (first, *(0 for _ in shape[1:])), (min(count, shape[0] - first), *shape[1:])
 
     def read(
         self, name: str, offset: Sequence[int] | None = None, size: Sequence[int] | None = None

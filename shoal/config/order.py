@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from shoal.config.names import facts
 from shoal.config.record import RunConfig
 
-ORDER = ("train.task", "train.seed", "data.sequence_length")
+ORDER = ("train.task", "train.seed", "data.sequence_length", "data.packing")
 
 Order = dict[str, bool | int | float | str | None]  # of each of these settings its value
 

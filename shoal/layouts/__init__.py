@@ -28,7 +28,7 @@ def place(
     `nothing` is a micro-batch without samples, of the shape that all have.
     """
     placed = replicated.place(model, loss, mesh, policy)
-    seen = look(model, mesh, policy, options) if mesh.size("pipeline") > 1 else None
+    seen = look(placed, mesh, policy, options, nothing) if mesh.size("pipeline") > 1 else None
     if mesh.size("tensor") > 1:
         placed = TensorParallel(placed, mesh, policy)
     if mesh.size("context") > 1:

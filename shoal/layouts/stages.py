@@ -11,7 +11,7 @@ A worker may hold several stages. Embeddings that are tied to the head belong to
 is another worker's, that one has a copy, which follows.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,22 +20,15 @@ from torch import Tensor, nn
 
 from shoal.config import THERE_AND_BACK, LayoutConfig
 from shoal.errors import UserError
+from shoal.layouts import stubs, trial
 from shoal.layouts.base import Placed
 from shoal.layouts.cutting import Watched, balance, watch
 from shoal.layouts.sharded import is_recent_torch
+from shoal.layouts.stubs import Left
 from shoal.mesh import Mesh
-from shoal.models.proof import trial
+from shoal.models import proof
 from shoal.piece import Piece, empty
 from shoal.precision import Policy
-
-Place = tuple[nn.Module, str, nn.Module | None]  # a parent, a name in it, and what is to be there
-
-
-class Left(Exception):
-    """Hidden states that have left the last layer of a stage."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        self.hidden = hidden
 
 
 class Stages(Placed):
@@ -59,14 +52,14 @@ class Stages(Placed):
         self._list = seen.layers
         self._views = self._leave_out(seen)
         keeps_first, keeps_last = (stage in self.mine for stage in (0, self.last))
-        dtype = seen.entered[0].dtype
-        zeros = {module: Zeros(seen.widths.get(module, 0), dtype) for module in seen.before}
-        stubs = {module: nn.Identity() for module in seen.after} | zeros
+        zeros = stubs.before(seen)
+        all_stubs = {module: nn.Identity() for module in seen.after} | zeros
         kept = {*(seen.before if keeps_first else []), *(seen.after if keeps_last else [])}
-        _put(_in_places(model, {module: stub for module, stub in stubs.items() if module not in kept}))
+        left_out = {module: stub for module, stub in all_stubs.items() if module not in kept}
+        stubs.put(stubs.in_places(model, left_out))
         # For later stages of whoever has the first one; of others it is empty.
         alone = {module: stub for module, stub in zeros.items() if module not in seen.after}
-        self._zeros = _in_places(model, alone)
+        self._zeros = stubs.in_places(model, alone)
         before, after = (
             {p for m in part for p in m.parameters(recurse=False)} for part in (seen.before, seen.after)
         )
@@ -86,16 +79,16 @@ class Stages(Placed):
         if entering is not None:
             hooks.append(self._list[own.start].register_forward_pre_hook(self._entry(entering), prepend=True))
         if stage < self.last:
-            hooks.append(self._list[own.stop - 1].register_forward_hook(_leave))
+            hooks.append(self._list[own.stop - 1].register_forward_hook(stubs.leave))
         whole, self._list._modules = self._list._modules, {**self._views[stage]}
         before = [(parent, name, parent._modules[name]) for parent, name, _ in self._zeros]
         if stage:  # whoever has the first stage as well computes nothing of it
-            _put(self._zeros)
+            stubs.put(self._zeros)
         try:
             yield
         finally:
             self._list._modules = whole
-            _put(before)
+            stubs.put(before)
             for hook in hooks:
                 hook.remove()
 
@@ -127,7 +120,7 @@ class Stages(Placed):
 
     def _leave_out(self, seen: Watched) -> dict[int, dict[str, nn.Module]]:
         """Replace the layers of others; returns what the list is to hold in each stage of this worker's."""
-        skips = [Skip(layer, made) for layer, made in zip(seen.layers, seen.left, strict=True)]
+        skips = stubs.skips(seen)
         layers = list(seen.layers)
         held = {index for stage in self.mine for index in self.layers[stage]}
         views: dict[int, dict[str, nn.Module]] = {
@@ -147,48 +140,27 @@ class Stages(Placed):
         return stages if self.inner is None or self.inner.inner is None else f"{stages}; {self.inner}"
 
 
-class Skip(nn.Module):
-    """In the place of a layer that is not computed here. What the family reads of a layer it finds."""
+def look(
+    placed: Placed, mesh: Mesh, policy: Policy, options: LayoutConfig, nothing: dict[str, Tensor]
+) -> Watched:
+    """See how a whole model computes, before anything of it is cut.
 
-    def __init__(self, layer: nn.Module, made: Any) -> None:
-        super().__init__()
-        plain = {name: value for name, value in vars(layer).items() if not name.startswith("_")}
-        vars(self).update({name: value for name, value in plain.items() if name != "forward"})
-        self._more = len(made) - 1 if isinstance(made, tuple) else None
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The hidden states as they came, in the form in which the layer returns them."""
-        return hidden if self._more is None else (hidden, *[None] * self._more)
-
-
-class Zeros(nn.Module):
-    """In the place of what comes before the layers of another stage."""
-
-    def __init__(self, width: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.width = width
-        self.dtype = dtype
-
-    def forward(self, given: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Zeros [..., width] for indices [...], or for rows [..., any]."""
-        rows = given.shape[:-1] if given.is_floating_point() else given.shape
-        return torch.zeros(*rows, self.width, dtype=self.dtype, device=given.device)
-
-
-def look(model: nn.Module, mesh: Mesh, policy: Policy, options: LayoutConfig) -> Watched:
-    """See how a model computes, before anything of it is cut. Raises UserError where it has no such stages."""
-    asked = f"--pp {mesh.size('pipeline')}"
+    `nothing` is a micro-batch without samples. Raises UserError where the model has no such stages.
+    """
+    asked, model = f"--pp {mesh.size('pipeline')}", placed.model
     if not is_recent_torch():
         raise UserError(asked, f"this is torch {torch.__version__}", "install torch 2.13 or later")
+    stages = len(_owners(options, mesh.size("pipeline")))
     try:
-        with trial(asked, "leave it out"):
+        with proof.trial(asked, "leave it out"):
             seen = watch(model, policy.autocast(mesh.device), _generator(mesh.device))
+        if len(seen.layers) < stages:
+            found = f"the model has {len(seen.layers)} layers, fewer than the {stages} stages"
+            raise UserError(asked, found, "take a smaller number, or another model")
+        layers = balance(*seen.costs, stages)
+        trial.prove(model, placed.loss, seen, layers, nothing, policy.autocast(mesh.device))
     except ValueError as error:
         raise UserError(asked, f"the model has no stages: {error}", "leave it out") from error
-    stages = len(_owners(options, mesh.size("pipeline")))
-    if len(seen.layers) < stages:
-        found = f"the model has {len(seen.layers)} layers, fewer than the {stages} stages"
-        raise UserError(asked, found, "take a smaller number, or another model")
     return seen
 
 
@@ -200,29 +172,10 @@ def _owners(options: LayoutConfig, ranks: int) -> list[int]:
     return there * options.stages_per_worker
 
 
-def _in_places(model: nn.Module, stubs: Mapping[nn.Module, nn.Module]) -> list[Place]:
-    """Wherever one of these modules stands in the model: its parent, its name there, and its stub."""
-    return [
-        (parent, name, stubs[child])
-        for parent in model.modules()
-        for name, child in parent._modules.items()
-        if child is not None and child in stubs
-    ]
-
-
-def _put(places: Sequence[Place]) -> None:
-    for parent, name, module in places:
-        parent._modules[name] = module
-
-
 def _own(piece: Piece, held: set[nn.Parameter], *, follows: bool) -> Piece:
     if piece.source not in held:
         return empty(piece)
     return empty(piece, source=piece.source) if follows else piece
-
-
-def _leave(module: nn.Module, args: Any, made: Any) -> None:
-    raise Left(made[0] if isinstance(made, tuple) else made)
 
 
 def _generator(device: torch.device) -> torch.Generator:

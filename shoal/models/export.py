@@ -8,7 +8,7 @@ import json
 import math
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.core_model_loading import revert_weight_conversion
 
 from shoal import stored
 from shoal.errors import ShoalError, UserError
 from shoal.models.loading import quiet
-from shoal.stored import Shape, Stored
+from shoal.models.written import Blocks, Written
+from shoal.stored import Stored
 
 SAMPLE_TOKENS = 16
 MAX_SHARD_SIZE = "5GB"
@@ -105,38 +105,25 @@ def _named(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state if name in first or not isinstance(tensor, nn.Parameter)}
 
 
-def _names_in_files(model: PreTrainedModel) -> dict[str, str]:
-    """Each tensor's name by the one it has in files, where `save_pretrained` would call it otherwise.
-
-    Models of which it would also cut or join tensors, those with experts, keep theirs: `from_pretrained` takes both.
-    """
-    names = {}
-    for name, tensor in _named(model).items():
-        ((known, result), *others) = revert_weight_conversion(model, {name: tensor}).items()
-        if others or result is not tensor:
-            return {each: each for each in _named(model)}
-        names[known] = name
-    return names
-
-
 class _Tensors:
     """What is written, by the names in the files: read from a checkpoint a block at a time."""
 
     def __init__(self, weights: Stored, model: PreTrainedModel, dtype: torch.dtype | None) -> None:
         self.weights = weights
-        self.own = _names_in_files(model)
-        specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in _named(model).items()}
+        named = _named(model)
+        specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in named.items()}
         stored.check(weights.specs, specs, f"export {weights.folder}")
-        saved = {known: weights.specs[name] for known, name in self.own.items()}
-        self.specs = {
-            known: (dtype if dtype and its.is_floating_point else its, shape)
-            for known, (its, shape) in saved.items()
-        }
+        self.written = Written.of(model, named)
+        self.specs = {name: (self._dtype(name, dtype), shape) for name, shape in self.written.shapes.items()}
 
-    def blocks(self, name: str) -> Iterator[tuple[tuple[Shape, Shape], Tensor]]:
+    def _dtype(self, name: str, asked: torch.dtype | None) -> torch.dtype:
+        its = self.weights.dtypes[min(self.written.sources[name])]
+        return asked if asked and its.is_floating_point else its
+
+    def blocks(self, name: str) -> Blocks:
         """Where each block begins and its size, and the block."""
-        for where in self.weights.rows(self.own[name]):
-            yield where, self.weights.read(self.own[name], *where).to(self.specs[name][0])
+        for where, block in self.written.blocks(name, self.weights):
+            yield where, block.to(self.specs[name][0])
 
 
 def _write_config(model: PreTrainedModel, tensors: _Tensors, folder: Path) -> None:

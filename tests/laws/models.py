@@ -15,6 +15,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    OPTConfig,
     Qwen3Config,
     T5Config,
     T5ForConditionalGeneration,
@@ -39,7 +40,10 @@ DROPOUT: dict[str, tuple[str, ...]] = {
 
 
 def build(kind: str, dropout: float, layers: int) -> nn.Module:
-    """A model of a Hugging Face type; llama and qwen3 have fewer key and value heads, bert and t5 read ahead."""
+    """A model of a Hugging Face type; llama and qwen3 have fewer key and value heads, bert and t5 read ahead.
+
+    opt takes its positions beside a mask, and has a product in front of its layers and one behind them.
+    """
     rates = dict.fromkeys(DROPOUT.get(kind, ("attention_dropout",)), dropout)
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}
     shape = SHAPE | {"num_hidden_layers": layers}
@@ -52,6 +56,7 @@ def build(kind: str, dropout: float, layers: int) -> nn.Module:
             vocab_size=TOKENS, d_model=32, d_kv=8, d_ff=48, num_layers=layers, num_heads=4, **rates
         ),
         "gpt2": lambda: GPT2Config(**shape, **rates),
+        "opt": lambda: OPTConfig(**shape, ffn_dim=48, word_embed_proj_dim=16, dropout=dropout, **rates),
     }
     config = configs[kind]()
     types: dict[str, Any] = {"bert": BertForMaskedLM, "t5": T5ForConditionalGeneration}

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -9,6 +10,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from laws import models
 from laws.pool import Pool
 from laws.rows import RowsTask
 from laws.staged import ModelTask
@@ -21,6 +23,7 @@ from shoal.config.layout import ONE_STAGE, Schedule
 from shoal.errors import UserError
 from shoal.layouts.cutting import balance, watch
 from shoal.layouts.schedule import SCHEDULES, filled, make
+from shoal.layouts.trial import prove
 from shoal.mesh import Mesh
 
 LLAMA, GPT2 = ModelTask("llama"), ModelTask("gpt2", dropout=0.1)
@@ -89,6 +92,17 @@ def test_saved_under_one_and_loaded_under_another(pool: Pool, alone: list[Record
             found = together([each[0][0] for each in on_rank[:island]])
             assert first_difference([alone[1].tensors[-1]], [found], 1e-10) is None, (name, start)
             assert np.isclose(on_rank[0][0][1], alone[1].losses[-1], rtol=1e-11), (name, start)
+
+
+def test_a_family_with_other_inputs_in_front_of_its_layers(pool: Pool, tmp_path: Path) -> None:
+    """OPT's positions come after a mask, with documents in it or without."""
+    task = models.ModelTask("opt", dropout=0.1, layers=3)
+    few = STEPS | {"max_steps": 2}
+    one = pool.world(1, follow, "allreduce", task, output_dir=str(tmp_path / "one"), **few)[0]
+    cut = pool.world(2, follow_in_pieces, "allreduce", task, output_dir=str(tmp_path / "cut"), **few, pp=2)
+    whole = [together([held[step] for _, held, _ in cut]) for step in range(2)]
+    assert first_difference(one.tensors, whole, 1e-10) is None
+    assert np.allclose(cut[0][0], one.losses, rtol=1e-11)
 
 
 def test_diloco_between_pipelines(pool: Pool, tmp_path: Path) -> None:
@@ -174,6 +188,36 @@ class Odd(nn.Module):
 def test_a_model_whose_stages_would_compute_otherwise_is_refused(does: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         watch(Odd(does), torch.no_grad(), torch.default_generator)
+
+
+class Remembers(nn.Module):
+    """Every layer reads the embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 4)
+        self.layers = nn.ModuleList(nn.Bilinear(4, 4, 4) for _ in range(3))
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+        embedded = hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden, embedded)
+        return hidden
+
+
+def test_what_a_later_stage_lacks_is_found_before_anything_is_cut() -> None:
+    model = Remembers()
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match="more of its first ones than hidden states"):
+        prove(
+            model,
+            lambda model, inputs: model(inputs["tokens"], False).sum(),
+            watch(model, nullcontext(), torch.default_generator),
+            [range(1), range(1, 3)],
+            {"tokens": torch.zeros(2, 9, dtype=torch.long)},
+            nullcontext(),
+        )
+    assert before == dict(model.named_modules())
 
 
 def test_an_encoder_and_a_decoder_are_no_line() -> None:

@@ -11,7 +11,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from saved import saved
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    Interleave,
+    Transpose,
+    WeightConverter,
+    revert_weight_conversion,
+)
 
 from shoal import stored
 from shoal.config.record import ModelConfig
@@ -19,14 +27,50 @@ from shoal.errors import ShoalError, UserError
 from shoal.models import export as exporting
 from shoal.models.export import check_same_logits, export
 from shoal.models.loading import load
+from shoal.models.written import Written
 
 PRESETS = ["llama-tiny", "gpt2-tiny", "gpt-neox-tiny", "qwen-tiny", "lstm-tiny"]
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+    "head_dim": 8,
+}
+MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+FEW = {"num_key_value_heads": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+# Of each its sizes, and whether the files have more tensors than the memory.
+EXPERTS: dict[str, tuple[dict[str, Any], bool]] = {
+    "mixtral": (FEW | {"num_local_experts": 4}, True),
+    "qwen2_moe": (FEW | {"num_experts": 4, "shared_expert_intermediate_size": 24}, True),
+    "qwen3_moe": (FEW | {"num_experts": 4}, True),
+    "deepseek_v3": (
+        MLA
+        | FEW
+        | {
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        },
+        True,
+    ),
+    "granitemoe": (FEW | {"num_local_experts": 4}, False),
+    "gpt_oss": (FEW | {"num_local_experts": 4}, False),
+    "llama4_text": (FEW | {"num_local_experts": 4, "intermediate_size_mlp": 24}, False),
+}
 
 
 def model(
-    named: Callable[..., ModelConfig], words: Any, preset: str = "llama-tiny", seed: int = 1
+    named: Callable[..., ModelConfig], words: Any, kind: str = "llama-tiny", seed: int = 1
 ) -> PreTrainedModel:
-    return load(named(preset), len(words), 16, words, seed=seed)
+    if kind not in EXPERTS:
+        return load(named(kind), len(words), 16, words, seed=seed)
+    torch.manual_seed(seed)
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    sizes = SIZES | special | EXPERTS[kind][0]
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=len(words), **sizes))
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
@@ -55,15 +99,18 @@ def test_round_trip(preset: str, tmp_path: Path, named: Callable[..., ModelConfi
     assert [each.name for each in (tmp_path / "out").iterdir()] == ["final"]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("kind", [*PRESETS, *EXPERTS])
 @pytest.mark.parametrize("cut", [{}, {"ranks": 3}, {"ranks": 2, "dim": 1}], ids=["whole", "rows", "columns"])
 def test_the_same_folder_as_save_pretrained(
-    preset: str, cut: dict[str, int], tmp_path: Path, named: Callable[..., ModelConfig], words: Any,
+    kind: str, cut: dict[str, int], tmp_path: Path, named: Callable[..., ModelConfig], words: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Names, tensors, shards and configuration, from pieces of any cut, in blocks of a few rows."""
+    """Names, tensors, shards and configuration, from pieces of any cut, in blocks of a few rows.
+
+    Experts too: each has its own tensors in the files of most families, and is a part of one in memory.
+    """
     monkeypatch.setattr(stored, "BLOCK", 1000)
-    ours = model(named, words, preset)
+    ours = model(named, words, kind)
     source = saved(ours, words, tmp_path / "checkpoint-1", **cut)
     export(source / "model", tmp_path / "final", {}, max_shard_size="30KB")
     ours.save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
@@ -71,16 +118,54 @@ def test_the_same_folder_as_save_pretrained(
     assert len(list(mine.glob("*.safetensors"))) > 2
     for name in ("config.json", "model.safetensors.index.json"):
         one, other = (json.loads((folder / name).read_text()) for folder in (mine, theirs))
-        if preset == "gpt-neox-tiny":  # one name differs, and they sort by it
-            one.pop("weight_map", None), other.pop("weight_map", None)
+        if kind in EXPERTS:  # the library keeps in one file what is a view of one tensor
+            one["weight_map"], other["weight_map"] = (
+                sorted(each.pop("weight_map", ())) for each in (one, other)
+            )
         assert one == other
     a, b = weights_in(mine), weights_in(theirs)
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+    if kind in EXPERTS:
+        assert (len(a) > len([*ours.parameters()])) == EXPERTS[kind][1]
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "final", output_loading_info=True)
     assert not any(report.values()), report
     for (name, p), q in zip(ours.named_parameters(), loaded.parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize(
+    "converters",
+    [
+        [
+            WeightConverter(
+                "self_attn.qkv", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], [Chunk(0)]
+            )
+        ],
+        [WeightConverter("mlp.wide.weight", "mlp.up_proj.weight", [Interleave(0)])],
+        [WeightConverter("mlp.wide.weight", "mlp.up_proj.weight", [Transpose(0, 1)])],
+        [WeightConverter(["mlp.a", "mlp.b"], "mlp.up_proj.weight", [Concatenate(1)])],
+    ],
+    ids=["joined", "interleaved", "transposed", "cut"],
+)
+def test_whatever_the_library_makes_of_a_tensor(
+    converters: list[WeightConverter], tmp_path: Path, named: Callable[..., ModelConfig], words: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(stored, "BLOCK", 1000)
+    ours = model(named, words)
+    weights = stored.Stored(saved(ours, words, tmp_path / "checkpoint-1", ranks=2) / "model")
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(ours.config)
+    ours._weight_conversions = empty._weight_conversions = converters
+    written = Written.of(empty, dict(empty.named_parameters()))
+    wanted = revert_weight_conversion(ours, dict(ours.named_parameters()))
+    assert [*written.shapes] == [*wanted]
+    for name, tensor in wanted.items():
+        found = torch.zeros_like(tensor)
+        for (first, size), block in written.blocks(name, weights):
+            found[tuple(slice(a, a + n) for a, n in zip(first, size, strict=True))] = block
+        assert torch.equal(found, tensor), name
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

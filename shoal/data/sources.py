@@ -105,13 +105,17 @@ class _Entry:
             return self._local(path) if filesystem is None else self._remote(filesystem, path)
 
     def _local(self, path: str) -> list[Part]:
-        if os.path.isdir(path):
+        try:
+            found = walking.look_at(path)
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # the last of a name with a NUL
+            if os.path.islink(path):
+                raise
+            if any(sign in path for sign in walking.MAGIC):
+                return self._matched(walking.matches(path, self.left_out))
+            raise self._nothing() from None
+        if found.is_folder:
             return self._saved(Path(path)) or self._among(walking.files_below(path, self.left_out), "folder")
-        if os.path.lexists(path):
-            return self._single(Found(path, False, os.path.isfile(path), os.path.getsize(path)))
-        if any(sign in path for sign in walking.MAGIC):
-            return self._matched(walking.matches(path, self.left_out))
-        raise self._nothing()
+        return self._single(found)
 
     def _remote(self, filesystem: Any, path: str) -> list[Part]:
         if filesystem.exists(path):

@@ -31,18 +31,12 @@ def without_suffix(name: str) -> str:
 
 
 @contextmanager
-def decompressed(file: BinaryIO, name: str, member: str = "") -> Iterator[BinaryIO]:
-    """What is in a file called `name`: of an archive its `member`, of a plain file the file itself.
+def decompressed(file: BinaryIO, name: str) -> Iterator[BinaryIO]:
+    """What is in a file called `name`, of a plain file the file itself.
 
     What is compressed can be read from its beginning only. Raises Broken, then or while it is read.
     """
-    suffix = suffix_of(name)
-    if suffix == ARCHIVE:
-        with ExitStack() as held:
-            with _failures():
-                inner = held.enter_context(held.enter_context(zipfile.ZipFile(file)).open(member))
-            yield held.enter_context(decompressed(io.BufferedReader(_Reader(inner)), member))
-    elif suffix:
+    if suffix := suffix_of(name):
         with _failures():
             stream = STREAMS[suffix](file)
         yield io.BufferedReader(_Reader(stream), BLOCK_BYTES)
@@ -50,10 +44,19 @@ def decompressed(file: BinaryIO, name: str, member: str = "") -> Iterator[Binary
         yield file
 
 
-def members(file: BinaryIO) -> dict[str, int]:
-    """The files of a zip archive with their sizes in bytes; raises Broken for what is none."""
-    with _failures(), zipfile.ZipFile(file) as archive:
-        return {info.filename: info.file_size for info in archive.infolist() if not info.is_dir()}
+@contextmanager
+def unpacked(archive: zipfile.ZipFile, member: str) -> Iterator[BinaryIO]:
+    """What is in a member of an archive, decompressed once more where its name says so. Raises Broken as above."""
+    with ExitStack() as held:
+        with _failures():
+            inner = held.enter_context(archive.open(member))
+        yield held.enter_context(decompressed(io.BufferedReader(_Reader(inner)), member))
+
+
+def archive_in(file: BinaryIO) -> zipfile.ZipFile:
+    """The zip archive in a file; raises Broken for what is none."""
+    with _failures():
+        return zipfile.ZipFile(file)
 
 
 class _Reader(io.RawIOBase):

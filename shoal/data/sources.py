@@ -4,14 +4,13 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-import fsspec
-
 from shoal.data import builtin, compression, walking
+from shoal.data.stores import archive, one_line, open_file, readable, store_errors, store_of
 from shoal.data.walking import Found
 from shoal.errors import UserError
 
@@ -80,25 +79,12 @@ def list_sources(entries: Sequence[str], flag: str = "--data") -> Sources:
 @contextmanager
 def opened(part: Part) -> Iterator[BinaryIO]:
     """The bytes of a part, decompressed; raises UserError where the store or the compression fails."""
-    with (
-        store_errors(part.asked, part.name),
-        open_file(part.file) as file,
-        compression.decompressed(file, part.file, part.member) as stream,
-    ):
-        yield stream
-
-
-def open_file(name: str) -> BinaryIO:
-    """A file as it lies on a local disk or in a store; raises what the store does."""
-    filesystem, path = _store_of(name)
-    return open(path, "rb") if filesystem is None else filesystem.open(path, "rb")
-
-
-def tag_of(name: str) -> str | None:
-    """What an object store says of the content of a file: none for a local one."""
-    filesystem, path = _store_of(name)
-    info = {} if filesystem is None else filesystem.info(path)
-    return info.get("ETag") or info.get("etag")
+    with store_errors(part.asked, part.name), ExitStack() as held:
+        if part.member:
+            stream = compression.unpacked(archive(part.file), part.member)
+        else:
+            stream = compression.decompressed(held.enter_context(open_file(part.file)), part.file)
+        yield held.enter_context(stream)
 
 
 @dataclass
@@ -115,17 +101,21 @@ class _Entry:
         if self.word.startswith("hf:"):
             return self._of_hub(self.word.removeprefix("hf:"))
         with store_errors(self.asked):
-            filesystem, path = _store_of(self.word)
+            filesystem, path = store_of(self.word)
             return self._local(path) if filesystem is None else self._remote(filesystem, path)
 
     def _local(self, path: str) -> list[Part]:
-        if os.path.isdir(path):
+        try:
+            found = walking.look_at(path)
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # the last of a name with a NUL
+            if os.path.islink(path):
+                raise
+            if any(sign in path for sign in walking.MAGIC):
+                return self._matched(walking.matches(path, self.left_out))
+            raise self._nothing() from None
+        if found.is_folder:
             return self._saved(Path(path)) or self._among(walking.files_below(path, self.left_out), "folder")
-        if os.path.lexists(path):
-            return self._single(Found(path, False, os.path.isfile(path), os.path.getsize(path)))
-        if any(sign in path for sign in walking.MAGIC):
-            return self._matched(walking.matches(path, self.left_out))
-        raise self._nothing()
+        return self._single(found)
 
     def _remote(self, filesystem: Any, path: str) -> list[Part]:
         if filesystem.exists(path):
@@ -186,12 +176,13 @@ class _Entry:
         if compression.suffix_of(found.path) != compression.ARCHIVE or not found.size:
             kind = _format_of(found.path)
             return (
-                ([Part(_readable(found.path), kind, found.size, self.asked)], [])
+                ([Part(readable(found.path), kind, found.size, self.asked)], [])
                 if kind
                 else ([], [found.path])
             )
-        with store_errors(self.asked, found.path), open_file(found.path) as file:
-            sizes = compression.members(file)
+        with store_errors(self.asked, found.path):
+            members = [one for one in archive(found.path).infolist() if not one.is_dir()]
+        sizes = {one.filename: one.file_size for one in members}
         parts, others = [], []
         for member in sorted(sizes):
             nested = compression.suffix_of(member) == compression.ARCHIVE
@@ -199,7 +190,7 @@ class _Entry:
             if any(map(walking.is_hidden, PurePosixPath(member).parts)):
                 self.left_out[walking.HIDDEN] += 1
             elif kind:
-                parts.append(Part(_readable(found.path), kind, sizes[member], self.asked, member))
+                parts.append(Part(readable(found.path), kind, sizes[member], self.asked, member))
             else:
                 others.append(member)
         return parts, others
@@ -217,47 +208,26 @@ class _Entry:
         try:
             table = datasets.load_dataset(path, config or None, split=split or "train")
         except Exception as error:  # the hub's failures have no common type
-            raise UserError(self.asked, _one_line(error), "check the name as hf:NAME:CONFIG:SPLIT") from error
+            raise UserError(self.asked, one_line(error), "check the name as hf:NAME:CONFIG:SPLIT") from error
         return self._arrow([Path(file["filename"]) for file in table.cache_files])
 
     def _saved(self, folder: Path) -> list[Part]:
         """The Arrow files of a folder that `datasets` saved (its `train` split); none for any other folder."""
-        if (folder / "dataset_dict.json").is_file():
-            splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        if splits := _record(folder / "dataset_dict.json").get("splits"):
             if "train" not in splits:
                 change = f"name one: {folder}/SPLIT"
                 raise UserError(self.asked, f"no split train, but {', '.join(splits)}", change)
             self.left_out.update(f"split {split}" for split in splits if split != "train")
             folder = folder / "train"
-        if not (folder / "state.json").is_file():
-            return []
-        state = json.loads((folder / "state.json").read_text())
-        return self._arrow([folder / file["filename"] for file in state["_data_files"]])
+        state = _record(folder / "state.json")
+        return self._arrow([folder / file["filename"] for file in state.get("_data_files", [])])
 
     def _arrow(self, files: list[Path]) -> list[Part]:
-        return [Part(_readable(str(file)), "arrow", file.stat().st_size, self.asked) for file in files]
+        return [Part(readable(str(file)), "arrow", file.stat().st_size, self.asked) for file in files]
 
     def _nothing(self) -> UserError:
         change = "name a file, a folder, a glob, a URL, builtin or hf:DATASET"
         return UserError(self.asked, "no such file or folder", change)
-
-
-@contextmanager
-def store_errors(asked: str, name: str = "") -> Iterator[None]:
-    """Turn what a file system says into one line; the libraries behind the URLs share no base of errors."""
-    try:
-        yield
-    except (UserError, UnicodeDecodeError):
-        raise
-    except compression.Broken as error:
-        found = f"{name} has broken compression ({error})"
-        raise UserError(asked, found, "copy or compress the file again") from error
-    except OSError as error:
-        raise UserError(asked, _one_line(error), "check that it is there and may be read") from error
-    except Exception as error:
-        if "://" not in asked:
-            raise
-        raise UserError(asked, _one_line(error), "check the address, and the access to it") from error
 
 
 def _builtin_parts(asked: str) -> Iterator[Part]:
@@ -268,20 +238,19 @@ def _builtin_parts(asked: str) -> Iterator[Part]:
         yield Part(str(file), "text", file.stat().st_size, asked)
 
 
+def _record(file: Path) -> dict[str, Any]:
+    """What a JSON file of `datasets` says; nothing where there is none, or another's of the same name."""
+    try:
+        record = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
 def _format_of(name: str, otherwise: str | None = None) -> str | None:
     """What a file holds, by its name; `otherwise` where that has no suffix at all."""
     suffix = PurePosixPath(compression.without_suffix(name).lower()).suffix
     return FORMAT_OF_SUFFIX.get(suffix) if suffix else otherwise
-
-
-def _store_of(name: str) -> tuple[Any, str]:
-    """The file system of a URL and the path in it; none and the whole path for a local file."""
-    if "://" not in name:
-        return None, os.path.abspath(os.path.expanduser(name))
-    filesystem, path = fsspec.core.url_to_fs(name)
-    protocol = filesystem.protocol
-    is_local = "file" in ((protocol,) if isinstance(protocol, str) else protocol)
-    return (None, path) if is_local else (filesystem, path)
 
 
 def _found_at(filesystem: Any, path: str, info: dict[str, Any]) -> Found:
@@ -293,15 +262,5 @@ def _steps_below(root: PurePosixPath, name: str) -> tuple[str, ...]:
     return PurePosixPath(name).relative_to(root).parts
 
 
-def _readable(path: str) -> str:
-    """A local path as seen from here, or the URL."""
-    here = os.getcwd()
-    return os.path.relpath(path) if "://" not in path and Path(path).is_relative_to(here) else path
-
-
 def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -39,7 +39,7 @@ def files_below(folder: str, left_out: Counter[str]) -> list[Found]:
 
 def matches(pattern: str, left_out: Counter[str]) -> list[Found]:
     """The files and folders that a pattern names, by name; `**` stands for any folders. Raises OSError as above."""
-    found = {path: _look_at(path) for path in _expand("", list(Path(pattern).parts), left_out)}
+    found = {path: look_at(path) for path in _expand("", list(Path(pattern).parts), left_out)}
     return [found[path] for path in sorted(found)]
 
 
@@ -64,10 +64,11 @@ def _walk(folder: str, left_out: Counter[str]) -> Iterator[tuple[str, list[Found
 def _listed(folder: str, left_out: Counter[str]) -> list[Found]:
     names = sorted(os.listdir(folder))
     left_out[HIDDEN] += sum(map(is_hidden, names))
-    return [_look_at(os.path.join(folder, name)) for name in names if not is_hidden(name)]
+    return [look_at(os.path.join(folder, name)) for name in names if not is_hidden(name)]
 
 
-def _look_at(path: str) -> Found:
+def look_at(path: str) -> Found:
+    """A file or folder; raises OSError for what is not there or may not be seen."""
     status = os.stat(path)
     return Found(path, stat.S_ISDIR(status.st_mode), stat.S_ISREG(status.st_mode), status.st_size)
 

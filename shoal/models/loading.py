@@ -181,7 +181,7 @@ def _check_window(name: str, config: transformers.PreTrainedConfig, sequence_len
 def _check_vocabulary(name: str, model: transformers.PreTrainedModel, vocab_size: int) -> None:
     rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     if vocab_size > rows:
-        found = f"the tokenizer has {vocab_size} tokens, the embedding {rows} rows"
+        found = f"the tokenizer has ids up to {vocab_size - 1}, the embedding {rows} rows"
         raise UserError(f"--model {name}", found, "use the tokenizer that belongs to the model")
 
 

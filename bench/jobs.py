@@ -110,14 +110,15 @@ class Corpus:
 def run(job: Job, corpus: Corpus) -> Turn:
     """Run a job until its steps are measured. Raises RuntimeError with its last words if it ends before."""
     with TemporaryDirectory(dir=corpus.work) as name:
-        folder = Path(name)
+        folder, log = Path(name, "run"), Path(name, "log")
+        folder.mkdir()
         metrics = folder / "metrics.jsonl"
         commands = _shoal(job, corpus, folder) if job.tool == "shoal" else _peer(job, corpus, metrics)
         began = time.perf_counter()
-        with _running(commands, folder / "log") as processes:
-            _wait_for(metrics, 1, processes, folder / "log")
+        with _running(commands, log) as processes:
+            _wait_for(metrics, 1, processes, log)
             first_step = time.perf_counter() - began
-            _wait_for(metrics, WARM_UP + TIMED, processes, folder / "log")
+            _wait_for(metrics, WARM_UP + TIMED, processes, log)
         lines = metrics.read_text().splitlines()[: WARM_UP + TIMED]
     return Turn(first_step, [json.loads(line) for line in lines])
 

@@ -72,13 +72,13 @@ class RunFolder:
             raise UserError(asked, "it is a file", "name a folder")
         if not self._entries():
             return
+        if self.lock.is_busy() and not self.holds:
+            raise self._busy()
         marker = self._marker()
         if marker is None:
             self._check_unmarked(asked, anew)
         elif anew and not overwrite and (found := self._results()):
             raise UserError(asked, found, "name another one, or add --overwrite-output-dir")
-        if self.lock.is_busy() and not self.holds:
-            raise self._busy()
 
     def hold(self, say: Callable[[str], None]) -> None:
         """From now on no other run may write here. Raises UserError where another one does, or nobody can."""

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator
 
 _NUMBER = re.compile(r"([+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)([kKMGBT]?)")
+BEYOND = 10**18  # nobody counts so far, and arithmetic with more would take its time
+MOST_DIGITS = 290  # of a number as it is written: a float holds it times the largest unit
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 
@@ -27,11 +29,12 @@ def whole_number(given: Any) -> Any:
     """`42`, `10k`, `2e9`, `1B` as an int; what is not text passes through, except true and false."""
     wanted = "a whole number, such as 1000, 10k or 2e9"
     exact = _decimal(given, wanted)
-    if exact is None:
-        return given
-    if exact != exact.to_integral_value():
+    if exact is not None and exact != exact.to_integral_value():
         raise ValueError(f"should be {wanted}")
-    return int(exact)
+    value = given if exact is None else int(exact)
+    if isinstance(value, int) and abs(value) >= BEYOND:
+        raise ValueError("should be below 10^18")
+    return value
 
 
 def _decimal(given: Any, wanted: str) -> Decimal | None:
@@ -40,7 +43,10 @@ def _decimal(given: Any, wanted: str) -> Decimal | None:
     match = _NUMBER.fullmatch(given.strip()) if isinstance(given, str) else None
     if not match:
         raise ValueError(f"should be {wanted}")
-    return Decimal(match[1].replace("_", "")) * _UNITS[match[2]]
+    exact = Decimal(match[1].replace("_", ""))
+    if exact.adjusted() > MOST_DIGITS:
+        raise ValueError("should be a finite number, and not as large")
+    return exact * _UNITS[match[2]]
 
 
 def names(given: Any) -> Any:
@@ -51,13 +57,36 @@ def names(given: Any) -> Any:
     return [] if parts == ["none"] else [part for part in parts if part]
 
 
-def at_home(path: str) -> str:
-    """A path with the home folder for a `~` that it begins with; any other text, such as a hub name, as it is."""
-    return os.path.expanduser(path)
+def at_home(path: Any) -> Any:
+    """A path with the home folder for a `~` that it begins with; other text, such as a hub name, as it is.
+
+    A list gives a list; from Python paths may come as `Path`.
+    """
+    if isinstance(path, list | tuple):
+        return [at_home(each) for each in path]
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(text, str):
+        return text
+    if "\0" in text:
+        raise ValueError("should hold no NUL character")
+    return os.path.expanduser(text)
 
 
-def _all_at_home(paths: list[str]) -> list[str]:
-    return [at_home(path) for path in paths]
+def _paths(given: Any) -> Any:
+    return at_home([given] if isinstance(given, os.PathLike) else names(given))
+
+
+def plain(given: Any) -> Any:
+    """What JSON can say: text, numbers, truth values, and lists and mappings of them."""
+    if isinstance(given, list):
+        return [plain(each) for each in given]
+    if isinstance(given, dict) and all(isinstance(name, str) for name in given):
+        return {name: plain(each) for name, each in given.items()}
+    if not isinstance(given, str | int | float | None) or (
+        isinstance(given, int) and abs(given) > 10**MOST_DIGITS
+    ):
+        raise ValueError("should be text, a number, true or false, or a list or a mapping of them")
+    return given
 
 
 def _trackers(given: list[str]) -> list[str]:
@@ -171,9 +200,9 @@ def _whole_or(wanted: str, given: Any) -> Any:
 Number = Annotated[float, BeforeValidator(number, json_schema_input_type=float | str)]
 Whole = Annotated[int, BeforeValidator(whole_number, json_schema_input_type=int | str)]
 Warmup = Annotated[Number, AfterValidator(_warmup)]
-Names = Annotated[list[str], BeforeValidator(names, json_schema_input_type=list[str] | str)]
-Path = Annotated[str, AfterValidator(at_home)]
-Paths = Annotated[Names, AfterValidator(_all_at_home)]
+Path = Annotated[str, BeforeValidator(at_home, json_schema_input_type=str)]
+Paths = Annotated[list[str], BeforeValidator(_paths, json_schema_input_type=list[str] | str)]
+Plain = Annotated[Any, BeforeValidator(plain)]
 Trackers = Annotated[list[str], BeforeValidator(names), AfterValidator(_trackers)]
 Optimizer = Annotated[
     Literal["adamw", "adamw-8bit", "muon", "sgd", "onebit-adam"], BeforeValidator(_optimizer)

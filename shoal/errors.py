@@ -18,6 +18,7 @@ PREEMPTED = 75  # EX_TEMPFAIL: saved, please start the same command again
 INTERRUPTED = 130
 
 LONGEST = 2000  # characters of a message; of a longer one the middle is left out
+QUOTED = 200  # characters of a value
 LESS_MEMORY = "lower --per-device-train-batch-size or --sequence-length (of shoal generate: --batch-size)"
 FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 DENIED = {
@@ -74,6 +75,15 @@ def one_line(text: str) -> str:
     shown = printable(joined)
     half = LONGEST // 2
     return shown if len(shown) <= LONGEST else f"{shown[:half]} ... {shown[-half:]}"
+
+
+def quoted(value: object) -> str:
+    """A value as Python writes it, its beginning if that is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # it holds an integer of more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= QUOTED else f"{text[:QUOTED]} ..."
 
 
 def described(error: BaseException) -> str:

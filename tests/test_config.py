@@ -363,6 +363,58 @@ def test_unreadable_recipes(tmp_path):
     assert "byte 7: not UTF-8" in refusal(file=tmp_path / "binary.yaml")
 
 
+ODD = [
+    10**5000,
+    "9" * 5000,
+    "1e999999999",
+    "1e400",
+    b"x",
+    {1: 2},
+    object(),
+    "\0",
+    "\x1b[31m\n",
+    "x" * 10**5,
+    [],
+    [[None]],
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
+def test_odd_values_are_taken_or_refused_in_one_line(odd):
+    for name in ["model.any", "bf16", *(fact.name for fact in facts())]:
+        assert_one_line(**{name: odd})
+
+
+def assert_one_line(**sources) -> None:
+    """What comes of it can be handed on; or else it is refused with a line that can be read."""
+    said = ""
+    try:
+        resolved = load(**sources)
+        assert dump_yaml(resolved)
+        assert json.dumps(resolved.config.model_dump())
+    except UserError as error:
+        said = str(error)
+    assert said.isprintable()
+    assert len(said) < 3000
+
+
+@pytest.mark.parametrize(
+    "value", ["!!int x", "!!timestamp x", "!!bool maybe", "[" * 3000, "&a [*a]", "!!set {a}", "{[a]: b}"]
+)
+def test_odd_yaml_is_taken_or_refused_in_one_line(value, tmp_path):
+    for key in ("train: {seed: ", "model: {any: ", "data: {path: "):
+        assert_one_line(file=recipe(tmp_path, f"{key}{value}}}\n"))
+
+
+def test_paths_from_python_may_be_paths(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load(
+        data=Path("~/a,b"), eval_path=[Path("c")], output_dir=Path("runs/x"), model=Path("m")
+    ).config
+    assert (config.data.path, config.data.eval_path) == (["/home/me/a,b"], ["c"])
+    assert (config.checkpoint.output_dir, config.model.name) == ("runs/x", "m")
+
+
 def test_environment_tells_near_misses_from_strangers():
     assert "did you mean SHOAL_SEED" in refusal(environ={"SHOAL_SEDE": "1"})
     names = [

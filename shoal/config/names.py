@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from shoal.config.record import RunConfig
 from shoal.config.section import Section
-from shoal.errors import UserError
+from shoal.errors import UserError, quoted
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def yes_or_no(given: Any, origin: str) -> bool:
         return TypeAdapter(bool).validate_python(given)
     except ValidationError:
         asked = origin.removeprefix("flag ")
-        raise UserError(asked, f"{given!r} does not fit", "it should be true or false") from None
+        raise UserError(asked, f"{quoted(given)} does not fit", "it should be true or false") from None
 
 
 def nearest(name: str, known: Iterable[str], likeness: float = 0.6) -> str | None:

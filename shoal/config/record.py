@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from shoal.config.layout import LayoutConfig
 from shoal.config.section import Section, fact
@@ -14,6 +14,7 @@ from shoal.config.values import (
     Optimizer,
     PathName,
     Paths,
+    Plain,
     Precision,
     Recompute,
     Threads,
@@ -25,12 +26,15 @@ from shoal.config.values import (
 )
 from shoal.errors import UserError
 
+MOST = 10**6  # samples in a step: the arithmetic of batches tries divisors one by one
+
 
 class ModelConfig(Section):
     """Which model. Every further key is a dimension of its Hugging Face config, as in hidden_size: 64."""
 
     model_config = ConfigDict(extra="allow", frozen=True, defer_build=True)
     primary: ClassVar[str] = "name"
+    __pydantic_extra__: dict[str, Plain] = Field(init=False)
 
     name: PathName = fact("llama-tiny", "a preset, a Hugging Face folder or a hub name", "model_name_or_path")
 
@@ -103,7 +107,7 @@ class TrainConfig(Section):
         gt=0,
     )
     global_batch_size: Whole | None = fact(
-        None, "samples in a step over all workers; empty = 16", "train_batch_size", ge=1
+        None, "samples in a step over all workers; empty = 16", "train_batch_size", ge=1, le=MOST
     )
     per_device_train_batch_size: Whole | None = fact(
         None,
@@ -112,12 +116,14 @@ class TrainConfig(Section):
         "batch_size",
         "train_micro_batch_size_per_gpu",
         ge=1,
+        le=MOST,
     )
     gradient_accumulation_steps: Whole | None = fact(
         None,
         "micro-batches a worker takes in a step; empty = what follows from the other two",
         "accumulate_grad_batches",
         ge=1,
+        le=MOST,
     )
     learning_rate: Number = fact(3e-3, "the highest rate, reached after warm-up", "lr", ge=0)
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = fact(

@@ -16,7 +16,7 @@ from shoal.config.names import Setting, sections, setting
 from shoal.config.record import RunConfig
 from shoal.config.sources import environment_settings, file_settings
 from shoal.config.values import at_home
-from shoal.errors import UserError
+from shoal.errors import UserError, quoted
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def _yaml_entry(field: str, value: Any) -> str:
 
 def _spelled_out(entry: Setting) -> list[Setting]:
     """`strategy: zero3` is all-reduce between replicas that are each cut over workers."""
-    stage = STAGES.get(str(entry.value)) if entry.key == "strategy.name" else None
+    named = entry.key == "strategy.name" and isinstance(entry.value, str)
+    stage = STAGES.get(entry.value) if named else None
     if stage is None:
         return [entry]
     return [
@@ -107,7 +108,7 @@ def _problem(problem: Any, last: Mapping[str, Setting]) -> tuple[str, str, str]:
     """(asked, found, change) of one problem that pydantic found."""
     key = _place(problem)
     message = str(problem.get("ctx", {}).get("error", problem["msg"])).removeprefix("Input ")
-    return last[key].asked, f"{problem['input']!r} does not fit", f"it {message}"
+    return last[key].asked, f"{quoted(problem['input'])} does not fit", f"it {message}"
 
 
 def _keys(config: RunConfig) -> list[str]:

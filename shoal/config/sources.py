@@ -63,10 +63,16 @@ def _as_written() -> type[Any]:
         """Of the words that stand for values it knows null alone."""
 
     AsWritten.yaml_implicit_resolvers = {}
+    for tag in ("bool", "int", "float", "timestamp"):  # written out, as in !!int
+        AsWritten.add_constructor(f"tag:yaml.org,2002:{tag}", _text)
     AsWritten.add_implicit_resolver(
         "tag:yaml.org,2002:null", re.compile("(~|null|Null|NULL|)$"), ["~", "n", "N", ""]
     )
     return AsWritten
+
+
+def _text(loader: Any, node: Any) -> Any:
+    return loader.construct_scalar(node)
 
 
 def _settings(file: Path, loader: Any, root: Any) -> Iterator[Setting]:

@@ -15,6 +15,8 @@ from pydantic import AfterValidator, BeforeValidator
 
 _NUMBER = re.compile(r"([+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)([kKMGBT]?)")
 MOST_COMMAS = 16  # tried in a file's name, where others are named beside it
+BEYOND = 10**18  # nobody counts so far, and arithmetic with more would take its time
+MOST_DIGITS = 290  # of a number as it is written: a float holds it times the largest unit
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 
@@ -29,11 +31,12 @@ def whole_number(given: Any) -> Any:
     """`42`, `10k`, `2e9`, `1B` as an int; what is not text passes through, except true and false."""
     wanted = "a whole number, such as 1000, 10k or 2e9"
     exact = _decimal(given, wanted)
-    if exact is None:
-        return given
-    if exact != exact.to_integral_value():
+    if exact is not None and exact != exact.to_integral_value():
         raise ValueError(f"should be {wanted}")
-    return int(exact)
+    value = given if exact is None else int(exact)
+    if isinstance(value, int) and abs(value) >= BEYOND:
+        raise ValueError("should be below 10^18")
+    return value
 
 
 def _decimal(given: Any, wanted: str) -> Decimal | None:
@@ -42,7 +45,10 @@ def _decimal(given: Any, wanted: str) -> Decimal | None:
     match = _NUMBER.fullmatch(given.strip()) if isinstance(given, str) else None
     if not match:
         raise ValueError(f"should be {wanted}")
-    return Decimal(match[1].replace("_", "")) * _UNITS[match[2]]
+    exact = Decimal(match[1].replace("_", ""))
+    if exact.adjusted() > MOST_DIGITS:
+        raise ValueError("should be a finite number, and not as large")
+    return exact * _UNITS[match[2]]
 
 
 def names(given: Any) -> Any:
@@ -55,17 +61,19 @@ def names(given: Any) -> Any:
 
 def paths(given: Any) -> Any:
     """Names, of which any may be that of a file: `a.txt,Smith, John.txt` is two where the second exists."""
-    if not isinstance(given, str) or "," not in given:
-        return names(given)
+    if isinstance(given, os.PathLike):
+        return at_home([given])
+    if not isinstance(given, str) or "," not in given or "\0" in given:
+        return at_home(names(given))
     if _is_there(given):
-        return [given]
+        return at_home([given])
     words, found = given.split(","), []
     while words:
         runs = [",".join(words[:count]) for count in range(1, min(len(words), MOST_COMMAS) + 1)]
         name = next((run for run in runs if _is_there(run.strip())), runs[0])
         found.append(name.strip())
         words = words[name.count(",") + 1 :]
-    return [name for name in found if name]
+    return at_home([name for name in found if name])
 
 
 def _is_there(name: str) -> bool:
@@ -74,13 +82,32 @@ def _is_there(name: str) -> bool:
     return os.path.lexists(path) or (has_magic(path) and next(iglob(path, recursive=True), None) is not None)
 
 
-def at_home(path: str) -> str:
-    """A path with the home folder for a `~` that it begins with; any other text, such as a hub name, as it is."""
-    return os.path.expanduser(path)
+def at_home(path: Any) -> Any:
+    """A path with the home folder for a `~` that it begins with; other text, such as a hub name, as it is.
+
+    A list gives a list; from Python paths may come as `Path`.
+    """
+    if isinstance(path, list | tuple):
+        return [at_home(each) for each in path]
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(text, str):
+        return text
+    if "\0" in text:
+        raise ValueError("should hold no NUL character")
+    return os.path.expanduser(text)
 
 
-def _all_at_home(paths: list[str]) -> list[str]:
-    return [at_home(path) for path in paths]
+def plain(given: Any) -> Any:
+    """What JSON can say: text, numbers, truth values, and lists and mappings of them."""
+    if isinstance(given, list):
+        return [plain(each) for each in given]
+    if isinstance(given, dict) and all(isinstance(name, str) for name in given):
+        return {name: plain(each) for name, each in given.items()}
+    if not isinstance(given, str | int | float | None) or (
+        isinstance(given, int) and abs(given) > 10**MOST_DIGITS
+    ):
+        raise ValueError("should be text, a number, true or false, or a list or a mapping of them")
+    return given
 
 
 def _trackers(given: list[str]) -> list[str]:
@@ -204,12 +231,9 @@ def _whole_or(wanted: str, given: Any) -> Any:
 Number = Annotated[float, BeforeValidator(number, json_schema_input_type=float | str)]
 Whole = Annotated[int, BeforeValidator(whole_number, json_schema_input_type=int | str)]
 Warmup = Annotated[Number, AfterValidator(_warmup)]
-PathName = Annotated[str, AfterValidator(at_home)]
-Paths = Annotated[
-    list[str],
-    BeforeValidator(paths, json_schema_input_type=list[str] | str),
-    AfterValidator(_all_at_home),
-]
+PathName = Annotated[str, BeforeValidator(at_home, json_schema_input_type=str)]
+Paths = Annotated[list[str], BeforeValidator(paths, json_schema_input_type=list[str] | str)]
+Plain = Annotated[Any, BeforeValidator(plain)]
 Trackers = Annotated[list[str], BeforeValidator(names), AfterValidator(_trackers)]
 Optimizer = Annotated[
     Literal["adamw", "adamw-8bit", "muon", "sgd", "onebit-adam"], BeforeValidator(_optimizer)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pwd
 from itertools import product
 from pathlib import Path
 
@@ -427,6 +428,24 @@ def test_environment_tells_near_misses_from_strangers():
     ]
     strangers = dict.fromkeys(names, "1")
     assert load(environ=strangers).config == load().config
+
+
+def test_what_kubernetes_sets_for_a_service_is_no_setting():
+    names = ["", *{f"_{name.upper()}" for fact in facts() for name in (fact.name, *fact.aliases)}]
+    ends = ["SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_80_TCP", "PORT_80_TCP_ADDR"]
+    strangers = {f"SHOAL{name}_{end}": "tcp://10.96.0.1:80" for name in names for end in ends}
+    assert load(environ=strangers).config == load().config
+
+
+def test_a_user_without_a_home_needs_one_only_for_the_cache(monkeypatch):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    assert load().config.data.cache_dir == ""
+    assert load("--cache-dir", "/scratch").config.data.cache == Path("/scratch")
+    for given in ((), ("--cache-dir", "~/scratch")):
+        with pytest.raises(UserError, match=r"--cache-dir.*: this user has no home folder; .* or set HOME"):
+            load(*given).config.data.cache  # noqa: B018
+    assert dump_yaml(load())
 
 
 def test_folders_are_filled_in():

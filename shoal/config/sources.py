@@ -10,13 +10,15 @@ from shoal.config.names import Setting, names, nearest, sections, setting
 from shoal.errors import UserError
 
 PREFIX = "SHOAL_"
+# What Kubernetes sets for a service, such as one called shoal-data.
+SERVICE = re.compile(r"_(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)$")
 
 
 def environment_settings(environ: Mapping[str, str]) -> list[Setting]:
     """The settings that variables such as SHOAL_SEED give.
 
     Raises UserError for a variable that is nearly the name of a setting. Others that begin with SHOAL_ are
-    not ours to judge: Kubernetes sets SHOAL_SERVICE_HOST and more for a service called shoal.
+    not ours to judge, nor is what Kubernetes sets for a service whose name begins with shoal.
     """
     settings = []
     for variable in sorted(name for name in environ if name.startswith(PREFIX)):
@@ -25,6 +27,8 @@ def environment_settings(environ: Mapping[str, str]) -> list[Setting]:
             found = setting(name, environ[variable], variable)
             assert found is not None
             settings.append(found)
+        elif SERVICE.search(variable):
+            continue
         elif meant := nearest(name, (known for known in names() if "." not in known), likeness=0.75):
             raise UserError(variable, "there is no such setting", f"did you mean {PREFIX}{meant.upper()}")
     return settings

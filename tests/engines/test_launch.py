@@ -1,5 +1,7 @@
 """`shoal` started for real: processes of their own, torchrun, bad input, and what a worker listens on."""
 
+import errno
+import json
 import os
 import random
 import signal
@@ -7,7 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 from laws.launches import (
@@ -24,8 +27,12 @@ from laws.launches import (
 from laws.pool import HANG, Pool
 from laws.worlds import first_difference
 
+from shoal import cli
 from shoal.checkpoint import candidates
+from shoal.config import load_config
+from shoal.engines import local
 from shoal.engines.environment import is_worker, placement
+from shoal.engines.worker import ERRORS, JOB
 from shoal.errors import BAD_INPUT, DONE, PREEMPTED, UserError
 
 COMMON = [*BATCH, "--save-steps", "5", "--ledger"]
@@ -90,6 +97,17 @@ def test_torchrun_starts_the_same_run(pool: Pool, data: list[str], tmp_path: Pat
     assert first_difference([weights_of(tmp_path / "torchrun")], [weights_of(tmp_path / "ours")]) is None
 
 
+@pytest.mark.parametrize("verb", ["train", "evaluate"])
+def test_a_stop_before_there_are_workers_is_a_stop(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setitem(cli.VERBS, verb, lambda words: os.kill(os.getpid(), signal.SIGTERM) or DONE)
+    assert cli.main([verb]) == PREEMPTED
+    assert capsys.readouterr().err.startswith("shoal: stopped before the first step")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_a_stop_before_python_is_up_is_a_stop(data: list[str], tmp_path: Path) -> None:
     started = start("shoal", "train", *data, *COMMON, "--nproc-per-node", "2", "--output-dir", str(tmp_path))
     deadline = time.monotonic() + HANG
@@ -102,6 +120,87 @@ def test_a_stop_before_python_is_up_is_a_stop(data: list[str], tmp_path: Path) -
     assert code == PREEMPTED, output
     assert not any(map(is_alive, workers))
     assert "Traceback" not in output
+
+
+SHADOWS = ("random", "json", "signal", "tempfile", "transformers", "yaml")
+FROM_A_THREAD = """
+import json, sys, threading
+import shoal
+
+def go():
+    summary = shoal.train(max_steps=2, nproc_per_node=1, **json.loads(sys.argv[1]))
+    print("steps", summary["steps"])
+
+if __name__ == "__main__":
+    thread = threading.Thread(target=go)
+    thread.start()
+    thread.join()
+"""
+
+
+def test_a_run_starts_from_any_thread_and_from_any_folder(data: list[str], tmp_path: Path) -> None:
+    """Where Python lets nobody handle signals; among files that are called like modules."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    for name in SHADOWS:
+        (folder / f"{name}.py").write_text("raise RuntimeError('the wrong module')")
+    (tmp_path / "script.py").write_text(FROM_A_THREAD)
+    flags = dict(zip(data[::2], data[1::2], strict=True)) | {"--output-dir": str(tmp_path / "run")}
+    settings = {name.removeprefix("--").replace("-", "_"): value for name, value in flags.items()}
+    for words, said in (
+        ([str(tmp_path / "script.py"), json.dumps(settings)], "steps 2"),
+        (["-m", "shoal", "config", "show"], "train:"),
+    ):
+        env = os.environ | {"OMP_NUM_THREADS": "1", "SHOAL_DEVICE": "cpu"}
+        command = [sys.executable, *words]
+        done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=2 * HANG)
+        assert said in done.stdout, done.stdout + done.stderr
+
+
+class Launched:
+    """Stands for `subprocess.Popen`: the second one cannot be started, the first runs until it is killed."""
+
+    all: ClassVar[list["Launched"]] = []
+
+    def __init__(self, command: list[str], env: dict[str, str], **_: object) -> None:
+        if self.all:
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        self.env, self.pid, self.returncode = env, 0, None
+        job = Path(env[ERRORS], JOB)
+        self.job, self.mode = job.read_text(), job.parent.stat().st_mode & 0o777
+        self.all.append(self)
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def kill(self) -> None:
+        self.returncode = -signal.SIGKILL
+
+    def wait(self, timeout: float = 0) -> int:
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("worker", timeout)
+        return self.returncode
+
+
+def test_no_worker_is_left_where_the_next_cannot_be_started_and_none_carries_the_configuration(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of thousands of paths it would not fit into a variable."""
+    monkeypatch.setattr(
+        local, "subprocess", SimpleNamespace(Popen=Launched, **{"TimeoutExpired": subprocess.TimeoutExpired})
+    )
+    monkeypatch.setattr(Launched, "all", [])
+    paths = [f"corpus/page-{number}-with-a-long-name.txt" for number in range(5000)]
+    resolved = load_config(
+        None, ["--output-dir", str(tmp_path / "run"), "--nproc-per-node", "2"], {}, data=paths
+    )
+    with pytest.raises(OSError, match="temporarily unavailable"):
+        local.launch(resolved)
+    (first,) = Launched.all
+    assert first.returncode == -signal.SIGKILL
+    assert json.loads(first.job)["config"] == resolved.config.model_dump()
+    assert first.mode == 0o700
+    assert max(len(f"{name}={value}") for name, value in first.env.items()) < 64 << 10
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -303,11 +402,51 @@ def test_who_a_worker_is_follows_from_what_the_engine_set(
         {"RANK": "0"},
         {"RANK": "0", "WORLD_SIZE": "2"},
         {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "0"},
+        {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "tcp://10.96.0.1:23456"},
+        {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "70000"},
+        {"RANK": "0", "WORLD_SIZE": ""},
+        {"RANK": "", "WORLD_SIZE": "1"},
+        {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "first"},
+        {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2x", "MASTER_PORT": "1"},
+        {"PMI_RANK": "0", "PMI_SIZE": "9" * 5000, "MASTER_PORT": "1"},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1.0", "MASTER_PORT": "1"},
     ],
+    ids=lambda environ: str(environ)[:90],
 )
 def test_an_environment_at_odds_with_itself_is_refused(environ: dict[str, str]) -> None:
     with pytest.raises(UserError, match="a worker's environment"):
         placement(environ)
+
+
+def test_words_where_slurm_has_numbers_are_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "x")
+    monkeypatch.setattr(sys, "argv", ["shoal", "train", "--output-dir", "nowhere"])
+    with pytest.raises(SystemExit) as left:
+        cli.command()
+    assert left.value.code == BAD_INPUT
+    said = (
+        "shoal: error: a worker's environment: SLURM_NTASKS is 'x'; set it to a whole number, or unset it\n"
+    )
+    assert capsys.readouterr().err == said
+
+
+def test_an_interface_that_is_not_there_is_refused() -> None:
+    given = {"RANK": "0", "WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "nonesuch0"}
+    with pytest.raises(UserError, match=r"GLOO_SOCKET_IFNAME=nonesuch0: this machine has .*lo"):
+        placement(given)
+    assert placement(given | {"GLOO_SOCKET_IFNAME": "lo"}).rank == 0
+
+
+def test_a_machine_without_loopback_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    monkeypatch.setattr(local.socket, "create_connection", unreachable)
+    with pytest.raises(UserError, match=r"cannot connect to another on 127.0.0.1 .*unreachable"):
+        local.check_loopback()
 
 
 def test_a_shell_within_a_slurm_job_is_no_worker() -> None:

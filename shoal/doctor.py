@@ -13,6 +13,7 @@ from typing import Literal
 
 from shoal import devices
 from shoal.config.resolve import load_config
+from shoal.data import cache
 from shoal.devices import usable_cores
 from shoal.errors import ShoalError, UserError
 
@@ -71,7 +72,7 @@ def _hardware(environ: Mapping[str, str]) -> Iterator[Finding]:
     yield _bf16(_processor_flags(Path("/proc/cpuinfo")))
     yield _disk("disk, here", Path.cwd())
     try:
-        yield _disk("disk, cache", load_config(environ=environ).config.data.cache)
+        yield _disk("disk, cache", cache.folder_of(load_config(environ=environ).config.data.cache_dir))
     except UserError as error:
         yield Finding("hardware", "disk, cache", error.found, "warn", "set HOME, or give --cache-dir")
 

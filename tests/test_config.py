@@ -12,6 +12,7 @@ import yaml
 
 from shoal.config import RunConfig, dump_yaml, load_config, reference, resolve_batch
 from shoal.config.names import facts, names, sections
+from shoal.data import cache
 from shoal.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -441,10 +442,10 @@ def test_a_user_without_a_home_needs_one_only_for_the_cache(monkeypatch):
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
     assert load().config.data.cache_dir == ""
-    assert load("--cache-dir", "/scratch").config.data.cache == Path("/scratch")
+    assert cache.folder_of(load("--cache-dir", "/scratch").config.data.cache_dir) == Path("/scratch")
     for given in ((), ("--cache-dir", "~/scratch")):
         with pytest.raises(UserError, match=r"--cache-dir.*: this user has no home folder; .* or set HOME"):
-            load(*given).config.data.cache  # noqa: B018
+            cache.folder_of(load(*given).config.data.cache_dir)
     assert dump_yaml(load())
 
 

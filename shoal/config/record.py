@@ -1,6 +1,5 @@
 """What a run is: every setting with its type, default, meaning, and the other names people know it by."""
 
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -24,7 +23,6 @@ from shoal.config.values import (
     Workers,
     guess,
 )
-from shoal.errors import UserError
 
 MOST = 10**6  # samples in a step: the arithmetic of batches tries divisors one by one
 
@@ -82,17 +80,6 @@ class DataConfig(Section):
     cache_dir: PathName = fact(
         "", "where prepared data lies; empty = $XDG_CACHE_HOME/shoal or ~/.cache/shoal"
     )
-
-    @property
-    def cache(self) -> Path:
-        """The folder where prepared data lies. Raises UserError where it is below the home of a user without one."""
-        try:
-            return Path(self.cache_dir or "~/.cache/shoal").expanduser()
-        except RuntimeError:
-            found = "this user has no home folder"
-            raise UserError(
-                f"--cache-dir {self.cache_dir}".strip(), found, "give a folder, or set HOME"
-            ) from None
 
 
 class TrainConfig(Section):

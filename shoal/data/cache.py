@@ -16,6 +16,15 @@ FULL = {errno.ENOSPC, errno.EDQUOT}
 NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
+def folder_of(cache_dir: str) -> Path:
+    """The folder that `--cache-dir` names. Raises UserError where it is below the home of a user without one."""
+    try:
+        return Path(cache_dir or "~/.cache/shoal").expanduser()
+    except RuntimeError:
+        asked = f"--cache-dir {cache_dir}".strip()
+        raise UserError(asked, "this user has no home folder", "give a folder, or set HOME") from None
+
+
 def made(target: Path, make: Callable[[Path], None], report: Report) -> bool:
     """Whether this process made the folder `target`: `make` fills a folder beside it, which is then moved there.
 

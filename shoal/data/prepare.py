@@ -14,7 +14,7 @@ import numpy as np
 
 from shoal.config import DataConfig, usable_cores
 from shoal.data import pool, shards, summary, tokenizer
-from shoal.data.cache import cache_errors, made
+from shoal.data.cache import cache_errors, folder_of, made
 from shoal.data.documents import read_documents
 from shoal.data.fingerprints import fingerprints
 from shoal.data.shards import Shard, content_hash, held_out
@@ -45,7 +45,7 @@ def prepare(
     for the same data wait for the first. What was read and what left out is reported where the folder is made, with
     `verbose` also where it is found. Raises UserError for bad input, and for a cache that cannot be written.
     """
-    cache = data.cache
+    cache = folder_of(data.cache_dir)
     sources, eval_sources = list_sources(data.path), list_sources(data.eval_path, "--eval-path")
     given = _Given(data, sources.parts, eval_sources.parts)
     with cache_errors(cache):

@@ -22,10 +22,6 @@ class Data:
     eval_fraction: float = 0.1
     split_special_tokens: bool = False
 
-    @property
-    def cache(self) -> Path:
-        return Path(self.cache_dir)
-
 
 WORDS = ("the fish swim ebb fläche 潮 drift net,", "a\tb", "  deep", "42", "x=y\n", '"quoted"', "\n\n", "🐟")
 

@@ -143,17 +143,19 @@ class RunFolder:
 
     def keep_error(self, rank: int, text: str) -> None:
         """Leave an error in the folder of the run that it ended, where there is one that nobody else writes in."""
+        name = f"errors/{error_file(rank)}"
         with suppress(OSError, UserError):
             if not self.is_marked or self.lock.take() is Answer.BUSY:
                 return
-            marker, name = self._required_marker(), f"errors/{error_file(rank)}"
-            if self._others(self.path / name, marker.made):
-                return
-            marker.made += [name] if name not in marker.made else []
-            self._write(marker)
-            (self.path / "errors").mkdir(exist_ok=True)
-            (self.path / name).write_text(text)
-            self.lock.release()
+            try:
+                marker = self._required_marker()
+                if self._others(self.path / name, marker.made) is None:
+                    marker.made += [name] if name not in marker.made else []
+                    self._write(marker)
+                    (self.path / name).parent.mkdir(exist_ok=True)
+                    (self.path / name).write_text(text)
+            finally:
+                self.lock.release()
 
     def _entries(self) -> list[str]:
         """What is in it, but what a run leaves that was refused before it began."""

@@ -28,7 +28,8 @@ POSITION = {
 }  # fmt: skip
 # Part of the key of the prepared data, which is refused as a whole where it is another.
 DATA = {
-    "data.path", "data.text_field", "data.tokenizer", "data.vocab_size", "data.eval_path", "data.eval_fraction"
+    "data.path", "data.text_field", "data.tokenizer", "data.vocab_size", "data.eval_path", "data.eval_fraction",
+    "data.split_special_tokens",
 }  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def stand(folder: Path, *, then: dict[str, Any] | None = None, now: dict[str, An
     return load_standing(path, config, "key", SimpleNamespace(say=said.append)), said  # type: ignore[arg-type]
 
 
-CHANGES = {"seed": (7, 8), "sequence_length": (64, 65), "task": ("causal-lm", "another")}
+CHANGES = {"seed": (7, 8), "sequence_length": (64, 65), "task": ("causal-lm", "another"), "packing": (True, False)}
 
 
 @pytest.mark.parametrize("of_old", [True, False])

@@ -3,9 +3,9 @@
 - the loss that is summed here is the one that the model's own forward pass gives with labels
 - a document in a packed window is computed as it is alone, and no token sees a later one
 
-A leak shows as a difference between two passes: the mean over tokens of |a - b| / |a|. It has to be at most the square
-root of the precision's epsilon (float32 3e-4, bfloat16 0.09), or twice what mixed precision itself changes: rounding is
-far below that, also where it sends some tokens of a mixture to other experts.
+A leak shows as a difference between two passes: the mean over tokens of |a - b| / |a|. It has to be at most the
+square root of the precision's epsilon (float32 3e-4, bfloat16 0.09), or twice what mixed precision itself changes:
+rounding is far below, also where it sends some tokens of a mixture to other experts.
 """
 
 import inspect

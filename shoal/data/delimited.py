@@ -40,11 +40,12 @@ def read_rows(span: Span, field: str) -> Iterator[str]:
 
 def _header(part: Part, field: str) -> tuple[str, list[str]]:
     """The delimiter, and the names of the columns."""
-    headers = {delimiter: _first_row(part, delimiter) for delimiter in DELIMITERS[part.format]}
-    for delimiter, names in headers.items():
+    longest: list[str] = []
+    for delimiter in DELIMITERS[part.format]:
+        names = _first_row(part, delimiter)
         if field in names:
             return delimiter, names
-    longest = max(headers.values(), key=len)
+        longest = max(longest, names, key=len)
     if any("\0" in name for name in longest):
         raise _not_text(part)
     raise no_column(part, field, longest)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 from cases.inputs import LINES, RECIPE, SIZES, model, rows, say_of_itself, tokenizer
 from safetensors import safe_open
 
@@ -84,10 +85,9 @@ def _zip_of_two(folder: Path) -> None:
 
 
 def _frames(folder: Path) -> None:
-    import zstandard
-
     halves = (rows(LINES[:20]), rows(LINES[20:]))
-    file("two.jsonl.zst", b"".join(zstandard.compress(half.encode()) for half in halves))(folder)
+    frames = [pyarrow.Codec("zstd").compress(half.encode(), asbytes=True) for half in halves]
+    file("two.jsonl.zst", b"".join(frames))(folder)
 
 
 def _linked_folder(folder: Path) -> None:

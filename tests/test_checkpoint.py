@@ -301,7 +301,7 @@ def test_a_full_disk_is_one_line(
         raise error
 
     monkeypatch.setattr(f"shoal.{place}", full)
-    with pytest.raises(UserError, match="the disk is full") as caught:
+    with pytest.raises(ShoalError, match="the disk is full") as caught:
         save(tmp_path, 2)
     assert "\n" not in str(caught.value)
     monkeypatch.undo()
@@ -316,7 +316,7 @@ def test_another_failure_to_write_is_one_line_too(tmp_path: Path, monkeypatch: p
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(stored, "stream", refused)
-    with pytest.raises(ShoalError, match=r"Permission denied.*earlier checkpoints are intact"):
+    with pytest.raises(ShoalError, match=r"save a checkpoint in .*: Permission denied; change"):
         save(tmp_path, 2)
     monkeypatch.undo()
     assert step_found(tmp_path) == 1
@@ -341,7 +341,7 @@ def save_until_full(run: Path) -> int:
     for step in range(1, 20):
         try:
             save(run, step, keep=20)
-        except UserError as full:
+        except ShoalError as full:
             if "the disk is full" not in str(full):
                 raise
             return step - 1

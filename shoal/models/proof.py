@@ -3,9 +3,9 @@
 - the loss that is summed here is the one that the model's own forward pass gives with labels
 - a document in a packed window is computed as it is alone, and no token sees a later one
 
-A leak shows as a difference between two passes: the mean over tokens of |a - b| / |a|. It has to be at most the
-square root of the precision's epsilon (float32 3e-4, bfloat16 0.09), or twice what mixed precision itself changes:
-rounding is far below, also where it sends some tokens of a mixture to other experts.
+A leak shows as a difference between two passes. It is the mean over tokens of |a - b| / |a|, and has to be at most
+the square root of the epsilon of the precision (float32 3e-4, bfloat16 0.09), or twice what mixed precision changes.
+Rounding is far below that, also where it sends some tokens of a mixture to other experts.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from shoal.errors import ShoalError, UserError
-from shoal.models.heads import final_hidden, has_plain_head
+from shoal.models.heads import final_hidden, has_plain_head, logits
 from shoal.models.isolation import PADDING, packed_inputs, padded_inputs
 from shoal.models.loss import IGNORED, own_loss, summed_cross_entropy
 
@@ -170,7 +170,8 @@ def _hidden(model: "PreTrainedModel", inputs: dict[str, Any]) -> Tensor:
     was_training = model.training
     model.eval()
     try:
-        return final_hidden(model, inputs)
+        whole = model.base_model is model  # no body that could run alone
+        return logits(model, inputs) if whole else final_hidden(model, inputs)
     finally:
         model.train(was_training)
 

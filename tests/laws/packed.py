@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from shoal.models import attention, norm
-from shoal.models.isolation import packed_inputs
+from shoal.models.isolation import PADDING, packed_inputs, padded_inputs
 from shoal.models.loss import summed_cross_entropy
 from shoal.models.lstm import LstmConfig, LstmForCausalLM
 
@@ -58,6 +58,7 @@ class PackedTask(RowsTask):
 
     kind: str = "llama"
     length: int = 19
+    packing: bool = True  # else each row is one document, with padding behind it
 
     def model(self) -> PreTrainedModel:
         torch.manual_seed(self.seed)
@@ -67,10 +68,17 @@ class PackedTask(RowsTask):
         return made.train()
 
     def samples(self, split: str) -> Packed:
-        return Packed(self.size if split == "train" else 17, self.length, seed=len(split))
+        made = Packed(self.size if split == "train" else 17, self.length, seed=len(split))
+        if not self.packing:
+            last = (made.labels != IGNORED).cumsum(axis=1).argmax(axis=1)  # that predicts something
+            made.documents = np.where(np.arange(self.length) <= last[:, None], 0, PADDING)
+        return made
 
     def loss(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-        packed = packed_inputs(inputs["input_ids"], inputs["documents"], inputs.get("position_ids"))
+        if self.packing:
+            packed = packed_inputs(inputs["input_ids"], inputs["documents"], inputs.get("position_ids"))
+        else:
+            packed = padded_inputs(inputs["input_ids"], inputs["documents"])
         return summed_cross_entropy(model, packed, inputs["labels"])
 
 

@@ -27,10 +27,12 @@ EXCHANGES = ("start_all_gather", "start_reduce_scatter", "start_exchange")
 
 
 WINDOWS, ROWS = PackedTask("gpt2", dropout=0.1, length=16), ModelTask("gpt2", dropout=0.1)
+PADDED = PackedTask("gpt2", length=16, packing=False)
 # Of each a task whose micro-batches may be of any length, where the layouts take it, and how it is asked for.
 PRODUCTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "pipeline-context": (WINDOWS, {"pp": 2, "cp": 2}),
     "pipeline-tensor": (ROWS, {"pp": 2, "tp": 2}),
+    "pipeline-tensor-padded": (PADDED, {"pp": 2, "tp": 2}),
     "pipeline-tensor-interleaved": (
         StagedTask("llama"),
         {"pp": 2, "tp": 2, "pp_schedule": "interleaved-1f1b"},

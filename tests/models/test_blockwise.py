@@ -10,7 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoal.layouts.context import chunks
 from shoal.models import blockwise
-from shoal.models.isolation import document_mask
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """Who may look at whom, bool [B, 1, T, T]: causal, and within one document."""
+    return (documents[:, None, :, None] == documents[:, None, None, :]).tril()
 
 
 def drawn(heads: int, key_heads: int, length: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:

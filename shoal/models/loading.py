@@ -90,7 +90,8 @@ def check_name(name: str) -> None:
 def load_trained(name: str, asked: str) -> transformers.PreTrainedModel:
     """The model of a folder with its weights, in float32 and eval mode, on the CPU. Errors begin with `asked`."""
     source = locate(name, asked)
-    return _prepared(pretrained(source, stored_config(source, {}))).eval()
+    loaded = _prepared(pretrained(source, stored_config(source, {})))
+    return loaded.eval()
 
 
 def _prepared(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:

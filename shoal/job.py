@@ -17,6 +17,7 @@ from shoal.errors import described
 from shoal.layouts.base import shape_of
 from shoal.loop import train
 from shoal.mesh import Mesh
+from shoal.models.pretrained import remarks
 from shoal.models.quantize import quantize, weight_bytes
 from shoal.observe.console import GIB, Screen, duration, shown_number
 from shoal.observe.observer import peak_rss_gib
@@ -108,7 +109,9 @@ def _facts(run: Run) -> dict[str, Any]:
     config, replica = run.config, run.replica
     accumulation = max(replica.shares.counts)
     return {
-        "Model": f"{config.model.name}, {_trainable(run):,} trainable parameters",
+        "Model": "; ".join(
+            [f"{config.model.name}, {_trainable(run):,} trainable parameters", *remarks(config.model.name)]
+        ),
         "Num examples": len(run.batches.samples),
         "Instantaneous batch size per device": run.batches.shape[1],
         "Total train batch size (w. parallel, distributed & accumulation)": run.batches.global_batch_size,

@@ -36,6 +36,9 @@ def piece_of(
     """What one of the ranks holds, and where it belongs; the last ones may hold nothing."""
     held, places = {}, {}
     for name, tensor in tensors.items():
+        if not tensor.dim():  # which every rank has
+            held[name] = tensor
+            continue
         along = min(dim, tensor.dim() - 1)
         size = -(-tensor.shape[along] // ranks)
         first = min(rank * size, tensor.shape[along])

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from shoal import stored
 from shoal.errors import ShoalError, UserError
-from shoal.models.loading import quiet
+from shoal.models.pretrained import quiet
 from shoal.models.written import Blocks, Written
 from shoal.stored import Stored
 

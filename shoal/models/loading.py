@@ -1,8 +1,6 @@
 """`--model`: a preset at random, or weights from a Hugging Face folder or the hub, in float32."""
 
 import difflib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +8,28 @@ import torch
 import transformers
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError
 
 from shoal.errors import UserError
-from shoal.models import attention, lstm, norm  # noqa: F401  (the LSTM registers itself with the Auto classes)
+from shoal.models import attention, folder, lstm, norm  # noqa: F401  (the LSTM registers itself with the Auto classes)
 from shoal.models.presets import PRESETS
+from shoal.models.pretrained import (
+    FITS,
+    at_random,
+    bad_dimensions,
+    check_names,
+    last_line,
+    locate,
+    pretrained,
+    stored_config,
+    text_part,
+)
 
 if TYPE_CHECKING:
     from shoal.config import ModelConfig
 
 FROM_CONFIG = "from_config"
+DECODER = "is_decoder"
+PROBE_TOKENS = 8
 SLIP = 0.8  # difflib's ratio from which a name was meant to be a preset's: llama-tyni, not distilgpt2
 
 
@@ -36,32 +46,36 @@ def load(
     a folder or hub name brings its weights. Raises UserError where nothing fits the name, the overrides, the
     vocabulary or the window of `sequence_length` tokens.
     """
+    asked = f"--model {model.name}"
     check_name(model.name)
     overrides = dict(model.overrides)
-    at_random = bool(overrides.pop(FROM_CONFIG, False))
+    is_random = model.name in PRESETS or bool(overrides.pop(FROM_CONFIG, False))
     if model.name in PRESETS:
-        config, at_random = _preset_config(model.name, overrides, vocab_size, tokenizer), True
+        config = _preset_config(model.name, overrides, vocab_size, tokenizer)
     else:
-        config = _stored_config(model.name, overrides)
-    _check_window(model.name, config, sequence_length)
+        source = locate(model.name, asked)
+        config = stored_config(source, overrides)
+    _check_window(model.name, text_part(config), sequence_length)
 
-    if at_random:
+    if is_random:
         torch.manual_seed(seed)
-        loaded = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        loaded = at_random(text_part(config), asked)
     else:
-        loaded = _pretrained(model.name, config)
+        loaded = pretrained(source, config)
     _check_vocabulary(model.name, loaded, vocab_size)
-    attention.use_fastest(loaded)
-    norm.use_fastest(loaded)
-    return loaded.train()
+    _check_causal(asked, loaded)
+    return _prepared(loaded).train()
 
 
 def check_name(name: str) -> None:
-    """Refuse a `--model` that no hub need be asked for: a slip of a preset's name, or no possible name.
+    """Refuse a `--model` that no hub need be asked for: a slip of a preset's name, no possible name, a bad folder.
 
     An unreachable hub costs half a minute of retries.
     """
-    if name in PRESETS or Path(name).is_dir():
+    if name in PRESETS:
+        return
+    if Path(name).is_dir():
+        folder.find(name, f"--model {name}")  # before its tokenizer is asked for
         return
     meant = difflib.get_close_matches(name.lower(), PRESETS, n=1, cutoff=SLIP)
     if meant and "/" not in name:
@@ -73,25 +87,23 @@ def check_name(name: str) -> None:
         raise UserError(f"--model {name}", found, f"presets are {', '.join(PRESETS)}") from error
 
 
-def load_trained(name: str) -> transformers.PreTrainedModel:
-    """The model of a folder or hub name with its weights, in float32 and eval mode, on the CPU."""
-    loaded = _pretrained(name, _stored_config(name, {}))
-    attention.use_fastest(loaded)
-    norm.use_fastest(loaded)
+def load_trained(name: str, asked: str) -> transformers.PreTrainedModel:
+    """The model of a folder with its weights, in float32 and eval mode, on the CPU. Errors begin with `asked`."""
+    source = locate(name, asked)
+    loaded = _prepared(pretrained(source, stored_config(source, {})))
     return loaded.eval()
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars of transformers: every worker would draw its own."""
-    bars = transformers.utils.logging
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()
+def _prepared(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """With the fastest code for its parts, and its body where `base_model` looks for it."""
+    if model.base_model is model:  # Llama 4 names one that it has not
+        bodies = [
+            name for name, child in model.named_children() if isinstance(child, transformers.PreTrainedModel)
+        ]
+        model.base_model_prefix = bodies[0] if len(bodies) == 1 else model.base_model_prefix
+    attention.use_fastest(model)
+    norm.use_fastest(model)
+    return model
 
 
 def _preset_config(
@@ -102,7 +114,7 @@ def _preset_config(
 ) -> transformers.PreTrainedConfig:
     dimensions = dict(PRESETS[name])
     blank = transformers.AutoConfig.for_model(dimensions.pop("model_type"))
-    _check_names(name, blank, overrides)
+    check_names(name, blank, overrides)
     # No padding token: embeddings freeze its row, and here it is the token between documents.
     special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if tokenizer is not None:
@@ -112,68 +124,12 @@ def _preset_config(
     try:
         return type(blank)(**own_names)
     except (StrictDataclassError, ValueError) as error:
-        raise _bad_dimensions(name, error) from error
-
-
-def _stored_config(name: str, overrides: dict[str, Any]) -> transformers.PreTrainedConfig:
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise UserError(f"--model {name}", "the folder has no config.json", "name a saved model folder")
-    try:
-        stored = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        close = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"did you mean {close[0]}" if close else f"presets are {', '.join(PRESETS)}"
-        found = "no preset, no model folder, and the hub does not give it (HF_HUB_OFFLINE=1 asks no network)"
-        raise UserError(f"--model {name}", found, hint) from error
-    _check_names(name, stored, overrides)
-    try:
-        for key, value in overrides.items():
-            setattr(stored, key, value)
-        stored.validate()
-    except (StrictDataclassError, ValueError) as error:
-        raise _bad_dimensions(name, error) from error
-    return stored
-
-
-def _pretrained(name: str, config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel:
-    folder = Path(name)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        pickled = [each.name for each in folder.glob("*.bin")]
-        found = f"only pickled weights ({pickled[0]}), which are never read" if pickled else "no weights"
-        change = "convert them to safetensors" if pickled else f"start at random: --model.{FROM_CONFIG} true"
-        raise UserError(f"--model {name}", f"the folder holds {found}", change)
-    from_pretrained: Callable[..., Any] = transformers.AutoModelForCausalLM.from_pretrained
-    try:
-        with quiet():
-            loaded, report = from_pretrained(
-                name,
-                config=config,
-                dtype=torch.float32,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"--model {name}", _last_line(error), "check the folder and overrides") from error
-    if report["missing_keys"]:
-        first = sorted(report["missing_keys"])[0]
-        found = f"the weights lack {len(report['missing_keys'])} tensors, {first} first"
-        raise UserError(f"--model {name}", found, "name a folder saved from a causal language model")
-    return loaded
-
-
-def _check_names(name: str, config: transformers.PreTrainedConfig, overrides: dict[str, Any]) -> None:
-    known = set(config.to_dict()) | set(config.attribute_map)
-    for key in overrides:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            change = f"did you mean --model.{close[0]}" if close else f"known are {', '.join(sorted(known))}"
-            raise UserError(f"--model.{key}", f"{name} ({config.model_type}) has no such dimension", change)
+        raise bad_dimensions(name, error) from error
 
 
 def _check_window(name: str, config: transformers.PreTrainedConfig, sequence_length: int) -> None:
     most = getattr(config, "max_position_embeddings", None)
-    if most is not None and sequence_length > most:
+    if most is not None and 0 < most < sequence_length:  # some have -1 for any number
         found = f"{name} takes at most {most} positions"
         raise UserError(f"--sequence-length {sequence_length}", found, f"set it to {most} or less")
 
@@ -185,10 +141,25 @@ def _check_vocabulary(name: str, model: transformers.PreTrainedModel, vocab_size
         raise UserError(f"--model {name}", found, "use the tokenizer that belongs to the model")
 
 
-def _bad_dimensions(name: str, error: Exception) -> UserError:
-    return UserError(f"--model {name}", _last_line(error), "correct the --model.* overrides")
-
-
-def _last_line(error: Exception) -> str:
-    """The last line of a library's message: its first ones say where, the last says what."""
-    return str(error).strip().splitlines()[-1].strip()
+@torch.no_grad()
+def _check_causal(asked: str, model: transformers.PreTrainedModel) -> None:
+    """Refuse a model in which a token sees a later one: an encoder, whose loss would soon be nothing."""
+    rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    ids = torch.arange(PROBE_TOKENS)[None] % rows
+    other = ids.clone()
+    other[:, -1] = 0
+    was_training = model.training
+    model.eval()
+    try:
+        one, two = (model(input_ids=each, use_cache=False).logits[:, :-1] for each in (ids, other))
+    except Exception as error:
+        found = f"{type(model).__name__} does not compute from token ids alone: {last_line(error)}"
+        raise UserError(asked, found, FITS) from error
+    model.train(was_training)
+    if not torch.allclose(one, two, rtol=1e-4, atol=1e-5):
+        kind = model.config.model_type
+        found = f"{type(model).__name__} reads ahead: a token sees the ones behind it"
+        change = (
+            f"{FITS}; --model.is_decoder true makes one of {kind}" if hasattr(model.config, DECODER) else FITS
+        )
+        raise UserError(asked, found, change)

@@ -40,7 +40,7 @@ class Box:
             for dim, first, count in zip(self.order, *where, strict=True):
                 if dim is not None:
                     begin[dim], size[dim] = self.offset[dim] + first, count
-            yield where, weights.read(self.source, begin, size).permute(*single, *kept).reshape(where[1])
+            yield where, weights.read(self.source, begin, size).permute([*single, *kept]).reshape(where[1])
 
 
 @dataclass(frozen=True)

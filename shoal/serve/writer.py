@@ -23,7 +23,7 @@ class Writer:
     def __init__(self, options: GenerateOptions) -> None:
         self.options = options
         folder = str(model_folder(Path(options.model)))
-        self.model = load_trained(folder)
+        self.model = load_trained(folder, f"shoal generate {options.model}")
         if options.quantize != "none":
             quantize(self.model, options.quantize)
         self.tokenizer = tokenizers.load(folder)

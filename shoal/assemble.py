@@ -13,7 +13,7 @@ from shoal import codecs, layouts, offload, optim, precision, shares
 from shoal.buckets import Buckets
 from shoal.checkpoint import Checkpoints, Progress
 from shoal.collectives import Wire
-from shoal.config import RunConfig, resolve_batch, resolve_grid
+from shoal.config import RunConfig, cache_folder, resolve_batch, resolve_grid
 from shoal.data.batches import Batches
 from shoal.errors import UserError, choose
 from shoal.island import Island
@@ -141,7 +141,7 @@ def _replica(
 
 def _placed(config: RunConfig, mesh: Mesh, task: Task, policy: Policy, nothing: dict[str, Tensor]) -> Placed:
     cut = mesh.size("island") > 1
-    with on_disk(config.data.cache) if cut else nullcontext():
+    with on_disk(cache_folder(config.data)) if cut else nullcontext():
         model = task.model()
     # Weights in 8 bits, which `shoal evaluate --quantize` holds, take the place of products in 8 bits.
     if policy.linear != policy.compute and config.eval.quantize == "none":

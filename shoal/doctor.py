@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from shoal import devices
-from shoal.config.resolve import load_config
+from shoal.config import cache_folder, load_config
 from shoal.devices import usable_cores
 from shoal.errors import ShoalError, UserError
 
@@ -71,7 +71,7 @@ def _hardware(environ: Mapping[str, str]) -> Iterator[Finding]:
     yield _bf16(_processor_flags(Path("/proc/cpuinfo")))
     yield _disk("disk, here", Path.cwd())
     try:
-        yield _disk("disk, cache", load_config(environ=environ).config.data.cache)
+        yield _disk("disk, cache", cache_folder(load_config(environ=environ).config.data))
     except UserError as error:
         yield Finding("hardware", "disk, cache", error.found, "warn", "set HOME, or give --cache-dir")
 

@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
-from shoal.config import RunConfig, dump_yaml, load_config, reference, resolve_batch
+from shoal.config import RunConfig, cache_folder, dump_yaml, load_config, reference, resolve_batch
 from shoal.config.names import facts, names, sections
 from shoal.errors import UserError
 
@@ -309,10 +309,10 @@ def test_a_user_without_a_home_needs_one_only_for_the_cache(monkeypatch):
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
     assert load().config.data.cache_dir == ""
-    assert load("--cache-dir", "/scratch").config.data.cache == Path("/scratch")
+    assert cache_folder(load("--cache-dir", "/scratch").config.data) == Path("/scratch")
     for given in ((), ("--cache-dir", "~/scratch")):
         with pytest.raises(UserError, match=r"--cache-dir.*: this user has no home folder; .* or set HOME"):
-            load(*given).config.data.cache  # noqa: B018
+            cache_folder(load(*given).config.data)
     assert dump_yaml(load())
 
 

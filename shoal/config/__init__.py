@@ -1,6 +1,7 @@
 """The typed record of a run: one definition for file, flags, Python, docs and schema."""
 
 from shoal.config.batch import Batch, resolve_batch
+from shoal.config.cache import cache_folder
 from shoal.config.grid import resolve_grid, team_size
 from shoal.config.layout import THERE_AND_BACK, LayoutConfig
 from shoal.config.options import check_options
@@ -33,6 +34,7 @@ __all__ = [
     "RunConfig",
     "StrategyConfig",
     "TrainConfig",
+    "cache_folder",
     "check_options",
     "dump_yaml",
     "idle_gpus",

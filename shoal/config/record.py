@@ -1,6 +1,5 @@
 """What a run is: every setting with its type, default, meaning, and the other names people know it by."""
 
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
@@ -22,7 +21,6 @@ from shoal.config.values import (
     Workers,
     guess,
 )
-from shoal.errors import UserError
 
 
 class ModelConfig(Section):
@@ -69,17 +67,6 @@ class DataConfig(Section):
         0.02, "share of the documents held out when eval_path is not given", "validation_split", ge=0, lt=1
     )
     cache_dir: str = fact("", "where prepared data lies; empty = $XDG_CACHE_HOME/shoal or ~/.cache/shoal")
-
-    @property
-    def cache(self) -> Path:
-        """The folder where prepared data lies. Raises UserError where it is below the home of a user without one."""
-        try:
-            return Path(self.cache_dir or "~/.cache/shoal").expanduser()
-        except RuntimeError:
-            found = "this user has no home folder"
-            raise UserError(
-                f"--cache-dir {self.cache_dir}".strip(), found, "give a folder, or set HOME"
-            ) from None
 
 
 class TrainConfig(Section):

@@ -121,7 +121,7 @@ def _with_folders(resolved: Resolved, environ: Mapping[str, str]) -> Resolved:
         origins["data.cache_dir"] = "XDG_CACHE_HOME" if home else "default"
         with suppress(
             RuntimeError
-        ):  # a user without a home, who may not need it: `data.cache` tells who does
+        ):  # a user without a home, who may not need it: `cache_folder` tells who does
             found = Path(home or "~/.cache").expanduser() / "shoal"
             data = data.model_copy(update={"cache_dir": str(found)})
     if not checkpoint.output_dir:

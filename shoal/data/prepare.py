@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shoal.config import DataConfig, usable_cores
+from shoal.config import DataConfig, cache_folder, usable_cores
 from shoal.data import pool, shards, tokenizer
 from shoal.data.documents import read_documents
 from shoal.data.shards import Shard, content_hash, held_out
@@ -45,7 +45,7 @@ def prepare(
     out does not depend on `processes` (default: all cores, where there is work for them). Processes that ask
     for the same data wait for the first. Raises UserError for bad input, and where the disk is full.
     """
-    cache = data.cache
+    cache = cache_folder(data)
     parts, eval_parts = list_parts(data.path), list_parts(data.eval_path, "--eval-path")
     content = [[part.format, fingerprint(part)] for part in parts]
     eval_content = [[part.format, fingerprint(part)] for part in eval_parts]

@@ -21,10 +21,6 @@ class Data:
     eval_path: list[str] = field(default_factory=list)
     eval_fraction: float = 0.1
 
-    @property
-    def cache(self) -> Path:
-        return Path(self.cache_dir)
-
 
 WORDS = ("the fish swim ebb fläche 潮 drift net,", "a\tb", "  deep", "42", "x=y\n", '"quoted"', "\n\n", "🐟")
 

@@ -77,7 +77,15 @@ def main() -> None:
 
 def _loss(flags: str, options: argparse.Namespace, cache: Path, folder: Path) -> float:
     words = [SHOAL, "train", "--cache-dir", str(cache), "--output-dir", str(folder), *flags.split()]
-    words += ["--nproc-per-node", str(options.workers), "--save-steps", "0", *options.flags.split()]
+    words += [
+        "--nproc-per-node",
+        str(options.workers),
+        "--save-steps",
+        "0",
+        "--threads",
+        "1",
+        *options.flags.split(),
+    ]
     subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     return float(last["eval/loss"])

@@ -90,7 +90,7 @@ def no_gpu(asked: str) -> UserError:
 
 def too_few(asked: str, count: int) -> UserError:
     """The refusal where there are fewer GPUs than workers."""
-    found = f"{count} GPU{'s' * (count > 1)} to see here, and each worker takes one"
+    found = f"{count} GPU{'s are' if count > 1 else ' is'} visible, and each worker takes one"
     return UserError(asked, found, f"start {count}, or train on the cores: --device cpu")
 
 

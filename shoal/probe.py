@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from shoal import crew
+from shoal.engines.environment import INTERFACES, check_interfaces
 from shoal.engines.local import check_loopback
 from shoal.errors import ShoalError
 
@@ -34,10 +35,11 @@ class Link:
 def measure_link(environ: Mapping[str, str], timeout: float = 60) -> Link:
     """Time an all-reduce between two workers on loopback; lasts as long as importing torch in both.
 
-    Raises UserError where there is no loopback, and ShoalError, with the last line a worker left, if they do not end
-    well within `timeout` seconds.
+    Raises UserError where there is no loopback or no such interface, and ShoalError, with the last line that a
+    worker left, if they do not end well within `timeout` seconds.
     """
     check_loopback()
+    check_interfaces(environ.get(INTERFACES, ""))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port, store = listener.getsockname()[1], listener.fileno()
         workers = [

@@ -55,7 +55,12 @@ def stand(folder: Path, *, then: dict[str, Any] | None = None, now: dict[str, An
     return load_standing(path, config, "key", SimpleNamespace(say=said.append)), said  # type: ignore[arg-type]
 
 
-CHANGES = {"seed": (7, 8), "sequence_length": (64, 65), "task": ("causal-lm", "another"), "packing": (True, False)}
+CHANGES = {
+    "seed": (7, 8),
+    "sequence_length": (64, 65),
+    "task": ("causal-lm", "another"),
+    "packing": (True, False),
+}
 
 
 @pytest.mark.parametrize("of_old", [True, False])

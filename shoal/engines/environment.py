@@ -36,7 +36,7 @@ def placement(environ: Mapping[str, str] = os.environ) -> Placement:
             "a worker's environment", found, f"set {RANK[0]} and {WORLD_SIZE[0]}, as torchrun does"
         )
     local_rank = _first(environ, LOCAL_RANK) or 0
-    _check_interfaces(environ.get(INTERFACES, ""))
+    check_interfaces(environ.get(INTERFACES, ""))
     return Placement(
         rank=rank,
         world_size=world_size,
@@ -64,6 +64,15 @@ def threads_of(config: RunConfig, place: Placement, environ: Mapping[str, str] =
     return resolve_threads(config, place.local_size or place.world_size, machine(config, environ))
 
 
+def check_interfaces(names: str) -> None:
+    """Refuse network interfaces, by commas, that this machine lacks. Gloo would tell in a traceback, or wait."""
+    there = [name for _, name in socket.if_nameindex()]
+    missing = [name for name in names.split(",") if name and name not in there]
+    if missing:
+        found = f"this machine has {', '.join(there) or 'none'}"
+        raise UserError(f"{INTERFACES}={names}", found, "name one of them, or unset it")
+
+
 def _local_size(environ: Mapping[str, str], world_size: int) -> int:
     """How many workers this machine has; 0 where the engine does not say."""
     size = _first(environ, LOCAL_SIZE)
@@ -87,15 +96,6 @@ def _port(environ: Mapping[str, str], world_size: int) -> int:
         found = f"MASTER_PORT is {text!r}"
         change = "set it to a port (Kubernetes sets such a value for a service called master)"
     raise UserError("a worker's environment", found, change)
-
-
-def _check_interfaces(names: str) -> None:
-    """Gloo would say so in a traceback, or wait for minutes."""
-    there = [name for _, name in socket.if_nameindex()]
-    missing = [name for name in names.split(",") if name and name not in there]
-    if missing:
-        found = f"this machine has {', '.join(there) or 'none'}"
-        raise UserError(f"{INTERFACES}={names}", found, "name one of them, or unset it")
 
 
 def _is_srun(environ: Mapping[str, str]) -> bool:

@@ -167,8 +167,12 @@ class Workers:
             _say(records, "interrupted")
             return INTERRUPTED
         own = {rank: p.returncode for rank, p in enumerate(self.processes) if p.pid not in self.stuck}
-        if all(own[r] in (DONE, PREEMPTED, -signal.SIGTERM) for r in own.keys() - self.spared):
-            _say(records, "stopped before the first step: there was nothing to save yet")
+        orderly = all(own[r] in (DONE, PREEMPTED) for r in own.keys() - self.spared)
+        if (
+            orderly or -signal.SIGTERM in own.values()
+        ):  # which ends a worker before there is something to save
+            left = [record for record in records if record["exit_code"] == PREEMPTED]
+            _say(left, "stopped before the first step: there was nothing to save yet")
             return PREEMPTED
         failed = [r for r in records if r["exit_code"] != PREEMPTED]  # the others leave while rank 0 saves
         refused = [r for r in failed if not r["traceback"]]

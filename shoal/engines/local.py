@@ -168,9 +168,8 @@ class Workers:
             return INTERRUPTED
         own = {rank: p.returncode for rank, p in enumerate(self.processes) if p.pid not in self.stuck}
         orderly = all(own[r] in (DONE, PREEMPTED) for r in own.keys() - self.spared)
-        if (
-            orderly or -signal.SIGTERM in own.values()
-        ):  # which ends a worker before there is something to save
+        too_early = -signal.SIGTERM in own.values()  # a worker that had nothing to save; others may miss it
+        if orderly or too_early:
             left = [record for record in records if record["exit_code"] == PREEMPTED]
             _say(left, "stopped before the first step: there was nothing to save yet")
             return PREEMPTED

@@ -210,8 +210,11 @@ class Workers:
         if self.interrupted:
             raise KeyboardInterrupt(_first(records)["message"] if records else "interrupted")
         own = {rank: p.returncode for rank, p in enumerate(self.processes) if p.pid not in self.stuck}
-        if all(own[r] in (DONE, PREEMPTED, -signal.SIGTERM) for r in own.keys() - self.spared):
-            raise Preempted(_first(records)["message"] if records else NOTHING_TO_SAVE)
+        orderly = all(own[r] in (DONE, PREEMPTED) for r in own.keys() - self.spared)
+        too_early = -signal.SIGTERM in own.values()  # a worker that had nothing to save; others may miss it
+        if orderly or too_early:
+            left = [record for record in records if record["exit_code"] == PREEMPTED]
+            raise Preempted(_first(left)["message"] if left else NOTHING_TO_SAVE)
         failed = [r for r in records if r["exit_code"] != PREEMPTED]  # the others leave while rank 0 saves
         refused = [r for r in failed if not r["traceback"]]
         silent = [rank for rank, code in own.items() if code < 0]

@@ -54,7 +54,7 @@ class Fault:
 
 KINDS = ("kill", "raise", "sigterm", "full disk", "nan")  # NaN comes in the backward pass
 PHASES = (
-    "join", "forward", "backward", "exchange", "update", "observe", "save", "evaluate",
+    "join", "start", "forward", "backward", "exchange", "update", "observe", "save", "evaluate",
     "measure",  # in an evaluation, before the second micro-batch of this rank
     "finish",  # where a worker of servers waits for the others
     "export",
@@ -225,6 +225,7 @@ def insert(fault: Fault) -> None:
     before(Servers, "load", lambda *args: meet("update"))
     before(Observer, "step", lambda *args: meet("observe"))
     before(Run, "evaluate", lambda *args: meet("evaluate"))
+    before(Stop, "hold", lambda *args: meet("start"))
     before(Stop, "_receive", lambda *args: setattr(at, "heard", True))
     before(Central, "finish", lambda *args: meet("finish"))
     running.evaluate = counting(running.evaluate, lambda turn: turn == 1 and meet("measure"))

@@ -183,11 +183,12 @@ def test_a_kill_is_one_line_and_loses_no_checkpoint(
     assert_goes_on(pool, data, tmp_path, column, whole)
 
 
-@pytest.mark.parametrize("to", ["worker", "launcher"])
-def test_a_stop_before_the_ranks_have_met_says_that_there_is_nothing_to_save(
-    pool: Pool, data: list[str], tmp_path: Path, to: str
+@pytest.mark.parametrize(("phase", "to"), [("join", "worker"), ("join", "launcher"), ("start", "worker")])
+def test_a_stop_before_the_first_step_says_that_there_is_nothing_to_save(
+    pool: Pool, data: list[str], tmp_path: Path, phase: str, to: str
 ) -> None:
-    left = train(pool, data, tmp_path, "replicated", fault=Fault("sigterm", 1, -1, "join", to))
+    """Also where one worker has had it, and the others, who have begun, miss that one."""
+    left = train(pool, data, tmp_path, "replicated", fault=Fault("sigterm", 1, -1, phase, to))
     assert left.code == PREEMPTED, left.output
     assert "nothing to save yet" in the_line(left)
 

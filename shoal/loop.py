@@ -9,7 +9,6 @@ from torch import Tensor
 from shoal.errors import Preempted, ShoalError
 from shoal.observe.observer import Observer
 from shoal.run import Run
-from shoal.shares import Balancer
 
 Stop = Callable[[], bool]
 
@@ -21,7 +20,7 @@ def train(run: Run, stop: Stop) -> dict[str, float]:
     (or leave an evaluation, at most ASK_EVERY micro-batches later), save and raise Preempted. Raises ShoalError when
     too many steps in a row had no finite gradient.
     """
-    balancer = Balancer()
+    stopping = False
     with Observer(run) as observer:
         for step in range(run.progress.step, run.total_steps):
             batch = run.batches.at(step)
@@ -32,24 +31,20 @@ def train(run: Run, stop: Stop) -> dict[str, float]:
             tally = _agree(run, losses, stop())
             observer.step(batch, tally.loss)
             run.commit(batch, tally.loss)
-            if run.config.strategy.balance == "auto" and run.sync.all_agree:
-                run.replica.shares = balancer.observe(run.replica.shares, tally.seconds)
-            evaluated = observer.evaluate(stop) if run.evaluation_due and not tally.stopping else {}
-            improved = _improves(run, evaluated)
-            # Who evaluates alone goes on until the strategy says after which step all stop.
-            stopping = tally.stopping or (evaluated is None and not run.sync.evaluates_alone)
+            run.balance(tally.seconds)
+            metrics = observer.evaluate(stop) if run.evaluation_due and not tally.stopping else {}
+            stopping = tally.stopping or metrics is None
+            improved = _improves(run, metrics)
             if improved or (run.checkpoints.due(step + 1) and not stopping):
                 run.save(best=improved)
             _give_up_if_not_finite(run)
             if stopping:
-                _leave(run)
-                run.progress.step = min(run.total_steps, max(run.progress.step, run.sync.reached))
-                run.save()
-                raise _preempted(run)
-        _leave(run)
+                break
+        run.leave()
         run.save()
-        metrics = observer.evaluate(stop)
+        metrics = None if stopping else observer.evaluate(stop)
         if metrics is None:
+            run.checkpoints.finish()
             raise _preempted(run)
         if _improves(run, metrics):
             run.save(best=True)
@@ -78,12 +73,6 @@ def _agree(run: Run, losses: Tensor, stopping: bool) -> Tally:
     return Tally(loss.item(), numbers[len(losses) : -2].tolist(), bool(numbers[-1] > 0))
 
 
-def _leave(run: Run) -> None:
-    """Part from the others, once no save reads the parameters: a strategy may have to bring the final ones."""
-    run.settle()
-    run.sync.finish(run.replica)
-
-
 def _improves(run: Run, metrics: dict[str, float] | None) -> bool:
     if not metrics or not metrics["eval/loss"] < (run.progress.best or float("inf")):
         return False
@@ -101,7 +90,6 @@ def _give_up_if_not_finite(run: Run) -> None:
 
 
 def _preempted(run: Run) -> Preempted:
-    run.checkpoints.finish()
     return Preempted(
         f"stopped at step {run.progress.step} of {run.total_steps}, saved in {run.folder}; "
         "go on with --resume-from-checkpoint latest"

@@ -1,7 +1,7 @@
 """A run: all that the loop needs on one rank, and what it saves and measures."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from shoal.evaluate import Evaluators, evaluate
 from shoal.mesh import Mesh
 from shoal.observe.console import Screen
 from shoal.replica import Replica
+from shoal.shares import Balancer
 from shoal.stored import Places
 from shoal.sync import SYNCS, Sync
 from shoal.tasks import Task
@@ -44,6 +45,7 @@ class Run:
     checkpoints: Checkpoints
     progress: Progress
     total_steps: int
+    balancer: Balancer = field(default_factory=Balancer)
     memory: Memory | None = None  # by part, once a step was watched
     saving: bool = False  # whether parameters may still be read for a save, here or on rank 0
     shared: checkpoint.Tensors | None = None  # `tensors()` after the steps done, once they were asked for
@@ -113,6 +115,23 @@ class Run:
         self.shared = None
         self.sync.watch(loss)
 
+    def balance(self, seconds: list[float]) -> None:
+        """Give faster teams more micro-batches, if that is wanted, and if all ranks know the same `seconds`."""
+        if self.config.strategy.balance == "auto" and self.sync.all_agree:
+            self.replica.shares = self.balancer.observe(self.replica.shares, seconds)
+
+    def leave(self) -> None:
+        """Part from the others, once no save reads the parameters: a strategy may have to bring the final ones.
+
+        Where ranks do not wait for each other, what the foremost has done counts as done.
+        """
+        self.settle()
+        self.sync.finish(self.replica)
+        reached = min(self.total_steps, self.sync.reached)
+        if reached > self.progress.step:
+            self.progress.step = reached
+            self.progress.position = self.batches.at(reached - 1).next_position
+
     def save(self, *, best: bool = False) -> None:
         """Start to save a checkpoint of the steps done, unless there is one. Every rank calls it."""
         if not best and self.checkpoints.newest_step == self.progress.step:
@@ -151,7 +170,11 @@ class Run:
         return places
 
     def evaluate(self, stop: Callable[[], bool]) -> dict[str, float] | None:
-        """The task's metrics over the whole "eval" split, {} if it is empty; None if `stop()` came true."""
+        """The task's metrics over the whole "eval" split, {} if it is empty; None if `stop()` came true.
+
+        A rank that evaluates alone, stopped before the last step, gives {}: it takes steps until the strategy says
+        after which one all stop.
+        """
         samples = self.task.samples("eval")
         alone = self.sync.evaluates_alone
         if not len(samples) or (alone and self.mesh.replicate.index):
@@ -179,4 +202,6 @@ class Run:
                 stop=(lambda: stop() or self.sync.hears_wish) if alone else stop,
             )
             placed.release()
-        return None if measured is None else self.task.metrics(*measured)
+        if measured is None:
+            return {} if alone and self.progress.step < self.total_steps else None
+        return self.task.metrics(*measured)

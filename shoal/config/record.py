@@ -222,12 +222,3 @@ class RunConfig(BaseModel):
     checkpoint: Annotated[CheckpointConfig, _opened_by(CheckpointConfig)] = CheckpointConfig.model_construct()
     log: Annotated[LogConfig, _opened_by(LogConfig)] = LogConfig.model_construct()
     launch: Annotated[LaunchConfig, _opened_by(LaunchConfig)] = LaunchConfig.model_construct()
-
-    def to_json(self) -> str:
-        """The record as JSON text, to hand to another process."""
-        return self.model_dump_json()
-
-    @classmethod
-    def from_json(cls, text: str) -> "RunConfig":
-        """The record that `to_json` wrote."""
-        return cls.model_validate_json(text)

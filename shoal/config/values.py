@@ -223,9 +223,12 @@ def _threads(given: Any) -> Any:
 def _whole_or(wanted: str, given: Any) -> Any:
     """A whole number. Raises ValueError that says what is `wanted`."""
     try:
-        return whole_number(given)
+        value = whole_number(given)
     except ValueError:
         raise ValueError(wanted) from None
+    if not isinstance(value, int | float):
+        raise ValueError(wanted)
+    return value
 
 
 Number = Annotated[float, BeforeValidator(number, json_schema_input_type=float | str)]

@@ -85,13 +85,13 @@ def main() -> int:
         folder = config.checkpoint.output_dir
         work(job["verb"], Resolved(config, job["origins"]))
     except Exception as error:
-        line = error if isinstance(error, ShoalError) else foreseen(error, folder)
-        _leave(error, line)
+        line = foreseen(error, folder)
+        _report(error, line)
         return line.exit_code if line else FAILED
     return DONE
 
 
-def _leave(error: Exception, line: ShoalError | None) -> None:
+def _report(error: Exception, line: ShoalError | None) -> None:
     """Leave an error for the launcher: as the line that it is, else with its traceback."""
     trace = "" if line else traceback.format_exc()
     record = {
@@ -104,7 +104,9 @@ def _leave(error: Exception, line: ShoalError | None) -> None:
     }
     try:
         file = Path(os.environ[ERRORS], f"rank-{record['rank']}.json")
-        file.write_text(json.dumps(record, indent=1))
+        aside = file.with_suffix(".tmp")  # the launcher, which may kill this worker now, reads no half of it
+        aside.write_text(json.dumps(record, indent=1))
+        aside.replace(file)
     except OSError:  # the disk of temporary files is full, too
         output.say(f"{trace}shoal: error: {record['message']}")
 

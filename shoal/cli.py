@@ -17,7 +17,6 @@ from shoal.errors import (
     FAILED,
     INTERRUPTED,
     Preempted,
-    ShoalError,
     UserError,
     choose,
     foreseen,
@@ -235,7 +234,7 @@ def _about(word: str) -> int:
 
 def _tell(error: Exception) -> int:
     """Print an error as one line; returns its exit code. Raises it again where its traceback is needed."""
-    line = error if isinstance(error, ShoalError) else foreseen(error)
+    line = foreseen(error)
     if line is None:
         raise error
     if line.exit_code != DONE:

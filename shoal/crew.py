@@ -83,7 +83,7 @@ def serve(begin: Callable[[str], Callable[[int], Any]]) -> None:
         except OSError as error:
             said = {"os_error": [error.errno, error.strerror or str(error), error.filename]}
         except Exception as error:
-            if (line := error if isinstance(error, ShoalError) else foreseen(error)) is None:
+            if (line := foreseen(error)) is None:
                 raise
             said = {"error": str(line)}
         print(json.dumps(said), flush=True)

@@ -87,26 +87,30 @@ def quoted(value: object) -> str:
 
 
 def described(error: BaseException) -> str:
-    """`RuntimeError: its first line that is not empty`, and what it came of, which may be what matters."""
+    """The first line of an error, and of the one that it came of, which may be what matters."""
     *_, first = _chain(error)
-    return _named(error) if first is error else f"{_named(error)} (after {_named(first)})"
+    return first_line(error) if first is error else f"{first_line(error)} (after {first_line(first)})"
 
 
 def foreseen(error: BaseException, folder: str = "") -> ShoalError | None:
-    """A lack of memory, of disk or of permission as one line; None for an error that needs its traceback.
+    """An error as one line: a ShoalError, or a lack of memory, disk or permission; None if it needs its traceback.
 
     `folder` is where this process writes, for errors that do not say where.
     """
+    if isinstance(error, ShoalError):
+        return error
     for each in _chain(error):
         number = each.errno if isinstance(each, OSError) else None
-        said = _named(each)
+        said = first_line(each)
         if isinstance(each, MemoryError) or number == errno.ENOMEM or any(sign in said for sign in NO_MEMORY):
             return ShoalError(f"memory ran out ({said}); {LESS_MEMORY}, or free some")
         if number in FULL or any(sign in said for sign in NO_SPACE):
             found = FULL.get(number or 0, FULL[errno.ENOSPC])
-            return ShoalError(f"{_place(each) or folder}: {found}; free some space; what was saved is intact")
-    if isinstance(error, OSError) and error.errno in DENIED and (_place(error) or folder):
-        return ShoalError(f"{_place(error) or folder}: {error.strerror}; {DENIED[error.errno]}")
+            return ShoalError(
+                f"{place_of(each) or folder}: {found}; free some space; what was saved is intact"
+            )
+    if isinstance(error, OSError) and error.errno in DENIED and (place_of(error) or folder):
+        return ShoalError(f"{place_of(error) or folder}: {error.strerror}; {DENIED[error.errno]}")
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         return ShoalError(f"{error.strerror}; raise the limit, as in: ulimit -n 65536")
     return None
@@ -134,7 +138,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     return islice(all_of_it(), 100)  # one may be its own cause
 
 
-def _named(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """`RuntimeError: its first line that is not empty`, else where it was raised."""
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if said:
         return f"{type(error).__name__}: {said}"
@@ -142,7 +147,7 @@ def _named(error: BaseException) -> str:
     return type(error).__name__ + (f" in {frames[-1].filename}:{frames[-1].lineno}" if frames else "")
 
 
-def _place(error: BaseException) -> str:
+def place_of(error: BaseException) -> str:
     """The file that an OSError is about, if it says so."""
     name = getattr(error, "filename", None)
     return os.fsdecode(name) if isinstance(name, str | bytes) else ""

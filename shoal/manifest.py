@@ -14,7 +14,7 @@ NAME = "manifest.json"
 def write(folder: Path, *, step: int, tokens: int, run: str = "") -> None:
     """Write down every file that is in `folder`, and the id of the run that it is of."""
     names = files_in(folder)
-    hashes = zip(names, sha256_of([folder / name for name in names]), strict=True)
+    hashes = zip(names, hashes_of([folder / name for name in names]), strict=True)
     files = {name: {"bytes": (folder / name).stat().st_size, "sha256": found} for name, found in hashes}
     manifest = {"format": FORMAT, "run": run, "step": step, "tokens": tokens, "files": files}
     (folder / NAME).write_text(json.dumps(manifest, indent=1))
@@ -33,7 +33,7 @@ def verify(folder: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != expected["bytes"]:
                 return f"{name} holds {path.stat().st_size} bytes instead of {expected['bytes']}"
-        hashes = sha256_of([folder / name for name in manifest["files"]])
+        hashes = hashes_of([folder / name for name in manifest["files"]])
         for (name, expected), hashed in zip(manifest["files"].items(), hashes, strict=True):
             if hashed != expected["sha256"]:
                 return f"{name} was altered"
@@ -63,7 +63,7 @@ def files_in(folder: Path) -> list[str]:
     return sorted(name for path in below if (name := path.relative_to(folder).as_posix()) != NAME)
 
 
-def sha256_of(paths: Sequence[Path]) -> Iterator[str]:
+def hashes_of(paths: Sequence[Path]) -> Iterator[str]:
     """The hashes of files, several read at a time: hashing one takes one core."""
     with ThreadPoolExecutor(THREADS) as threads:
         yield from threads.map(sha256, paths)

@@ -10,7 +10,7 @@ from shoal import checkpoint, optim, shares
 from shoal.checkpoint import Progress
 from shoal.collectives import Wire
 from shoal.config import RunConfig, first_change, load_config, order_of, resolve_batch, team_size
-from shoal.errors import UserError
+from shoal.errors import UserError, described
 from shoal.observe.console import Screen
 from shoal.run import Run
 from shoal.runfolder import CONFIG, ENVIRONMENT
@@ -51,7 +51,7 @@ def load_standing(folder: Path, config: RunConfig, data: str, screen: Screen) ->
         return replace(progress, position=progress.step * batch)
     if progress.position is None:
         screen.say(
-            f"{folder} does not say which samples it has used: taken for steps of today's batch and seed"
+            f"{folder} does not say which samples it has used: this run assumes its own batch size and seed"
         )
     return progress
 
@@ -120,5 +120,5 @@ def _load_sync(run: Run, folder: Path, saved: checkpoint.Parts) -> None:
     try:
         run.sync.load_state_dict(saved)
     except (KeyError, IndexError, ValueError, RuntimeError) as error:
-        found = f"the state of the strategy does not fit ({' '.join(str(error).split())[:200]})"
+        found = f"the state of the strategy does not fit ({described(error)})"
         raise UserError(f"resume from {folder}", found, "use another checkpoint") from error

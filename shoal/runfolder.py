@@ -168,7 +168,7 @@ class RunFolder:
     def _results(self) -> str:
         if (self.path / SUMMARY).exists():
             return "it holds a finished run"
-        if self._checkpoints():
+        if candidates(self.path):
             return "it holds an unfinished run (go on with --resume-from-checkpoint latest)"
         return ""
 
@@ -186,7 +186,7 @@ class RunFolder:
             )
 
     def _is_of_earlier_version(self) -> bool:
-        saved = (manifest.owner(path) for path in self._checkpoints())
+        saved = (manifest.owner(path) for path in candidates(self.path))
         return (self.path / CONFIG).is_file() and any(run is not None for run in saved)
 
     def _adopted(self) -> Marker:
@@ -202,15 +202,10 @@ class RunFolder:
         places = [self.path / name for name in ("final", *makes)]
         others = [other for place in places if (other := self._others(place, marker.made))]
         if anew:
-            others += [path for path in self._checkpoints() if manifest.owner(path) != marker.run]
+            others += [path for path in candidates(self.path) if manifest.owner(path) != marker.run]
         for other in others:
             found = f"{other} is not as a run of shoal has made it"
             raise UserError(f"--output-dir {self.path}", found, "move it elsewhere")
-
-    def _checkpoints(self) -> list[Path]:
-        """Whatever has the name of a checkpoint."""
-        found = self.path.glob("checkpoint-*")
-        return [path for path in found if path.name.removeprefix("checkpoint-").isdigit()]
 
     def _others(self, place: Path, made: Iterable[str]) -> Path | None:
         """What is at `place`, or below it, and is not among what was `made`; None if there is nothing."""
@@ -228,7 +223,7 @@ class RunFolder:
 
     def _remove(self, marker: Marker) -> None:
         """What a run has made, file by file, and the folders that are empty then."""
-        for path in self._checkpoints():
+        for path in candidates(self.path):
             aside = self.own / f"{path.name}.old"
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)  # a kill leaves no half checkpoint under its name
@@ -276,6 +271,19 @@ def begins_anew(config: CheckpointConfig) -> bool:
     if resumed in ("", "latest"):
         return not resumed
     return folder not in (Path(resumed).resolve(), Path(resumed).resolve().parent)
+
+
+def candidates(folder: Path) -> list[Path]:
+    """Whatever has the name of a checkpoint below a run's folder, newest first."""
+    steps = [
+        path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()
+    ]
+    return sorted(steps, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(path.name.removeprefix("checkpoint-"))
 
 
 def error_file(rank: int) -> str:

@@ -12,10 +12,11 @@ checkpoint-500/
 latest, best                     files that hold the name of a checkpoint
 """
 
-from shoal.checkpoint.folder import candidates, find, named
+from shoal.checkpoint.folder import find, named
 from shoal.checkpoint.loading import Parts, load_model, load_optimizer, load_tensors, model_tensors
 from shoal.checkpoint.progress import Progress, load_progress
 from shoal.checkpoint.saving import Checkpoints, Tensors, rank_file, write
+from shoal.runfolder import candidates
 
 __all__ = [
     "Checkpoints",

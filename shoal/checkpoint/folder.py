@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shoal import manifest
 from shoal.errors import UserError
-from shoal.runfolder import OWN, RunFolder
+from shoal.runfolder import OWN, RunFolder, candidates
 
 PARTS = ".parts"
 
@@ -54,21 +54,10 @@ def newest(choices: Sequence[Path], asked: str, say: Callable[[str], None]) -> P
     raise UserError(asked, "no valid checkpoint was found", "name another folder")
 
 
-def candidates(folder: Path) -> list[Path]:
-    """All checkpoints in place below a run folder, newest first."""
-    steps = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(steps, key=step_of, reverse=True)
-
-
 def own(folder: Path) -> list[Path]:
     """The checkpoints of a run folder, newest first, but those that are known to be another run's."""
     place = RunFolder(folder)
     return [p for p in candidates(folder) if not place.is_marked or manifest.owner(p) in (None, place.run)]
-
-
-def step_of(path: Path) -> int:
-    """The step of a checkpoint, by its name."""
-    return int(path.name.removeprefix("checkpoint-"))
 
 
 def hidden(path: Path, suffix: str) -> Path:

@@ -13,18 +13,17 @@ from torch import Tensor
 
 from shoal import manifest, stored
 from shoal.checkpoint.folder import (
-    candidates,
     hidden,
     make_way,
     parts_of,
     point,
     pointed,
-    step_of,
     sweep,
     sync_to_disk,
 )
 from shoal.checkpoint.progress import Progress
 from shoal.errors import ShoalError, foreseen
+from shoal.runfolder import candidates, step_of
 from shoal.stored import Places
 
 PATIENCE = 120.0  # seconds that rank 0 waits for the part of another, of which nothing more is written

@@ -18,7 +18,6 @@ from shoal.config.record import (
 from shoal.config.resolve import Resolved, dump_yaml, load_config
 from shoal.config.strategy import StrategyConfig
 from shoal.config.workers import idle_gpus, resolve_threads, resolve_workers, wanted_device
-from shoal.devices import usable_cores
 
 __all__ = [
     "ORDER",
@@ -47,6 +46,5 @@ __all__ = [
     "resolve_threads",
     "resolve_workers",
     "team_size",
-    "usable_cores",
     "wanted_device",
 ]

@@ -1,6 +1,5 @@
 """The cache of prepared data: what is there is found without a lock, what is missing is made by one process."""
 
-import errno
 import os
 import shutil
 import time
@@ -8,12 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shoal.errors import UserError
+from shoal.errors import DENIED, FULL, UserError, place_of
 from shoal.locks import Report, locked
 
 WAITING = "waiting for another process that prepares the same data"
-FULL = {errno.ENOSPC, errno.EDQUOT}
-NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def folder_of(cache_dir: str) -> Path:
@@ -57,11 +54,11 @@ def cache_errors(cache: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in FULL:
-            raise UserError(asked, "the disk is full", "free some space, or name another") from error
+        if full := FULL.get(error.errno or 0):
+            raise UserError(asked, full, "free some space, or name another") from error
         if not cache.is_dir():
             raise UserError(asked, f"it cannot be made ({error.strerror})", change) from error
-        if error.errno in NOT_WRITABLE and str(error.filename or cache).startswith(str(cache)):
+        if error.errno in DENIED and Path(place_of(error) or cache).is_relative_to(cache):
             found = f"the data is not in it, and it cannot be written ({error.strerror})"
             raise UserError(asked, found, change) from error
         raise

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from shoal import crew
-from shoal.config import usable_cores
 from shoal.data.shards import Shard
 from shoal.data.units import JOB, Job, UnitTokenizer
+from shoal.devices import usable_cores
 
 ONE_CORE = {"TOKENIZERS_PARALLELISM": "false"}
 

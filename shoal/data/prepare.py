@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shoal.config import DataConfig, usable_cores
+from shoal.config import DataConfig
 from shoal.data import pool, shards, summary, tokenizer
 from shoal.data.cache import cache_errors, folder_of, made
 from shoal.data.documents import read_documents
@@ -20,6 +20,7 @@ from shoal.data.fingerprints import fingerprints
 from shoal.data.shards import Shard, content_hash, held_out
 from shoal.data.sources import Part, list_sources
 from shoal.data.units import JOB, Job, Unit, bytes_of, cut_units
+from shoal.devices import usable_cores
 from shoal.errors import UserError
 from shoal.locks import Report
 from shoal.output import say

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from shoal.errors import ShoalError
+from shoal.manifest import sha256
 
 FORMAT = 2  # of the folder; also raised when the same sources would give other documents or tokens
 UNFINISHED = ".part"  # the end of a file's name while it is written
@@ -82,7 +83,7 @@ def write_shard(folder: Path, number: int, documents: Iterable[tuple[np.ndarray,
     with index_aside.open("wb") as file:
         np.save(file, np.array(index, np.int64).reshape(-1, 3), allow_pickle=False)
         _flush_to_disk(file)
-    shard = Shard(number, len(index), tokens, digest.hexdigest(), sha256_of(index_aside))
+    shard = Shard(number, len(index), tokens, digest.hexdigest(), sha256(index_aside))
     aside.rename(folder / shard.ids_file)
     index_aside.rename(folder / shard.documents_file)
     return shard
@@ -120,19 +121,13 @@ def _write_split(path: Path, shards: Sequence[Shard], mask: np.ndarray) -> dict[
             text_bytes += int(kept[:, BYTES].sum())
         file.write(np.array([tokens, 0, 0, 0], np.int64).tobytes())
         _flush_to_disk(file)
-    return {"documents": documents, "tokens": tokens, "bytes": text_bytes, "sha256": sha256_of(path)}
+    return {"documents": documents, "tokens": tokens, "bytes": text_bytes, "sha256": sha256(path)}
 
 
 def write_index(folder: Path, shards: Sequence[Shard], splits: dict[str, Any], facts: dict[str, Any]) -> None:
     """Write `index.json`, which makes a folder of shards a prepared corpus."""
     index = {"format": FORMAT, **facts, "splits": splits, "shards": [asdict(shard) for shard in shards]}
     (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n")
-
-
-def sha256_of(file: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -198,7 +193,7 @@ class TokenStream:
             expected |= {shard.ids_file: shard.ids_sha256, shard.documents_file: shard.documents_sha256}
         for name, digest in expected.items():
             file = self.folder / name
-            if not file.is_file() or sha256_of(file) != digest:
+            if not file.is_file() or sha256(file) != digest:
                 raise ShoalError(f"{file} is missing or damaged; remove {self.folder} and prepare it again")
 
     @cached_property

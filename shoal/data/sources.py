@@ -10,9 +10,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from shoal.data import builtin, compression, walking
-from shoal.data.stores import archive, one_line, open_file, readable, store_errors, store_of
+from shoal.data.stores import archive, open_file, readable, store_errors, store_of
 from shoal.data.walking import Found
-from shoal.errors import UserError
+from shoal.errors import UserError, first_line
 
 FORMAT_OF_SUFFIX = {
     ".txt": "text",
@@ -208,7 +208,9 @@ class _Entry:
         try:
             table = datasets.load_dataset(path, config or None, split=split or "train")
         except Exception as error:  # the hub's failures have no common type
-            raise UserError(self.asked, one_line(error), "check the name as hf:NAME:CONFIG:SPLIT") from error
+            raise UserError(
+                self.asked, first_line(error), "check the name as hf:NAME:CONFIG:SPLIT"
+            ) from error
         return self._arrow([Path(file["filename"]) for file in table.cache_files])
 
     def _saved(self, folder: Path) -> list[Part]:

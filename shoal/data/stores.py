@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import fsspec
 
 from shoal.data import compression
-from shoal.errors import UserError
+from shoal.errors import UserError, first_line
 
 
 def store_of(name: str) -> tuple[Any, str]:
@@ -75,13 +75,8 @@ def store_errors(asked: str, name: str = "") -> Iterator[None]:
         found = f"{name} has broken compression ({error})"
         raise UserError(asked, found, "copy or compress the file again") from error
     except OSError as error:
-        raise UserError(asked, one_line(error), "check that it is there and may be read") from error
+        raise UserError(asked, first_line(error), "check that it is there and may be read") from error
     except Exception as error:
         if "://" not in asked:
             raise
-        raise UserError(asked, one_line(error), "check the address, and the access to it") from error
-
-
-def one_line(error: Exception) -> str:
-    """The name of an error and what it says."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(asked, first_line(error), "check the address, and the access to it") from error

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from shoal.data.sources import Part, Span, opened
-from shoal.errors import UserError
+from shoal.errors import UserError, first_line
 
 ROWS_AT_ONCE = 1024
 MOST_SHOWN, LONGEST_SHOWN = 20, 60
@@ -24,7 +24,7 @@ def read_table(span: Span, field: str) -> Iterator[str | None]:
                 row += 1
                 yield None if value is None else _decoded(value, part, row)
     except (pyarrow.ArrowException, OSError) as error:
-        found = f"{part.name} is broken after row {row} ({' '.join(str(error).split())})"
+        found = f"{part.name} is broken after row {row} ({first_line(error)})"
         raise UserError(part.asked, found, "write or copy the file again") from error
 
 
@@ -37,7 +37,7 @@ def parquet_spans(part: Part, span_bytes: int) -> list[Span]:
         with _seekable(part) as file:
             footer = pyarrow.parquet.ParquetFile(file).metadata
     except (pyarrow.ArrowException, OSError) as error:
-        found = f"{part.name} is no whole Parquet file ({' '.join(str(error).split())})"
+        found = f"{part.name} is no whole Parquet file ({first_line(error)})"
         raise UserError(part.asked, found, "write or copy the file again") from error
     spans, start, size = [], 0, 0
     for group in range(footer.num_row_groups):

@@ -11,7 +11,7 @@ from textwrap import shorten
 from typing import Any, Protocol
 
 from shoal.data.cache import made
-from shoal.errors import UserError
+from shoal.errors import UserError, first_line
 from shoal.locks import Report
 
 END_OF_TEXT = "<|endoftext|>"
@@ -113,7 +113,7 @@ def load(folder_or_name: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder_or_name), trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        found = f"no tokenizer could be loaded ({' '.join(str(error).split())[:200]})"
+        found = f"no tokenizer could be loaded ({first_line(error)})"
         raise UserError(f"--tokenizer {folder_or_name}", found, "name one that has it") from error
 
 

@@ -13,7 +13,7 @@ from shoal.observe.metrics import MetricsFile, TensorBoard
 def test_a_tracker_that_fails_is_told_once_and_done_without(tmp_path: Path) -> None:
     (tmp_path / "tb").write_text("a file, and no folder")
     told: list[str] = []
-    board = TensorBoard(tmp_path / "tb", told.append)
+    board = TensorBoard(tmp_path / "tb", "id", told.append)
     for step in range(3):
         board.write({"step": step, "train/loss": 1.0})
     board.close()

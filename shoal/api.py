@@ -12,7 +12,7 @@ def train(recipe: str | Path | None = None, **settings: Any) -> dict[str, Any]:
 
     `settings` go by the names of the flags: `train("recipe.yaml", model="gpt2", max_steps=100)`. Raises
     UserError for bad input, Preempted where the run was asked to stop, and ShoalError, with the reason, where it
-    does not reach its end for another. Workers are processes, and so a script that calls this needs
+    fails otherwise. Workers are processes, and so a script that calls this needs
     `if __name__ == "__main__":`.
     """
     resolved = load_config(Path(recipe) if recipe else None, **settings)

@@ -32,7 +32,7 @@ def command() -> NoReturn:
     code = main()
     from shoal.engines.environment import is_worker
 
-    with suppress(UserError):  # an environment at odds with itself, of which `main` has told
+    with suppress(UserError):  # the environment contradicts itself, as `main` has said
         if is_worker():
             from shoal.engines.worker import leave
 
@@ -210,7 +210,7 @@ def config(words: list[str]) -> int:
 VERBS: dict[str, Callable[[list[str]], int]] = {
     verb.__name__: verb for verb in (train, evaluate, generate, export, prepare, audit, doctor, config)
 }
-LAUNCHED = ("train", "evaluate")  # by workers; asked to stop before there are any, these have nothing to save
+LAUNCHED = ("train", "evaluate")  # verbs that start workers; stopped before that, they have nothing to save
 
 
 def _about(word: str) -> int:

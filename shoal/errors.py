@@ -27,7 +27,7 @@ DENIED = {
     errno.EROFS: "name a place that can be written",
     errno.ENAMETOOLONG: "name a shorter one",
 }
-# How libraries put it that have no type for it: torch, CUDA's libraries, C++, safetensors.
+# In the messages of libraries that have no exception type for it: torch, CUDA's, C++, safetensors.
 NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "std::bad_alloc")
 NO_SPACE = ("No space left on device", "Disk quota exceeded")
 
@@ -118,7 +118,7 @@ def foreseen(error: BaseException, folder: str = "") -> ShoalError | None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Have an OSError say that it was about `path`: those of a file that is open do not."""
+    """Add `path` to an OSError that names no file, as the errors of an open file do not."""
     try:
         yield
     except OSError as error:

@@ -18,8 +18,8 @@ ASK_EVERY = 4  # micro-batches of each, after which all ask each other whether t
 class Evaluators:
     """Those who evaluate together: this one's place among `size`, and how they add up what each has found.
 
-    All call `agree` equally often. So many neighbours compute `in_step`: each as often as the others, on nothing if
-    need be. What several ranks compute together only some of them answer for (`reports`).
+    All call `agree` equally often. Groups of `in_step` neighbours measure equally often, the last time perhaps a
+    micro-batch without samples. Where several ranks compute one loss together, one of them `reports` it.
     """
 
     index: int = 0
@@ -44,7 +44,7 @@ def evaluate(
     """The summed loss over all of `samples` and the number of their labels.
 
     Each takes every size-th micro-batch; the sums of the micro-batches are added up in their order, so the result
-    does not depend on who computed them. What nobody answers for, because a rank has died, each computes again for
+    does not depend on who computed them. What no rank has reported, because one has died, each computes again for
     itself. None if `stop()` came true on any rank: all leave together, at most ASK_EVERY micro-batches later.
     """
     rows = -(-len(samples) // micro_batch_size)
@@ -60,7 +60,7 @@ def evaluate(
     def stopping() -> bool:
         return bool(among.agree(torch.tensor([float(stop())], dtype=torch.float64)) > 0)
 
-    told = torch.zeros(2, len(micro_batches), dtype=torch.float64)  # sums, and which are known
+    table = torch.zeros(2, len(micro_batches), dtype=torch.float64)  # sums, and which are known
     was_training = model.training
     model.eval()
     stopped = False
@@ -70,11 +70,11 @@ def evaluate(
             break
         if (v := first + among.index) < rows:
             found = measure(v)
-            told[0, v], told[1, v] = found if among.reports else 0.0, 1
+            table[0, v], table[1, v] = found if among.reports else 0.0, 1
     stopped = stopped or stopping()
     if not stopped:
-        told = among.agree(told.view(-1)).view(2, -1)
-        for v in (told[1] == 0).nonzero().flatten().tolist():
-            told[0, v] = measure(v)
+        table = among.agree(table.view(-1)).view(2, -1)
+        for v in (table[1] == 0).nonzero().flatten().tolist():
+            table[0, v] = measure(v)
     model.train(was_training)
-    return None if stopped else (told[0].sum().item(), int(samples.label_counts(micro_batches).sum()))
+    return None if stopped else (table[0].sum().item(), int(samples.label_counts(micro_batches).sum()))

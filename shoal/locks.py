@@ -60,7 +60,7 @@ class Lock:
             return False
 
     def write(self, text: str) -> None:
-        """Leave a note in the file, for those who find the lock taken; not in another user's file."""
+        """Leave a note in the file, for processes that find it locked; not in another user's file."""
         assert self._file is not None
         if self._file.writable():
             self._file.truncate(0)
@@ -83,7 +83,7 @@ class Lock:
 
 @contextmanager
 def locked(path: Path, waiting: str, report: Report) -> Iterator[bool]:
-    """Hold the lock on `path`, after whoever holds it now; the value is whether there are locks at all.
+    """Wait for the lock on `path` and hold it; the value says whether the file system has locks.
 
     Helper processes that this one starts hold it too: they write on for a second after it was killed. `waiting` is
     reported where a process of another run holds it (the workers of one run have the same parent).
@@ -96,9 +96,9 @@ def locked(path: Path, waiting: str, report: Report) -> Iterator[bool]:
         answer = lock.take(math.inf, inherited=True)
     if answer is Answer.NO_LOCKS:
         report(f"{path.parent}: {answer.value}; processes that start together may do the same work")
-    else:
-        lock.write(parent)
     try:
+        if answer is Answer.HELD:
+            lock.write(parent)
         yield answer is Answer.HELD
     finally:
         lock.release()

@@ -1,4 +1,4 @@
-"""What a process prints. It never decides over what is computed; but what was asked for arrives, or is an error."""
+"""What a process prints. A line that cannot be printed never ends a run; for a result it is an error."""
 
 import io
 import os
@@ -11,7 +11,7 @@ from shoal.errors import DONE, ShoalError
 
 
 class NobodyReads(ShoalError):
-    """Whoever read what was asked for, `head` for one, has seen enough: a quiet way out, and no fault."""
+    """The reader of a result, such as `head`, has closed the pipe: the process ends quietly, and without an error."""
 
     exit_code = DONE
 
@@ -23,7 +23,7 @@ class _Forgiving(io.FileIO):
 
     def write(self, data: Any) -> int:
         try:
-            while (written := super().write(data)) is None:  # somebody shares it who has set it not to wait
+            while (written := super().write(data)) is None:  # another process made it non-blocking
                 select.select((), (self.fileno(),), ())
             return written
         except OSError as error:
@@ -34,7 +34,7 @@ class _Forgiving(io.FileIO):
 
 
 def forgive() -> None:
-    """Have stdout and stderr of this process take whatever is printed, from the first thing it does on.
+    """Let printing to stdout and stderr never fail in this process from now on.
 
     What their encoding lacks is written as `\\u4eca`; what cannot be written goes nowhere.
     """
@@ -53,13 +53,13 @@ def occupy() -> None:
 
 
 def lost() -> OSError | None:
-    """Why stdout could not be written, if that is so."""
+    """The error by which stdout was lost, if it was."""
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     return raw.lost if isinstance(raw, _Forgiving) else None
 
 
 def result(text: str, end: str = "\n") -> None:
-    """Print what was asked for. Raises NobodyReads where the reader is gone, ShoalError where it does not fit."""
+    """Print a result. Raises NobodyReads where the reader is gone, ShoalError where it cannot be written."""
     try:
         print(text, end=end, flush=True)
         if (error := lost()) is not None:
@@ -68,12 +68,12 @@ def result(text: str, end: str = "\n") -> None:
         raise NobodyReads("nobody reads stdout any more") from None
     except OSError as error:
         raise ShoalError(
-            f"stdout: {error.strerror}; what was asked for could not be written, direct it elsewhere"
+            f"stdout: {error.strerror}; the result could not be written; redirect it elsewhere"
         ) from None
 
 
 def say(text: str) -> None:
-    """Print a line on stderr, where it does not mix with results; nothing where that cannot be."""
+    """Print a line on stderr, where it does not mix with results. If that fails, nothing happens."""
     with suppress(OSError, ValueError):
         if sys.stderr is not None:
             print(text, file=sys.stderr, flush=True)

@@ -34,9 +34,7 @@ class Run:
     folder: Path
     mesh: Mesh
     everyone: Wire  # all ranks
-    wire: (
-        Wire  # those of other replicas that hold the same pieces; the same wire where each rank is a replica
-    )
+    wire: Wire  # those with the same pieces in other replicas; `everyone` where each rank is one
     screen: Screen
     task: Task
     batches: Batches

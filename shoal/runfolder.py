@@ -2,7 +2,7 @@
 
 .shoal/run.json      the marker: format, the run's id, and the files that the run makes, named before it makes them
 .shoal/lock          held by rank 0 as long as the run lasts
-.shoal/...           what is on its way to its place
+.shoal/...           files and folders that are not in their place yet
 """
 
 import glob
@@ -27,7 +27,7 @@ FORMAT = 1
 CONFIG, ENVIRONMENT, SUMMARY = "config.resolved.yaml", "environment.json", "summary.json"
 FILES = (CONFIG, ENVIRONMENT, "metrics.jsonl", SUMMARY, "latest", "best")
 FOLDERS = ("final", "ledger", "errors", "tb")
-PATIENCE = 1.0  # seconds; one that only looks whether the lock is held holds it for a moment
+PATIENCE = 1.0  # seconds; a process that asks whether the lock is held takes it for a moment
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Marker:
 
 
 class RunFolder:
-    """The folder of one run. Only rank 0 changes it by what stands here."""
+    """The folder of one run. Only rank 0 calls what changes it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -81,7 +81,7 @@ class RunFolder:
             raise UserError(asked, found, "name another one, or add --overwrite-output-dir")
 
     def hold(self, say: Callable[[str], None]) -> None:
-        """From now on no other run may write here. Raises UserError where another one does, or nobody can."""
+        """Keep other runs out until this process ends. Raises UserError if one is in, or nothing can be written."""
         if self.holds:
             return
         try:
@@ -93,7 +93,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"--output-dir {self.path}", str(error.strerror), "name another one") from error
         if answer is Answer.NO_LOCKS:
-            say(f"{self.path}: {answer.value}; see to it that no other run writes there")
+            say(f"{self.path}: {answer.value}; make sure that no other run writes there")
         self.holds = True
 
     def begin(self, *, anew: bool, overwrite: bool, ranks: int, say: Callable[[str], None]) -> str:
@@ -118,7 +118,7 @@ class RunFolder:
         return new.run
 
     def aside(self, name: str) -> Path:
-        """Where what is to be put to `name` is made: there is nothing yet."""
+        """The path, where nothing is yet, at which to make the folder that `put` then moves to `name`."""
         path = self.own / f"{name}.new"
         shutil.rmtree(path, ignore_errors=True)
         return path
@@ -142,7 +142,7 @@ class RunFolder:
         shutil.rmtree(old, ignore_errors=True)
 
     def keep_error(self, rank: int, text: str) -> None:
-        """Leave an error in the folder of the run that it ended, where there is one that nobody else writes in."""
+        """Write the error that ended the run into its folder, unless another process writes there."""
         name = f"errors/{error_file(rank)}"
         with suppress(OSError, UserError):
             if not self.is_marked or self.lock.take() is Answer.BUSY:
@@ -158,7 +158,7 @@ class RunFolder:
                 self.lock.release()
 
     def _entries(self) -> list[str]:
-        """What is in it, but what a run leaves that was refused before it began."""
+        """The names in it, without a `.shoal` that has no marker: a run that was refused left that."""
         try:
             found = sorted(path.name for path in self.path.iterdir()) if self.path.exists() else []
         except OSError as error:
@@ -266,7 +266,7 @@ class RunFolder:
 
 
 def begins_anew(config: CheckpointConfig) -> bool:
-    """Whether a run begins in its folder, if perhaps from a checkpoint of another one, and does not go on there."""
+    """Whether a run starts in its folder, perhaps from another's checkpoint, rather than going on there."""
     resumed, folder = config.resume_from_checkpoint, Path(config.output_dir).resolve()
     if resumed in ("", "latest"):
         return not resumed
@@ -297,7 +297,7 @@ def ledger_file(rank: int) -> str:
 
 
 def _made_by(run: str, ranks: int) -> list[str]:
-    """What a run of so many ranks makes, but its checkpoints, whose manifests name it, and `final`."""
+    """The files that a run on `ranks` ranks makes, but checkpoints (see their manifests) and `final` (see `put`)."""
     ledger = ["run.json", *map(ledger_file, range(ranks))]
     return [
         *FILES,

@@ -45,7 +45,7 @@ def named(folder: Path, asked: str, say: Callable[[str], None], *, best: bool = 
 
 
 def newest(choices: Sequence[Path], asked: str, say: Callable[[str], None]) -> Path:
-    """The first valid one; those before it are told of. Raises UserError if none is."""
+    """The first valid one; says of each one before it what is wrong. Raises UserError if none is valid."""
     for path in choices:
         problem = manifest.verify(path)
         if problem is None:
@@ -61,7 +61,7 @@ def own(folder: Path) -> list[Path]:
 
 
 def hidden(path: Path, suffix: str) -> Path:
-    """Where a checkpoint is on its way to its place, or from there."""
+    """Where a checkpoint lies while it is moved to its place, or away from it."""
     return path.parent / OWN / f"{path.name}.{suffix}"
 
 

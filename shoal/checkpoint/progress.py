@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 
 from shoal import stored
+from shoal.config import Order
 from shoal.errors import UserError
 
 Count = Annotated[int, Field(ge=0)]
@@ -17,9 +18,7 @@ class Progress:
     """Where a run stands: all it takes, beside the tensors, to go on as if it had never stopped."""
 
     step: Count = 0  # steps done
-    position: Count | None = (
-        None  # samples drawn from the endless sequence of epochs; earlier versions kept none
-    )
+    position: Count | None = None  # samples used of the endless sequence of epochs; None in earlier versions
     tokens: Count = 0  # labels learnt from
     seconds: float = 0.0  # spent in steps, all attempts together
     shares: list[Count] | None = None  # of the ranks, as last balanced
@@ -28,9 +27,7 @@ class Progress:
     scaler: dict[str, float] = field(default_factory=dict)  # of the loss, where there is one
     best: float | None = None  # the lowest eval/loss so far
     data: str = ""  # the key of the prepared data
-    order: dict[str, bool | int | float | str | None] = field(
-        default_factory=dict
-    )  # settings; see config/order.py
+    order: Order = field(default_factory=dict)  # the settings that decide it
     strategy: str = "allreduce"
     island_size: Count = 1  # ranks that held a replica together
     precision: str = ""

@@ -1,6 +1,6 @@
 """Which settings decide the samples of a run and their order, beside the data itself, which is known by its key.
 
-What changes none of these goes on exactly from a checkpoint: its position is counted in samples.
+A run that changes none of these goes on exactly from a checkpoint, because its position is counted in samples.
 """
 
 from collections.abc import Mapping
@@ -19,9 +19,9 @@ def order_of(config: RunConfig) -> Order:
 
 
 def first_change(saved: Mapping[str, object], now: RunConfig) -> tuple[str, object, object] | None:
-    """The flag, the value then and the value now of the first setting that was another; None if there is none.
+    """The flag, the value then and the value now of the first setting that differs; None if none does.
 
-    A setting that was not saved did not exist yet: then its default was the way.
+    A setting that was not saved did not exist yet, and counts as its default.
     """
     for fact in (fact for fact in facts() if fact.key in ORDER):
         then, here = saved.get(fact.key, fact.info.default), _value(now, fact.key)

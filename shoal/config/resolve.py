@@ -121,9 +121,7 @@ def _with_folders(resolved: Resolved, environ: Mapping[str, str]) -> Resolved:
     if not data.cache_dir:
         home = environ.get("XDG_CACHE_HOME")
         origins["data.cache_dir"] = "XDG_CACHE_HOME" if home else "default"
-        with suppress(
-            RuntimeError
-        ):  # a user without a home, who may not need it: `data.cache.folder_of` tells who does
+        with suppress(RuntimeError):  # no home: an error only where it is needed, in `data.cache.folder_of`
             found = Path(home or "~/.cache").expanduser() / "shoal"
             data = data.model_copy(update={"cache_dir": str(found)})
     if not checkpoint.output_dir:

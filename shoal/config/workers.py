@@ -24,7 +24,7 @@ def wanted_device(config: RunConfig) -> str:
 def resolve_workers(config: RunConfig, machine: Machine) -> int:
     """How many workers to start on `machine`: one a GPU where it has some, else as many as its cores can run.
 
-    A number is taken as it stands: more than cores is allowed, more than GPUs or than micro-batches is not.
+    A number is used as given: it may exceed the cores, but neither the GPUs nor the micro-batches.
     Anything else means the most that the machine, the batch and the layout allow. Raises UserError.
     """
     asked = config.launch.nproc_per_node
@@ -65,7 +65,7 @@ def idle_gpus(config: RunConfig, workers: int, machine: Machine) -> str:
 
 
 def _threads(config: RunConfig, machine: Machine) -> int | None:
-    """The threads of a worker as far as they do not follow from the machine."""
+    """The threads of a worker that settings or environment fix; None where they follow from the machine."""
     asked = config.train.threads
     if asked != "auto":
         return asked

@@ -25,8 +25,8 @@ def folder_of(cache_dir: str) -> Path:
 def made(target: Path, make: Callable[[Path], None], report: Report) -> bool:
     """Whether this process made the folder `target`: `make` fills a folder beside it, which is then moved there.
 
-    The folder beside has a fixed name, so that a killed process's work is gone on with; without locks, when several
-    may work at once, a name of its own. Raises OSError where nothing can be written.
+    The folder beside has a fixed name, so that the next process goes on with the work of a killed one. Without locks,
+    where several may work at once, each has its own. Raises OSError where nothing can be written.
     """
     if target.is_dir():
         return False

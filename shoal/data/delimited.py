@@ -13,9 +13,7 @@ from shoal.data.tables import no_column
 from shoal.errors import UserError
 
 DELIMITERS = {"csv": ",;\t", "tsv": "\t,;"}  # the first under which the header has the column
-LONGEST_FIELD = (
-    64 << 20
-)  # characters; a quote that never closes must not take the rest of the file into memory
+LONGEST_FIELD = 64 << 20  # characters; a quote that never closes must not read the whole file
 
 
 def read_rows(span: Span, field: str) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import codecs
 
 MARK = "\ufeff"  # a byte order mark, which editors write in front of UTF-8 too
-OTHER_MARKS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}  # UTF-32 begins like the first
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32 begins like the first
 
 
 class NotText(Exception):
@@ -16,9 +16,8 @@ class NotText(Exception):
 
 def decoded(data: bytes, offset: int) -> str:
     """The text of UTF-8 bytes that begin at `offset` of a file. Raises NotText."""
-    if offset == 0 and (other := OTHER_MARKS.get(data[:2])):
-        change = f"convert it: iconv -f {other} -t UTF-8 FILE > NEW"
-        raise NotText(f"is {other}, not UTF-8", 0, change)
+    if offset == 0 and data.startswith(UTF16_MARKS):
+        raise NotText("is UTF-16, not UTF-8", 0, "convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW")
     if (at := data.find(b"\0")) >= 0:
         change = "name a text file, or convert it: iconv -f UTF-16LE -t UTF-8 FILE > NEW, if it is that"
         raise NotText("holds a NUL byte, so it is no UTF-8 text", at, change)

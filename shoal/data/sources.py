@@ -35,7 +35,7 @@ class Part:
     size: int
     asked: str
     member: str = ""  # of a zip archive
-    alone: bool = False  # whether it is all there is
+    alone: bool = False  # whether it is the only part
 
     @property
     def name(self) -> str:

@@ -65,7 +65,7 @@ def threads_of(config: RunConfig, place: Placement, environ: Mapping[str, str] =
 
 
 def check_interfaces(names: str) -> None:
-    """Refuse network interfaces, by commas, that this machine lacks. Gloo would tell in a traceback, or wait."""
+    """Refuse network interfaces, by commas, that this machine lacks. Gloo would end in a traceback, or wait."""
     there = [name for _, name in socket.if_nameindex()]
     missing = [name for name in names.split(",") if name and name not in there]
     if missing:

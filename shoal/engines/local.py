@@ -1,4 +1,4 @@
-"""The local engine: start workers on this machine, watch them, and tell what went wrong in one line."""
+"""The local engine: start workers on this machine, watch them, and report what went wrong in one line."""
 
 import json
 import os
@@ -89,7 +89,7 @@ def check_loopback() -> None:
 
 @contextmanager
 def _private_folder() -> Iterator[Path]:
-    """A folder that no other user can read, for what launcher and workers tell each other."""
+    """A folder for messages between launcher and workers, which no other user can read."""
     try:
         made = tempfile.TemporaryDirectory(prefix="shoal-")
     except OSError as error:

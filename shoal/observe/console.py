@@ -17,16 +17,16 @@ class Screen:
     def __init__(self, speaks: bool) -> None:
         self.speaks = speaks
         self._bar: Progress | None = None
-        self._told = False
+        self._warned = False
         self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
-        """Print a line as it stands, above the progress bar if there is one. That nobody can read it is said once."""
+        """Print a line as it stands, above the progress bar if there is one. Stderr says once if stdout is lost."""
         if not self.speaks:
             return
         self._console.out(text, highlight=False)
-        if (error := output.lost()) is not None and not self._told:
-            self._told = True
+        if (error := output.lost()) is not None and not self._warned:
+            self._warned = True
             output.say(f"shoal: stdout cannot be written any more ({error.strerror}): going on without it")
 
     def banner(self, title: str, facts: dict[str, Any]) -> None:

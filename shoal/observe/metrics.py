@@ -39,7 +39,7 @@ class MetricsFile:
 class TensorBoard:
     """The same numbers for TensorBoard, as long as that works: a run is never lost for a picture of it.
 
-    It is imported only when asked for, since that costs seconds. What goes wrong is told once, to `say`.
+    It is imported only when asked for, since that costs seconds. Only its first failure is reported, to `say`.
     """
 
     def __init__(self, folder: Path, run: str, say: Callable[[str], None]) -> None:

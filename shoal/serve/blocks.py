@@ -59,10 +59,7 @@ def read_prompts(path: Path) -> list[str]:
 def _prompt_of(line: str, where: str) -> str:
     try:
         row = json.loads(line)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # what is nested too deeply, and integers of thousands of digits too
+    except (ValueError, RecursionError) as error:  # also huge integers and deep nesting
         found = f"{where} is not JSON ({error})"
         raise UserError("--prompts-file", found, "write one object a line") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):

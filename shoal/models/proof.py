@@ -21,6 +21,7 @@ from shoal.errors import ShoalError, UserError
 from shoal.models.heads import final_hidden, has_plain_head, logits
 from shoal.models.isolation import PADDING, packed_inputs, padded_inputs
 from shoal.models.loss import IGNORED, own_loss, summed_cross_entropy
+from shoal.models.pretrained import FITS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,9 +32,9 @@ SAME_LOSS = 1e-5  # of a loss in float32, as models are loaded
 FEW_TOKENS = 64
 MOST_PRODUCTS = 1e11  # weights times tokens: about a second on one core
 SEES = "a document in a packed window sees the one before it"
-AHEAD = "a token sees the ones after it"
 MOVED = "a document in a packed window is not computed as it is alone"
 PADDED = "a document is not computed as it is without padding behind it"
+DECODER = "is_decoder"  # by it an encoder's configuration makes a causal model
 REMEDY = "add --no-packing, or take another model"
 
 
@@ -44,9 +45,9 @@ def remedy(packing: bool) -> str:
 
 @contextmanager
 def trial(asked: str, change: str) -> Iterator[None]:
-    """Whatever a forward pass on trial raises is one line. Raises UserError."""
-    told = logging.get_verbosity()
-    logging.set_verbosity_error()  # what a family warns of on labels is of no use here
+    """Within it, any error of a forward pass becomes a UserError of one line; no gradients, no warnings."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # families warn of labels that are only those of this trial
     try:
         with torch.no_grad():
             yield
@@ -57,7 +58,7 @@ def trial(asked: str, change: str) -> Iterator[None]:
         reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
         raise UserError(asked, f"a forward pass on trial fails ({reason[:200]})", change) from error
     finally:
-        logging.set_verbosity(told)
+        logging.set_verbosity(verbosity)
 
 
 def choose_loss(model: "PreTrainedModel", asked: str) -> How:
@@ -115,24 +116,35 @@ def check_hidden(
     before, document = ids[:, :first], ids[:, first:]
     count = tokens - first
 
-    def beside(before: Tensor, document: Tensor) -> Tensor:
-        """What a document is in a row with another one, or with padding."""
+    def in_row(before: Tensor, document: Tensor) -> Tensor:
+        """The hidden states of a document in a row with another one, or with padding."""
         if packing:
             return _hidden(model, packed_inputs(*_row(before, document, first)))[:, first:]
         row, documents = _row(document, before, count)
         return _hidden(model, padded_inputs(row, documents * PADDING))[:, :count]
 
-    told = beside(before, document)
-    changed = beside(before, torch.cat([document[:, :-1], other[:, -1:]], dim=1))
-    if count > 1 and _differ(changed[:, -2:-1], told[:, -2:-1]) > near:
-        raise UserError(asked, AHEAD, "take a model that writes from left to right")
-    if packing and _differ(beside(other[:, :first], document), told) > near:
+    found = in_row(before, document)
+    half = count // 2
+    changed = in_row(before, torch.cat([document[:, :half], other[:, first + half :]], dim=1))
+    last = slice(half - 1, half)  # of the tokens that are the same
+    if half and _differ(changed[:, last], found[:, last]) > near:
+        raise _reads_ahead(model, asked)
+    if packing and _differ(in_row(other[:, :first], document), found) > near:
         raise UserError(asked, SEES, REMEDY)
     alone = _hidden(model, {"input_ids": document})
-    with torch.autocast(model.device.type, enabled=False):  # a recurrent model may make much of its rounding
-        rounding = _differ(_hidden(model, {"input_ids": document}), alone)
-    if _differ(told, alone) > max(near, 2 * rounding):
+    apart = _differ(found, alone)
+    if apart > near:
+        with torch.autocast(model.device.type, enabled=False):  # a recurrent model may amplify its rounding
+            near = 2 * _differ(_hidden(model, {"input_ids": document}), alone)
+    if apart > near:
         raise UserError(asked, MOVED if packing else PADDED, remedy(packing))
+
+
+def _reads_ahead(model: "PreTrainedModel", asked: str) -> UserError:
+    found = f"{type(model).__name__} reads ahead: a token sees the ones after it"
+    kind = model.config.model_type
+    makes = f"; --model.{DECODER} true makes one of {kind}" if hasattr(model.config, DECODER) else ""
+    return UserError(asked, found, f"{FITS}{makes}")
 
 
 def check_loss(
@@ -157,12 +169,12 @@ def check_loss(
     row, documents = _row(ids[:, first:], ids[:, :first], count)
     alone = of(row, documents * PADDING, 0)
     if packing:
-        told, changed = (
+        found, changed = (
             of(*_row(before[:, :first], ids[:, first:], first), first) for before in (ids, other)
         )
-        if _differ(changed, told) > near:
+        if _differ(changed, found) > near:
             raise UserError(asked, SEES, REMEDY)
-        if _differ(alone, told) > near:
+        if _differ(alone, found) > near:
             raise UserError(asked, MOVED, REMEDY)
 
 

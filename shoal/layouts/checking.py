@@ -83,7 +83,7 @@ def _found(model: nn.Module, loss: Loss, inputs: dict[str, Tensor]) -> Tensor:
 
 @contextmanager
 def _as_stage(model: nn.Module, seen: Watched, own: range, entering: Tensor) -> Iterator[None]:
-    """The model as whoever has these of its layers alone computes it."""
+    """Within it, the model computes as a worker does that holds only its `own` layers."""
 
     def enter(layer: nn.Module, args: Any) -> Any:
         return (entering, *args[1:])

@@ -100,7 +100,7 @@ def trial_tokens(model: "PreTrainedModel", sequence_length: int) -> int:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """What a difference between two passes of this precision has to stay below."""
+    """The largest difference allowed between two passes of this precision."""
     return float(max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) ** 0.5)  # norms are in float32
 
 
@@ -155,13 +155,14 @@ def check_loss(
     packing: bool,
     dtype: torch.dtype,
 ) -> None:
-    """The same by the loss of a row alone, for a model of which this process has a part; rounding averages out."""
+    """The same by the summed loss of a row, for a model that is cut. Rounding averages out: a tenth is allowed."""
     ids, other = _ids(model, 2, tokens).split(1)
     first, near = _first_document(model, tokens), tolerance(dtype) / 10
     count = tokens - first
     blank = torch.full_like(ids, IGNORED)
 
     def of(row: Tensor, documents: Tensor, place: int) -> Tensor:
+        """The loss of the document that begins at `place`."""
         labels = blank.clone()
         labels[:, place : place + count - 1] = ids[:, first + 1 :]
         return loss({"input_ids": row, "labels": labels, "documents": documents}).view(1, 1)
@@ -202,9 +203,8 @@ def _first_document(model: "PreTrainedModel", tokens: int) -> int:
 
 def _ids(model: "PreTrainedModel", rows: int, tokens: int) -> Tensor:
     draw = torch.Generator().manual_seed(0)
-    words = (
-        model.config.get_text_config().vocab_size
-    )  # not of the embeddings: a rank may have a part, or none
+    # Not of the embeddings, of which a rank may have a part or none.
+    words = model.config.get_text_config().vocab_size
     return torch.randint(words, (rows, tokens), generator=draw).to(model.device)
 
 

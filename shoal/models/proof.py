@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from shoal.errors import ShoalError, UserError
+from shoal.errors import ShoalError, UserError, described
 from shoal.models.heads import final_hidden, has_plain_head, logits
 from shoal.models.isolation import PADDING, packed_inputs, padded_inputs
 from shoal.models.loss import IGNORED, own_loss, summed_cross_entropy
@@ -54,9 +54,7 @@ def trial(asked: str, change: str) -> Iterator[None]:
     except (ShoalError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-        raise UserError(asked, f"a forward pass on trial fails ({reason[:200]})", change) from error
+        raise UserError(asked, f"a forward pass on trial fails ({described(error)[:200]})", change) from error
     finally:
         logging.set_verbosity(verbosity)
 

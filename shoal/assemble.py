@@ -160,7 +160,7 @@ def _placed(config: RunConfig, mesh: Mesh, task: Task, policy: Policy, nothing: 
 
 
 def _check_model(task: Task, placed: Placed, mesh: Mesh, policy: Policy) -> None:
-    """Have the task judge the model where it is trained, in the arithmetic that it is trained in."""
+    """Have the task check the model in its place, in the arithmetic of training."""
     island = Island(mesh)
     cut = len(island) > 1
 

@@ -13,8 +13,8 @@ from shoal.summation import TreeSum
 class Bucket:
     """Gradients that travel together: `flat` [n], of which every piece's `.grad` becomes a view.
 
-    `flat` is padded with zeros to a multiple of `multiple`, so that it cuts into equal parts. Its dtype is that in
-    which gradients come (`grad_dtype`): a parameter's own, or a wider one that sums of many of them need.
+    `flat` is padded with zeros to a multiple of `multiple`, so that it cuts into equal parts. Its dtype is the
+    parameters' `grad_dtype`: their own, or a wider one for the sum of many gradients.
     """
 
     def __init__(self, pieces: list[Piece], multiple: int) -> None:

@@ -21,7 +21,7 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
-_texts: Counter[str] = Counter()  # by group: every rank of it counts alike
+_texts: Counter[str] = Counter()  # by group, whose ranks all count alike
 
 
 class Wire:
@@ -90,10 +90,10 @@ class Wire:
         dist.broadcast(tensor, group=self.group, group_src=0)
 
     def share_text(self, text: str) -> str:
-        """The text that rank 0 gives, on every rank. Whatever rank 0 does before it may take as long as it takes.
+        """The text that rank 0 gives, on every rank. Rank 0 may come as late as it likes.
 
-        It goes through the store, without the deadline of a collective: there one who waits looks again and again.
-        Raises ConnectionError when rank 0, or who keeps the store, is gone. (Torch's own way would unpickle.)
+        The other ranks poll the store: a collective would have a deadline. Raises ConnectionError when the process
+        that keeps the store is gone. (Torch's own way would unpickle.)
         """
         _texts[self.group.group_name] += 1
         key = f"text/{self.group.group_name}/{_texts[self.group.group_name]}"
@@ -107,7 +107,7 @@ class Wire:
             return str(store.get(key).decode())
 
     def wait_for_first(self) -> None:
-        """Wait until rank 0 is here, which has had something to do alone, however long."""
+        """Wait for rank 0, however long it has something to do alone."""
         self.share_text("")
 
     def barrier(self) -> None:
@@ -209,19 +209,19 @@ class Visitor:
 
 
 class Bell:
-    """One process rings it, and hears who waits: beside all exchanges, whatever either is doing."""
+    """A signal from one process to another, through the store: whatever exchanges either of them is in."""
 
     def __init__(self, name: str) -> None:
         self._key = f"bell/{name}"
         self._store = mesh.own_store()
 
     def ring(self) -> None:
-        """Wake up who waits, now or later. Nothing happens where nobody can wait any more."""
+        """Wake the process that waits, now or later. Does nothing once the store is gone."""
         with suppress(ConnectionError), _as_connection_error():
             self._store.set(self._key, "rung")
 
     def wait(self) -> None:
-        """Until it is rung; only one may wait, who does not ring. Raises ConnectionError when nobody can any more."""
+        """Return once it is rung. One process may wait. Raises ConnectionError once the store is gone."""
         with _as_connection_error():
             self._store.wait([self._key], FOREVER)
 

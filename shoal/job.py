@@ -47,7 +47,8 @@ def train_job(resolved: Resolved, mesh: Mesh, data: Path, stop: Stop) -> None:
     if mesh.is_first:
         _begin_folder(run, resolved, place)
     run.everyone.wait_for_first()
-    screen.banner("Running training", _facts(run))
+    if mesh.is_first:  # it may ask the hub
+        screen.banner("Running training", _facts(run))
     stop.hold(run.sync.wish)
     metrics = train(run, stop)
     with run.sync.shared_model(run.replica):

@@ -20,8 +20,8 @@ from shoal.placement import Placement
 
 TIMEOUT = timedelta(minutes=10)  # how long a collective waits for the slowest rank
 JOIN = timedelta(hours=24)  # how long ranks wait for the last to come, which may have data to prepare before
-WORD = timedelta(minutes=1)  # after which it is said who is awaited, and again
-LOOK = 0.1  # seconds, at most, between two looks of one who waits
+WORD = timedelta(minutes=1)  # how often it is said who is awaited
+LOOK = 0.1  # seconds: the longest pause between two looks
 
 # The outermost first: the ranks of an island, which hold one replica, are neighbours, and among them those of a team,
 # which compute a micro-batch together.
@@ -133,9 +133,9 @@ def join(placement: Placement, wanted: str = "auto") -> Iterator[Mesh]:
 
 
 def check_own(identity: str, world_size: int) -> None:
-    """Refuse GPUs that several ranks take, on all ranks alike; NCCL would fail on them at the first exchange.
+    """Refuse, on all ranks alike, a GPU that several ranks take: NCCL would fail at the first exchange.
 
-    An engine that shows every worker the same single GPU cannot be told before from one that shows each its own.
+    A worker that sees one GPU cannot know by itself whether others see the same one.
     """
     digest = hashlib.sha256(f"{socket.gethostname()} {identity}".encode()).digest()
     own = torch.frombuffer(bytearray(digest[:8]), dtype=torch.int64)
@@ -221,7 +221,7 @@ def _await(arrived: Callable[[], bool], placement: Placement, awaited: Callable[
 def looks(done: Callable[[], bool]) -> Iterator[None]:
     """Look whether it is `done`, ever less often; yields after each look that finds it is not.
 
-    Between them Python hears of signals, which it does not in a call that waits.
+    Python handles signals between two looks, and not within a call that waits.
     """
     pause = 0.001
     while not done():

@@ -10,7 +10,7 @@ from torch import nn
 
 from shoal.errors import ShoalError, UserError
 
-# Of "...-true", in which everything is computed as it is held.
+# The "...-true" precisions compute in the dtype that they hold.
 HELD = {"64-true": torch.float64, "32-true": torch.float32, "bf16-true": torch.bfloat16}
 
 
@@ -77,9 +77,8 @@ def resolve(precision: str, device: torch.device) -> Policy:
     if precision == "auto":
         precision = "bf16-mixed" if has_bf16(device) else "32-true"
     held = HELD.get(precision, torch.float32)
-    summed = torch.promote_types(
-        held, torch.float32
-    )  # of many micro-batches: bf16 would stand still at a few hundred
+    # A sum in bf16 would stand still after a few hundred micro-batches.
+    summed = torch.promote_types(held, torch.float32)
     mixed = {"bf16-mixed": torch.bfloat16, "fp8-mixed": torch.bfloat16, "16-mixed": torch.float16}
     compute = mixed.get(precision, held)
     linear = torch.float8_e4m3fn if precision == "fp8-mixed" else compute
@@ -87,9 +86,9 @@ def resolve(precision: str, device: torch.device) -> Policy:
 
 
 def as_it_is(model: nn.Module) -> Policy:
-    """The policy of a model that is trained in the dtypes it has, by the widest of them.
+    """The policy of a model that is trained in the dtypes it has: that of the widest.
 
-    Raises UserError where one is not trained in.
+    Raises UserError for a dtype in which nothing is trained.
     """
     params = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
     for name, dtype in params.items():

@@ -180,7 +180,7 @@ class Session:
 
 
 def _hand_over_rounded(optimizer: torch.optim.Optimizer) -> None:
-    """Have the optimizer see gradients in its parameters' dtype, as torch's want them."""
+    """Have the optimizer see gradients in its parameters' dtype, as torch's optimizers require."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     narrow = [p for p in params if p.grad_dtype not in (None, p.dtype)]
 

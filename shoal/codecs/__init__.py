@@ -66,7 +66,7 @@ def check(options: StrategyConfig, shapes: Sequence[torch.Size]) -> None:
         found = "momentum before a sparse codec is a kind of error feedback"
         raise UserError("--codec-momentum without --error-feedback", found, "leave one of the two out")
     if options.error_decay != 1 and type(build(options, Subject(tuple(shapes)))) is not ErrorFeedback:
-        found = f"nothing that {options.codec} leaves out goes into the next step by error feedback alone"
+        found = f"there is no plain error feedback with {options.codec} here, and only that decays"
         raise UserError(f"--error-decay {options.error_decay:g}", found, "leave it out")
     if options.codec != "powersgd":
         return

@@ -105,7 +105,7 @@ class Exchange:
         of the chunks are cut anew: what was not sent yet still will be. The rest was alike on all, and rank 0's
         is taken.
         """
-        plain = self.options.codec == "none"  # nothing to look for in what may be large
+        plain = self.options.codec == "none"  # remembers nothing, and a search would read every tensor
         self._loaded = {} if plain else refit(states, self.wire.rank, self.wire.world_size)
         self._channels.clear()
         self._encoders.clear()

@@ -103,7 +103,7 @@ class TopK(Sparse):
         return whole + (self.density.count(rest, self.calls) if rest else 0)
 
     def _largest(self, tensor: Tensor) -> Tensor:
-        """The places of these in `tensor` [n]."""
+        """The places of the largest elements in each chunk of `tensor` [n]."""
         size = self.chunk or tensor.numel()
         sizes = tensor.abs()
         end = len(sizes) - len(sizes) % size

@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shoal.errors import ShoalError
 from shoal.models.blocks import blocks
+
+
+class NoStages(ShoalError):
+    """Why a model cannot be cut into stages."""
 
 
 def balance(layers: Sequence[float], before: float, after: float, stages: int) -> list[range]:
@@ -64,13 +69,13 @@ class Watched:
 def watch(
     model: nn.Module, arithmetic: AbstractContextManager[object], generator: torch.Generator
 ) -> Watched:
-    """See how `model` computes. Raises ValueError, which says why, where its stages would compute otherwise."""
+    """See how `model` computes. Raises NoStages where its stages would compute otherwise."""
     found = list(blocks(model))
     lists = [each for each in model.modules() if isinstance(each, nn.ModuleList) and [*each] == found]
     if not found or not lists:
-        raise ValueError("its layers are not one list")
+        raise NoStages("its layers are not one list")
     if any(getattr(module, "layerdrop", 0) for module in model.modules()):
-        raise ValueError("it leaves out layers at random (layerdrop)")
+        raise NoStages("it leaves out layers at random (layerdrop)")
     seen = Watched(lists[0])
     below = {module for layer in found for module in layer.modules()}
     outside = [
@@ -86,7 +91,7 @@ def watch(
         with arithmetic:
             model(input_ids=ids, use_cache=False)
     except (TypeError, IndexError) as error:
-        raise ValueError("it does not compute from input_ids alone") from error
+        raise NoStages("it does not compute from input_ids alone") from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -101,7 +106,7 @@ def watch(
 def _note(seen: Watched) -> Callable[[nn.Module, Any, Any], None]:
     def note(module: nn.Module, inputs: Any, made: Any) -> None:
         if seen.entered and len(seen.left) < len(seen.layers):
-            raise ValueError("its layers share what is outside of them")
+            raise NoStages("its layers share what is outside of them")
         part = seen.after if seen.left else seen.before
         if module not in part:
             part.append(module)
@@ -116,20 +121,20 @@ def _check(model: nn.Module, seen: Watched, outside: list[nn.Module], ids: Tenso
     if len(made) < len(seen.layers) or any(
         a is not b for a, b in zip(made[:-1], seen.entered[1:], strict=True)
     ):
-        raise ValueError("it computes something between its layers")
+        raise NoStages("it computes something between its layers")
     if any(each.shape[:-1] != ids.shape for each in seen.entered):
-        raise ValueError("its hidden states are not a row for each token")
+        raise NoStages("its hidden states are not a row for each token")
     if any(seen.layers in module.modules() for module in outside):
-        raise ValueError("it has parameters around its layers")
+        raise NoStages("it has parameters around its layers")
     kept = [layer.state_dict().keys() - dict(layer.named_parameters()).keys() for layer in seen.layers]
     if any(kept):
-        raise ValueError("its layers have buffers that a checkpoint holds")
+        raise NoStages("its layers have buffers that a checkpoint holds")
     if any(p.dim() == 0 for p in model.parameters()):
-        raise ValueError("it has a parameter without a dim")
+        raise NoStages("it has a parameter without a dim")
     inner = [id(p) for layer in seen.layers for p in layer.parameters()]
     outer = {id(p) for module in outside for p in module.parameters(recurse=False)}
     if len(set(inner)) < len(inner) or outer & set(inner):
-        raise ValueError("two of its layers share a parameter")
+        raise NoStages("two of its layers share a parameter")
 
 
 def _costs(seen: Watched) -> tuple[list[float], float, float]:

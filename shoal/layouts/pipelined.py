@@ -191,8 +191,10 @@ class Pipelined(Placed):
                 sent += self.stages.room(index - 1, *shape)[0].nbytes
         tied = [piece for piece in self._tied if piece.source.requires_grad or not self.stages.follows]
         count = self._filled(turns)
-        told = sum(_values(piece).numel() * _told_of(piece, self.stages.follows).itemsize for piece in tied)
-        return super().cost(count, shape) + count * sent + told
+        once = sum(
+            _values(piece).numel() * _sent_dtype(piece, self.stages.follows).itemsize for piece in tied
+        )
+        return super().cost(count, shape) + count * sent + once
 
     def __str__(self) -> str:
         return f"pipelines of {self.wire.world_size} workers by {self.schedule}, {self.inner}"
@@ -203,8 +205,8 @@ def _values(piece: Piece) -> Tensor:
     return piece.unwrap(piece.source.detach())
 
 
-def _told_of(piece: Piece, follows: bool) -> torch.dtype:
-    """The dtype in which a worker sends a tied parameter: who follows its gradient, the other one its values."""
+def _sent_dtype(piece: Piece, follows: bool) -> torch.dtype:
+    """The dtype of what a worker sends of a tied parameter: its gradient if it follows, else its values."""
     found = piece.source.grad_dtype if follows else piece.source.dtype
     assert found is not None
     return found

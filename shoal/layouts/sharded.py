@@ -114,7 +114,7 @@ class Sharded(Placed):
             part.set_reshard_after_backward(last or self.stage == 3, recurse=False)
             part.set_requires_gradient_sync(last or self.stage > 1, recurse=False)
         if self._wide:
-            self.parts[0]._get_fsdp_state()._lazy_init()  # which sets what is changed here
+            self.parts[0]._get_fsdp_state()._lazy_init()  # else it would undo what follows
             for group in self._groups():
                 _sum_in(self._wide, group)
 
@@ -205,10 +205,10 @@ def _refuse(mesh: Mesh, found: str, change: str) -> None:
 
 
 def _sum_in(wide: torch.dtype, group: Any) -> None:
-    """Have FSDP hand over in `wide` the sums that it takes in it, and have all that it sums be of one dtype.
+    """Have FSDP keep its sums of gradients in `wide`, and give every trained parameter of the group one.
 
-    It would round each micro-batch's to the parameters' dtype, and refuse a parameter that has no gradient yet
-    beside others that have.
+    FSDP would round the gradient of each micro-batch to the parameters' dtype, and refuse a group in which some
+    parameters have a gradient and others none yet.
     """
     group._orig_dtype = wide
     if any(each.unsharded_accumulated_grad is not None for each in group.fsdp_params):
@@ -218,13 +218,13 @@ def _sum_in(wide: torch.dtype, group: Any) -> None:
 
 
 def _part_bytes(module: nn.Module, ranks: int, without: Container[int] = ()) -> tuple[int, int]:
-    """The bytes that a rank holds of all parameters, and of the gradients of some; rows filled up to be even."""
+    """The bytes that a rank holds of parameters, and of the gradients of trained ones; rows filled up to be even."""
     parts = [(-(-p.shape[0] // ranks) * p[0].numel(), p) for p in module.parameters() if id(p) not in without]
     held = sum(size * p.itemsize for size, p in parts)
-    wide = sum(
+    gradients = sum(
         size * torch.promote_types(p.dtype, torch.float32).itemsize for size, p in parts if p.requires_grad
     )
-    return held, wide
+    return held, gradients
 
 
 def _cut(piece: Piece, source: nn.Parameter, rank: int) -> Piece:

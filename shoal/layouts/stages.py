@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from shoal.config import THERE_AND_BACK, LayoutConfig
 from shoal.errors import UserError
-from shoal.layouts import stubs, trial
+from shoal.layouts import checking, stubs
 from shoal.layouts.base import Placed
-from shoal.layouts.cutting import Watched, balance, watch
+from shoal.layouts.cutting import NoStages, Watched, balance, watch
 from shoal.layouts.sharded import is_recent_torch
 from shoal.layouts.stubs import Left
 from shoal.mesh import Mesh
@@ -154,12 +154,12 @@ def look(
     try:
         with proof.trial(asked, "leave it out"):
             seen = watch(model, policy.autocast(mesh.device), _generator(mesh.device))
-        if len(seen.layers) < stages:
-            found = f"the model has {len(seen.layers)} layers, fewer than the {stages} stages"
-            raise UserError(asked, found, "take a smaller number, or another model")
-        layers = balance(*seen.costs, stages)
-        trial.prove(model, placed.loss, seen, layers, nothing, policy.autocast(mesh.device))
-    except ValueError as error:
+            if len(seen.layers) < stages:
+                found = f"the model has {len(seen.layers)} layers, fewer than the {stages} stages"
+                raise UserError(asked, found, "take a smaller number, or another model")
+            layers = balance(*seen.costs, stages)
+            checking.check(model, placed.loss, seen, layers, nothing, policy.autocast(mesh.device))
+    except NoStages as error:
         raise UserError(asked, f"the model has no stages: {error}", "leave it out") from error
     return seen
 

@@ -1,7 +1,7 @@
 """What stands in a stage in the place of the modules that other stages hold, and takes no memory.
 
 A layer hands on what it gets. What comes before the layers gives zeros of the right shape: an embedding looks up rows
-of zeros by its family's own code, which knows what of its inputs the indices are.
+of zeros by its family's own code, which knows which of its inputs the indices are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,12 +23,12 @@ class Left(Exception):
 
 
 def leave(module: nn.Module, args: Any, made: Any) -> None:
-    """As a hook behind a layer: end the forward pass with what it has made."""
+    """A hook behind a layer that ends the forward pass with the layer's hidden states."""
     raise Left(made[0] if isinstance(made, tuple) else made)
 
 
 class Skip(nn.Module):
-    """In the place of a layer that is not computed here. What the family reads of a layer it finds."""
+    """In the place of a layer that is not computed here. It has the attributes that the family's code may read."""
 
     def __init__(self, layer: nn.Module, made: Any) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def in_places(model: nn.Module, stubs: Mapping[nn.Module, nn.Module]) -> list[Pl
 
 
 def put(places: Sequence[Place]) -> None:
-    """Have each module in its place."""
+    """Put each module in its place."""
     for parent, name, module in places:
         parent._modules[name] = module
 

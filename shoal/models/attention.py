@@ -1,7 +1,7 @@
 """Attention by three matrix products: for short bf16 windows on a CPU, where a flash kernel is slower.
 
 Forward and backward on one core with AMX took 24 ms against 40 ms at [8, 4, 256, 64], and 34 against 56 at
-[4, 4, 512, 64]; from 1024 tokens on, or in float32, torch's own kernel is faster and takes over. With it the scores
+[4, 4, 512, 64]; above 512 tokens, or in float32, torch's own kernel takes over. With it the scores
 take memory linear in the window; a window of several documents still has a mask, of one byte for each pair of its
 tokens, once for each kind of layer. `blockwise` needs none, and computes a third more.
 """

@@ -15,14 +15,13 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import split_state_dict_into_shards_factory
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal import stored
 from shoal.errors import ShoalError, UserError
-from shoal.models.pretrained import quiet
+from shoal.models.pretrained import UNREADABLE, last_line, quiet
 from shoal.models.written import Blocks, Written
 from shoal.stored import Stored
 
@@ -90,10 +89,8 @@ def _skeleton(source: Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        found = (
-            f"config.json tells of no causal language model ({str(error).strip().splitlines()[-1].strip()})"
-        )
+    except UNREADABLE as error:
+        found = f"config.json describes no causal language model ({last_line(error)})"
         raise UserError(f"export {source}", found, "use the checkpoint of a Hugging Face model") from error
     return model
 
@@ -167,7 +164,7 @@ def _check_same_tensors(tensors: _Tensors, folder: Path) -> None:
         for where, block in tensors.blocks(name):
             if not torch.equal(stored.as_bytes(block), stored.as_bytes(again.read(name, *where))):
                 raise ShoalError(
-                    f"export to {folder}: {name} is another when read again; nothing was left there"
+                    f"export to {folder}: {name} differs when read again; nothing was left there"
                 )
 
 

@@ -35,8 +35,8 @@ class Folder:
         """Raise UserError where its weights cannot be read, or are no weights to train."""
         method = self.quantization
         if method is not None and method not in DEQUANTIZED:
-            found = f"its weights are quantised ({method}), and training changes plain ones"
-            raise UserError(self.asked, found, "name the model as it was before")
+            found = f"its weights are quantised ({method}), and only plain ones are trained"
+            raise UserError(self.asked, found, "name the model as it was before quantisation")
         folder = Path(self.name)
         if not folder.is_dir():
             return

@@ -13,11 +13,9 @@ from shoal.errors import UserError
 from shoal.models import attention, folder, lstm, norm  # noqa: F401  (the LSTM registers itself with the Auto classes)
 from shoal.models.presets import PRESETS
 from shoal.models.pretrained import (
-    FITS,
     at_random,
     bad_dimensions,
     check_names,
-    last_line,
     locate,
     pretrained,
     stored_config,
@@ -28,8 +26,6 @@ if TYPE_CHECKING:
     from shoal.config import ModelConfig
 
 FROM_CONFIG = "from_config"
-DECODER = "is_decoder"
-PROBE_TOKENS = 8
 SLIP = 0.8  # difflib's ratio from which a name was meant to be a preset's: llama-tyni, not distilgpt2
 
 
@@ -63,7 +59,6 @@ def load(
     else:
         loaded = pretrained(source, config)
     _check_vocabulary(model.name, loaded, vocab_size)
-    _check_causal(asked, loaded)
     return _prepared(loaded).train()
 
 
@@ -139,27 +134,3 @@ def _check_vocabulary(name: str, model: transformers.PreTrainedModel, vocab_size
     if vocab_size > rows:
         found = f"the tokenizer has ids up to {vocab_size - 1}, the embedding {rows} rows"
         raise UserError(f"--model {name}", found, "use the tokenizer that belongs to the model")
-
-
-@torch.no_grad()
-def _check_causal(asked: str, model: transformers.PreTrainedModel) -> None:
-    """Refuse a model in which a token sees a later one: an encoder, whose loss would soon be nothing."""
-    rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
-    ids = torch.arange(PROBE_TOKENS)[None] % rows
-    other = ids.clone()
-    other[:, -1] = 0
-    was_training = model.training
-    model.eval()
-    try:
-        one, two = (model(input_ids=each, use_cache=False).logits[:, :-1] for each in (ids, other))
-    except Exception as error:
-        found = f"{type(model).__name__} does not compute from token ids alone: {last_line(error)}"
-        raise UserError(asked, found, FITS) from error
-    model.train(was_training)
-    if not torch.allclose(one, two, rtol=1e-4, atol=1e-5):
-        kind = model.config.model_type
-        found = f"{type(model).__name__} reads ahead: a token sees the ones behind it"
-        change = (
-            f"{FITS}; --model.is_decoder true makes one of {kind}" if hasattr(model.config, DECODER) else FITS
-        )
-        raise UserError(asked, found, change)

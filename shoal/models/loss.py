@@ -113,9 +113,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [
-            saved * grad for saved in ctx.saved_tensors
-        ]  # autograd rounds them to what the leaves ask for
+        # Autograd rounds them to the dtype that each leaf asks for.
+        scaled = [saved * grad for saved in ctx.saved_tensors]
         return (*scaled, None, None, None) if ctx.has_bias else (*scaled, None, None, None, None)
 
 

@@ -43,7 +43,7 @@ def locate(name: str, asked: str) -> Folder:
 
 
 def stored_config(source: Folder, overrides: dict[str, Any]) -> transformers.PreTrainedConfig:
-    """The configuration of a folder, with `overrides` in what is its language model's.
+    """The configuration of a folder, with `overrides` in the part that is its language model.
 
     Raises UserError where there is none, or an override does not fit.
     """
@@ -71,7 +71,7 @@ def pretrained(source: Folder, config: transformers.PreTrainedConfig) -> transfo
     source.check_weights()
     text, chosen = text_part(config), {}
     if source.quantization is not None:
-        chosen["quantization_config"] = folder.DEQUANTIZED[source.quantization](dequantize=True)
+        chosen[QUANTIZATION] = folder.DEQUANTIZED[source.quantization](dequantize=True)
     whole: Any = transformers.AutoModelForCausalLM
     if text is not config and type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         whole = transformers.AutoModelForImageTextToText
@@ -175,7 +175,7 @@ def _writer(loaded: transformers.PreTrainedModel, text: transformers.PreTrainedC
 
 
 def bad_dimensions(name: str, error: Exception) -> UserError:
-    """What to say where overrides do not fit each other."""
+    """The error of overrides that do not fit each other."""
     return UserError(f"--model {name}", last_line(error), "correct the --model.* overrides")
 
 

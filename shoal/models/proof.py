@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from shoal.errors import ShoalError, UserError
+from shoal.errors import ShoalError, UserError, described
 from shoal.models.heads import final_hidden, has_plain_head, logits
 from shoal.models.isolation import PADDING, packed_inputs, padded_inputs
 from shoal.models.loss import IGNORED, own_loss, summed_cross_entropy
+from shoal.models.pretrained import FITS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,9 +32,9 @@ SAME_LOSS = 1e-5  # of a loss in float32, as models are loaded
 FEW_TOKENS = 64
 MOST_PRODUCTS = 1e11  # weights times tokens: about a second on one core
 SEES = "a document in a packed window sees the one before it"
-AHEAD = "a token sees the ones after it"
 MOVED = "a document in a packed window is not computed as it is alone"
 PADDED = "a document is not computed as it is without padding behind it"
+DECODER = "is_decoder"  # by it an encoder's configuration makes a causal model
 REMEDY = "add --no-packing, or take another model"
 
 
@@ -44,20 +45,18 @@ def remedy(packing: bool) -> str:
 
 @contextmanager
 def trial(asked: str, change: str) -> Iterator[None]:
-    """Whatever a forward pass on trial raises is one line. Raises UserError."""
-    told = logging.get_verbosity()
-    logging.set_verbosity_error()  # what a family warns of on labels is of no use here
+    """Within it, any error of a forward pass becomes a UserError of one line; no gradients, no warnings."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # families warn of labels that are only those of this trial
     try:
         with torch.no_grad():
             yield
     except (ShoalError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-        raise UserError(asked, f"a forward pass on trial fails ({reason[:200]})", change) from error
+        raise UserError(asked, f"a forward pass on trial fails ({described(error)[:200]})", change) from error
     finally:
-        logging.set_verbosity(told)
+        logging.set_verbosity(verbosity)
 
 
 def choose_loss(model: "PreTrainedModel", asked: str) -> How:
@@ -99,7 +98,7 @@ def trial_tokens(model: "PreTrainedModel", sequence_length: int) -> int:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """What a difference between two passes of this precision has to stay below."""
+    """The largest difference allowed between two passes of this precision."""
     return float(max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) ** 0.5)  # norms are in float32
 
 
@@ -115,24 +114,35 @@ def check_hidden(
     before, document = ids[:, :first], ids[:, first:]
     count = tokens - first
 
-    def beside(before: Tensor, document: Tensor) -> Tensor:
-        """What a document is in a row with another one, or with padding."""
+    def in_row(before: Tensor, document: Tensor) -> Tensor:
+        """The hidden states of a document in a row with another one, or with padding."""
         if packing:
             return _hidden(model, packed_inputs(*_row(before, document, first)))[:, first:]
         row, documents = _row(document, before, count)
         return _hidden(model, padded_inputs(row, documents * PADDING))[:, :count]
 
-    told = beside(before, document)
-    changed = beside(before, torch.cat([document[:, :-1], other[:, -1:]], dim=1))
-    if count > 1 and _differ(changed[:, -2:-1], told[:, -2:-1]) > near:
-        raise UserError(asked, AHEAD, "take a model that writes from left to right")
-    if packing and _differ(beside(other[:, :first], document), told) > near:
+    found = in_row(before, document)
+    half = count // 2
+    changed = in_row(before, torch.cat([document[:, :half], other[:, first + half :]], dim=1))
+    last = slice(half - 1, half)  # of the tokens that are the same
+    if half and _differ(changed[:, last], found[:, last]) > near:
+        raise _reads_ahead(model, asked)
+    if packing and _differ(in_row(other[:, :first], document), found) > near:
         raise UserError(asked, SEES, REMEDY)
     alone = _hidden(model, {"input_ids": document})
-    with torch.autocast(model.device.type, enabled=False):  # a recurrent model may make much of its rounding
-        rounding = _differ(_hidden(model, {"input_ids": document}), alone)
-    if _differ(told, alone) > max(near, 2 * rounding):
+    apart = _differ(found, alone)
+    if apart > near:
+        with torch.autocast(model.device.type, enabled=False):  # a recurrent model may amplify its rounding
+            near = 2 * _differ(_hidden(model, {"input_ids": document}), alone)
+    if apart > near:
         raise UserError(asked, MOVED if packing else PADDED, remedy(packing))
+
+
+def _reads_ahead(model: "PreTrainedModel", asked: str) -> UserError:
+    found = f"{type(model).__name__} reads ahead: a token sees the ones after it"
+    kind = model.config.model_type
+    makes = f"; --model.{DECODER} true makes one of {kind}" if hasattr(model.config, DECODER) else ""
+    return UserError(asked, found, f"{FITS}{makes}")
 
 
 def check_loss(
@@ -143,13 +153,14 @@ def check_loss(
     packing: bool,
     dtype: torch.dtype,
 ) -> None:
-    """The same by the loss of a row alone, for a model of which this process has a part; rounding averages out."""
+    """The same by the summed loss of a row, for a model that is cut. Rounding averages out: a tenth is allowed."""
     ids, other = _ids(model, 2, tokens).split(1)
     first, near = _first_document(model, tokens), tolerance(dtype) / 10
     count = tokens - first
     blank = torch.full_like(ids, IGNORED)
 
     def of(row: Tensor, documents: Tensor, place: int) -> Tensor:
+        """The loss of the document that begins at `place`."""
         labels = blank.clone()
         labels[:, place : place + count - 1] = ids[:, first + 1 :]
         return loss({"input_ids": row, "labels": labels, "documents": documents}).view(1, 1)
@@ -157,12 +168,12 @@ def check_loss(
     row, documents = _row(ids[:, first:], ids[:, :first], count)
     alone = of(row, documents * PADDING, 0)
     if packing:
-        told, changed = (
+        found, changed = (
             of(*_row(before[:, :first], ids[:, first:], first), first) for before in (ids, other)
         )
-        if _differ(changed, told) > near:
+        if _differ(changed, found) > near:
             raise UserError(asked, SEES, REMEDY)
-        if _differ(alone, told) > near:
+        if _differ(alone, found) > near:
             raise UserError(asked, MOVED, REMEDY)
 
 
@@ -190,9 +201,8 @@ def _first_document(model: "PreTrainedModel", tokens: int) -> int:
 
 def _ids(model: "PreTrainedModel", rows: int, tokens: int) -> Tensor:
     draw = torch.Generator().manual_seed(0)
-    words = (
-        model.config.get_text_config().vocab_size
-    )  # not of the embeddings: a rank may have a part, or none
+    # Not of the embeddings, of which a rank may have a part or none.
+    words = model.config.get_text_config().vocab_size
     return torch.randint(words, (rows, tokens), generator=draw).to(model.device)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-KINDS = ("int8", "int4")
 GROUP = 32  # input features that share a scale in int4
 
 

@@ -30,7 +30,7 @@ class Changed(Sequence[State]):
 
 
 def mean_of(states: Sequence[State]) -> State:
-    """The mean over the ranks of every tensor of floats, of the rest what the first one has; each is read once."""
+    """The mean over the ranks of each floating-point tensor, of others the first rank's. Reads each state once."""
     total: State = {}
     for state in states:
         for name, tensor in state.items():
@@ -44,7 +44,7 @@ def mean_of(states: Sequence[State]) -> State:
 class Sync(ABC):
     """How one replica agrees with the others. It owns the update, since some strategies update elsewhere."""
 
-    reached = 0  # once ranks that do not wait for each other stop: the steps that the foremost has taken
+    reached = 0  # where ranks stop that do not wait for each other: the steps that the foremost has taken
     all_agree = True  # whether `agree` tells every rank the same
     replicas_differ = False  # whether they may, after a step, in parameters or optimizer state
     drift = 0.0  # how far this replica was from those it last met, as a part of the norm of its parameters
@@ -63,8 +63,8 @@ class Sync(ABC):
     def agree(self, numbers: Tensor) -> Tensor:
         """The sum over the ranks of what the loop tells of a step; of the ranks heard of, without a barrier.
 
-        Of a step the last number is a wish to stop. Where ranks do not wait for each other, there comes back in its
-        place whether this one stops here.
+        The last number of a step is positive where this rank wishes to stop. Where ranks do not wait for each other,
+        it comes back as whether this rank stops after this step.
         """
         return self.wire.sum(numbers)
 
@@ -77,12 +77,12 @@ class Sync(ABC):
         return
 
     def wish(self) -> None:
-        """This rank wishes to stop: tell at once those who do not ask it. It may interrupt what this rank does."""
+        """Tell the ranks that will not ask that this one wishes to stop. May run in a signal handler."""
         return
 
     @property
     def hears_wish(self) -> bool:
-        """Whether another rank is known to wish to stop, without asking it."""
+        """Whether this rank already knows that another one wishes to stop."""
         return False
 
     @property

@@ -37,7 +37,7 @@ from shoal.sync.parameter_server.parcels import Parcels
 from shoal.sync.parameter_server.ranges import cut, runs
 from shoal.sync.parameter_server.worker import Servers
 
-CATCH_UP = 4  # steps that a worker takes at most, when all stop, to come to where the foremost is
+CATCH_UP = 4  # the most steps that a worker takes, once all stop, to reach the foremost
 _DOORS = itertools.count()  # every rank attaches equally often, and so finds the same doors
 
 
@@ -57,7 +57,7 @@ class Central(Sync):
         self.host: Host | None = None
         self.begun = self.finished = False
         self.done = 0  # steps, by this worker
-        self.since = 0  # of these since it was heard that all stop
+        self.since = 0  # steps since this worker heard that all stop
         self._sent_before = 0
 
     @abstractmethod
@@ -137,7 +137,7 @@ class Central(Sync):
         """`numbers`, whose last one is a wish to stop, with whether this worker stops here in its place.
 
         All stop after the same step, beyond which none has pushed, so that a run that goes on from there takes no
-        sample twice. Who is far behind does not come to it: its share of the steps between is left out.
+        sample twice. A worker far behind does not reach that step: its share of the steps between is left out.
         """
         if self.wire.world_size == 1:
             return numbers

@@ -58,10 +58,10 @@ def period_of(options: StrategyConfig) -> Period:
 
 @dataclass
 class Journey:
-    """The deltas of one fragment on their way, between two counts of local steps; `rounds` are the exchanges of each.
+    """The deltas of one fragment, sent after `departs` local steps and applied after `arrives`; each takes `rounds`.
 
-    Every rank starts a round after the same step, whether the one before is done or not: exchanges must be started
-    in one order everywhere, that of the loop's own sums included.
+    Every rank starts a round after the same step, whether the round before is done or not: all ranks must start
+    their exchanges in one order, the loop's own sums included.
     """
 
     fragment: int
@@ -72,7 +72,7 @@ class Journey:
     rounds: list[int]
 
     def travel(self, done: int) -> None:
-        """Start the rounds that are due after `done` steps: all rounds have equal parts of the way."""
+        """Start the rounds that are due after `done` steps: all have an equal share of the steps."""
         length = self.arrives - self.departs
         for finish, rounds in zip(self.finish, self.rounds, strict=True):
             if done in [self.departs + -(-length * i // rounds) for i in range(1, rounds)]:

@@ -35,7 +35,7 @@ class Task(Protocol):
     ) -> None:
         """Refuse a model that does not compute what it should in its place, in the precision of the run.
 
-        Where it is cut there is the `loss` that its ranks find together, of inputs like those that are collated.
+        Where the model is cut, `loss` is what its ranks compute together of inputs as `Samples.collate` gives them.
         """
         ...
 

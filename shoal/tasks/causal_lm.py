@@ -74,9 +74,9 @@ class CausalLM:
         return model
 
     def check(self, model: "PreTrainedModel", loss: Loss | None, dtype: torch.dtype) -> None:
-        """The proof once more, of the model in its place, with windows as long as they are.
+        """The proof again, of the model in its place and with windows of full length.
 
-        By hidden states, or where the model is cut by the `loss` that its ranks find together.
+        By hidden states; where the model is cut, by the `loss` that its ranks compute together.
         """
         data = self.config.data
         with proof.trial(self._asked, proof.remedy(data.packing)):

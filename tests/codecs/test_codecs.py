@@ -194,7 +194,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         options_of("bf16", error_decay=0.95),
         options_of("topk", error_decay=0.95, error_feedback=False),
     ):
-        with pytest.raises(UserError, match=r"--error-decay 0\.95: nothing that"):
+        with pytest.raises(UserError, match=r"--error-decay 0\.95: there is no plain error feedback"):
             check(refused, shapes)
     with pytest.raises(UserError, match="none of that name; take one of: none, bf16"):
         make(options_of("none").model_copy(update={"codec": "zip"}), subject())

@@ -21,9 +21,9 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from shoal.config.layout import ONE_STAGE, Schedule
 from shoal.errors import UserError
-from shoal.layouts.cutting import balance, watch
+from shoal.layouts.checking import check
+from shoal.layouts.cutting import NoStages, balance, watch
 from shoal.layouts.schedule import SCHEDULES, filled, make
-from shoal.layouts.trial import prove
 from shoal.mesh import Mesh
 
 LLAMA, GPT2 = ModelTask("llama"), ModelTask("gpt2", dropout=0.1)
@@ -145,8 +145,8 @@ def refused(mesh: Mesh, task: RowsTask, **settings: Any) -> str:
     [
         (ModelTask("llama", layers=1), {}, "1 layers, fewer than the 2 stages"),
         (LLAMA, {"pp_schedule": "looped-bfs", "pp_virtual_stages": 3}, "4 layers, fewer than the 6 stages"),
-        (RowsTask("plain"), {}, "its layers are not one list"),
-        (RowsTask("stacked"), {}, "it does not compute from input_ids alone"),
+        (RowsTask("plain"), {}, "has no stages: its layers are not one list"),
+        (RowsTask("stacked"), {}, "has no stages: it does not compute from input_ids alone"),
     ],
 )
 def test_a_model_without_stages_is_refused(
@@ -186,7 +186,7 @@ class Odd(nn.Module):
     ],
 )
 def test_a_model_whose_stages_would_compute_otherwise_is_refused(does: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(NoStages, match=said):
         watch(Odd(does), torch.no_grad(), torch.default_generator)
 
 
@@ -208,8 +208,8 @@ class Remembers(nn.Module):
 def test_what_a_later_stage_lacks_is_found_before_anything_is_cut() -> None:
     model = Remembers()
     before = dict(model.named_modules())
-    with pytest.raises(ValueError, match="more of its first ones than hidden states"):
-        prove(
+    with pytest.raises(NoStages, match="more of its first ones than hidden states"):
+        check(
             model,
             lambda model, inputs: model(inputs["tokens"], False).sum(),
             watch(model, nullcontext(), torch.default_generator),
@@ -222,7 +222,7 @@ def test_what_a_later_stage_lacks_is_found_before_anything_is_cut() -> None:
 
 def test_an_encoder_and_a_decoder_are_no_line() -> None:
     config = T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2)
-    with pytest.raises(ValueError, match="not one list"):
+    with pytest.raises(NoStages, match="not one list"):
         watch(T5ForConditionalGeneration(config), torch.no_grad(), torch.default_generator)
 
 

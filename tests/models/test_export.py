@@ -220,7 +220,7 @@ def test_what_differs_when_read_again_leaves_nothing(
         path.write_bytes(weights)
 
     monkeypatch.setattr(exporting.stored, "stream", bit_rot)
-    with pytest.raises(ShoalError, match=r"is another when read again"):
+    with pytest.raises(ShoalError, match=r"differs when read again"):
         export(source, final, {})
     assert not list((tmp_path / "out").iterdir())
 

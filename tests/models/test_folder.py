@@ -22,6 +22,7 @@ from transformers import (
 
 from shoal.config.record import ModelConfig
 from shoal.errors import UserError
+from shoal.models import proof
 from shoal.models.export import check_same_logits, export
 from shoal.models.loading import check_name, load
 from shoal.models.pretrained import remarks
@@ -105,10 +106,6 @@ def reshaped(folder: Path) -> None:
             lambda f: T5ForConditionalGeneration(T5Config(**SIZES, d_model=8, d_kv=4, d_ff=8)).save_pretrained(f),
             "t5 is no causal language model",
         ),
-        (
-            lambda f: AutoModelForCausalLM.from_config(BertConfig(**SIZES, vocab_size=300)).save_pretrained(f),
-            "reads ahead: .*is_decoder true",
-        ),
     ],
 )  # fmt: skip
 def test_what_a_folder_is_is_said_in_one_line(change: Change, says: str, folder: Path, words: Any) -> None:
@@ -127,9 +124,18 @@ def test_a_bad_folder_is_found_before_its_tokenizer_is_asked_for(folder: Path) -
         check_name(str(folder))
 
 
-def test_an_encoder_that_is_made_a_decoder_trains(folder: Path, words: Any) -> None:
+@pytest.mark.parametrize("packing", [True, False])
+def test_an_encoder_is_refused_and_trains_as_a_decoder(packing: bool, folder: Path, words: Any) -> None:
     AutoModelForCausalLM.from_config(BertConfig(**SIZES, vocab_size=300)).save_pretrained(folder)
-    assert load(ModelConfig(name=str(folder), is_decoder=True), len(words), 16, words).config.is_decoder
+    encoder, decoder = (
+        load(ModelConfig(name=str(folder), **chosen), len(words), 16, words)
+        for chosen in ({}, {"is_decoder": True})
+    )
+    says = "bert: BertLMHeadModel reads ahead: .*--model.is_decoder true makes one of bert"
+    with torch.no_grad(), pytest.raises(UserError, match=says):
+        proof.check_hidden(encoder, "bert", 16, packing, torch.float32)
+    with torch.no_grad():
+        proof.check_hidden(decoder, "bert", 16, packing, torch.float32)
 
 
 @torch.no_grad()

@@ -183,7 +183,7 @@ def leaky(family: str, how: str) -> tuple[PreTrainedModel, pytest.MonkeyPatch]:
         ("opt", "masks", "sees the one before"),
         ("gpt2", "positions", "not computed as it is alone"),
         ("llama", "a token of the past", "sees the one before"),
-        ("llama", "a token to come", "sees the ones after"),
+        ("llama", "a token to come", "reads ahead"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

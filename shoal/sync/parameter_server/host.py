@@ -26,7 +26,7 @@ Still = Callable[[], None]
 
 
 def nobody() -> None:
-    """Who waits in this process needs no word."""
+    """For a worker in this process, which knows that the server is there."""
 
 
 class Host:

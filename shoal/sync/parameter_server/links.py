@@ -170,7 +170,7 @@ class Remote(Link):
 
     def _receive(self) -> tuple[Reply, Tensor]:
         while (reply := Reply.unpack(self._line.receive_header())).waits:
-            pass  # here Python hears of signals
+            pass  # Python handles signals between two replies
         self._line.finish(self._works)
         if reply.text < 0:
             raise Halted(self._line.receive_text(-reply.text))

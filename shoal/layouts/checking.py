@@ -1,4 +1,4 @@
-"""Every stage of a model tried against the whole model, before anything of it is cut."""
+"""Every stage of a model is compared with the whole model, before anything of it is cut."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from shoal.layouts import stubs
 from shoal.layouts.base import Loss
-from shoal.layouts.cutting import Watched
+from shoal.layouts.cutting import NoStages, Watched
 from shoal.layouts.stubs import Left
 
 TOKENS = 16
 
 
 @torch.no_grad()
-def prove(
+def check(
     model: nn.Module,
     loss: Loss,
     seen: Watched,
@@ -24,16 +24,16 @@ def prove(
     nothing: dict[str, Tensor],
     arithmetic: AbstractContextManager[object],
 ) -> None:
-    """Raise ValueError, which says why, where a stage makes something else of its hidden states than the whole model.
+    """Raise NoStages where a stage computes other hidden states than the whole model, or another loss.
 
-    It is tried on windows of one document and of two. `nothing` is a micro-batch without samples.
+    They are compared on windows of one document and of several. `nothing` is a micro-batch without samples.
     """
     was_training = model.training
     model.eval()
     try:
         with arithmetic:
             for inputs in _inputs(seen, nothing):
-                _try(model, loss, seen, layers, inputs)
+                _compare(model, loss, seen, layers, inputs)
     finally:
         model.train(was_training)
 
@@ -51,7 +51,7 @@ def _inputs(seen: Watched, nothing: dict[str, Tensor]) -> Iterator[dict[str, Ten
         yield {**few, "documents": few["documents"] + torch.arange(tokens.shape[1], device=device) // 5}
 
 
-def _try(
+def _compare(
     model: nn.Module, loss: Loss, seen: Watched, layers: Sequence[range], inputs: dict[str, Tensor]
 ) -> None:
     entered: list[Tensor] = []
@@ -67,7 +67,7 @@ def _try(
             found = _found(model, loss, inputs)
         near = torch.finfo(found.dtype).eps ** 0.5
         if found.shape != expected.shape or not torch.allclose(found, expected, rtol=near, atol=near):
-            raise ValueError("its later layers need more of its first ones than hidden states")
+            raise NoStages("its later layers need more of its first ones than hidden states")
 
 
 def _found(model: nn.Module, loss: Loss, inputs: dict[str, Tensor]) -> Tensor:
@@ -75,14 +75,15 @@ def _found(model: nn.Module, loss: Loss, inputs: dict[str, Tensor]) -> Tensor:
         return loss(model, inputs)
     except Left as left:
         return left.hidden
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"without its first layers it ends in {type(error).__name__}: {said}") from error
+        raise NoStages(f"without its first layers it ends in {type(error).__name__}: {error}") from error
 
 
 @contextmanager
 def _as_stage(model: nn.Module, seen: Watched, own: range, entering: Tensor) -> Iterator[None]:
-    """The model as whoever has these of its layers alone computes it."""
+    """Within it, the model computes as a worker does that holds only its `own` layers."""
 
     def enter(layer: nn.Module, args: Any) -> Any:
         return (entering, *args[1:])

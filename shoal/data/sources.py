@@ -157,10 +157,9 @@ class _Entry:
         parts = [part for some, _ in contents for part in some]
         others = [name for _, some in contents for name in some]
         if not parts:
-            what = f"the {holder} holds no {KNOWN_SUFFIXES} file" + (
-                f", but {_some(others)}" if others else ""
-            )
-            raise UserError(self.asked, what, "name a folder or files that do")
+            rest = f", but {_some(others)}" if others else ""
+            holds = f"the {holder} holds no {KNOWN_SUFFIXES} file{rest}"
+            raise UserError(self.asked, holds, "name a folder or files that do")
         return self._filled(parts, others, f"every file of the {holder} is empty")
 
     def _filled(self, parts: list[Part], others: list[str], all_empty: str) -> list[Part]:
@@ -174,12 +173,9 @@ class _Entry:
     def _contents(self, found: Found) -> tuple[list[Part], list[str]]:
         """The parts of a file (several of a zip archive), and the names of what is not read of it."""
         if compression.suffix_of(found.path) != compression.ARCHIVE or not found.size:
-            kind = _format_of(found.path)
-            return (
-                ([Part(readable(found.path), kind, found.size, self.asked)], [])
-                if kind
-                else ([], [found.path])
-            )
+            if kind := _format_of(found.path):
+                return [Part(readable(found.path), kind, found.size, self.asked)], []
+            return [], [found.path]
         with store_errors(self.asked, found.path):
             members = [one for one in archive(found.path).infolist() if not one.is_dir()]
         sizes = {one.filename: one.file_size for one in members}

@@ -1,7 +1,7 @@
 """What was read and what was not, in a few lines: counted while preparing, kept in the index."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 MOST_KINDS = 8
@@ -30,7 +30,7 @@ def lines(index: dict[str, Any], left_out: Counter[str]) -> Iterator[str]:
         yield f"special tokens written in the text: {_listed(special)}; each is encoded as {how}"
 
 
-def _sum(counts: Any) -> Counter[str]:
+def _sum(counts: Iterable[dict[str, int]]) -> Counter[str]:
     total: Counter[str] = Counter()
     for some in counts:
         total.update(some)

@@ -9,7 +9,7 @@ from typing import Any
 
 from shoal.errors import Preempted
 
-NOTHING_TO_SAVE = "stopped before the first step: there was nothing to save yet"
+NOTHING_TO_SAVE = "stopped with nothing to save yet"
 
 Receive = Callable[[int, FrameType | None], Any] | int  # a function, or SIG_DFL or SIG_IGN
 

@@ -104,7 +104,7 @@ def test_a_stop_before_there_are_workers_is_a_stop(
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setitem(cli.VERBS, verb, lambda words: os.kill(os.getpid(), signal.SIGTERM) or DONE)
     assert cli.main([verb]) == PREEMPTED
-    assert capsys.readouterr().err.startswith("shoal: stopped before the first step")
+    assert capsys.readouterr().err.startswith("shoal: stopped with nothing to save yet")
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -95,11 +95,14 @@ def tensors_of_buckets(mesh: Mesh) -> dict[str, list[int]]:
     return found
 
 
-BYTES_SENT = 200  # where struct tcp_info of Linux holds tcpi_bytes_sent
+BYTES_SENT = 200  # where struct tcp_info of Linux holds tcpi_bytes_sent, and behind it tcpi_bytes_retrans
 
 
 def sent_by_this_process() -> int:
-    """Payload bytes that every TCP connection of this process has sent, as the kernel counted them."""
+    """Payload bytes that every TCP connection of this process has sent, as the kernel counted them.
+
+    Those that it sent again, because a busy machine was slow to answer, count once.
+    """
     total = 0
     for entry in Path("/proc/self/fd").iterdir():
         try:
@@ -110,8 +113,9 @@ def sent_by_this_process() -> int:
         if opened is None:
             continue
         if opened.family in (socket.AF_INET, socket.AF_INET6) and opened.type == socket.SOCK_STREAM:
-            facts = opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, BYTES_SENT + 8)
-            total += struct.unpack_from("<Q", facts, BYTES_SENT)[0]
+            facts = opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, BYTES_SENT + 16)
+            sent, again = struct.unpack_from("<QQ", facts, BYTES_SENT)
+            total += sent - again
         opened.detach()
     return total
 

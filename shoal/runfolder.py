@@ -111,7 +111,7 @@ class RunFolder:
         if anew:
             self._remove(marker)
         for path in self.own.iterdir():  # left by a kill
-            if path.is_dir():
+            if path.name.startswith(("final.", "checkpoint-")) and path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
         new.made += [name for name in makes if name not in new.made]
         self._write(new)

@@ -92,13 +92,14 @@ def test_an_empty_folder_and_one_that_is_not_there_are_fine(tmp_path: Path, exis
 def test_begun_anew_all_that_a_run_made_is_removed_and_nothing_else(tmp_path: Path) -> None:
     first = run_to_its_end(tmp_path)
     others = ["README", "ledger/note", "tb/events.out.tfevents.of-another", "src/final/a", "checkpoint-note"]
-    fill(tmp_path, *others)
+    fill(tmp_path, *others, ".shoal/notes/a")
     with pytest.raises(UserError, match="it holds a finished run"):
         begin(tmp_path)
     _, second = begin(tmp_path, overwrite=True)
     assert first != second
     assert content(tmp_path) == dict.fromkeys(sorted(others), "mine")
     assert not (tmp_path / "final").exists()
+    assert (tmp_path / ".shoal/notes/a").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,9 @@ def _header(part: Part, field: str) -> tuple[str, list[str]]:
     longest: list[str] = []
     for delimiter in DELIMITERS[part.format]:
         names = _first_row(part, delimiter)
+        if names.count(field) > 1:
+            found = f"{part.name} has {names.count(field)} columns '{field}'"
+            raise UserError(part.asked, found, "give each column a name of its own")
         if field in names:
             return delimiter, names
         longest = max(longest, names, key=len)

@@ -144,7 +144,7 @@ class _Entry:
             raise UserError(self.asked, "neither a file nor a folder", "write what it holds to a file first")
         parts, others = self._contents(found)
         if not parts and compression.suffix_of(found.path) == compression.ARCHIVE:
-            holds = f"it holds no {KNOWN_SUFFIXES} file, but {_some(others)}"
+            holds = f"it holds no {KNOWN_SUFFIXES} file" + (f", but {_some(others)}" if others else "")
             raise UserError(self.asked, holds, "unpack it, or rename what is in it")
         if not parts:
             raise UserError(

@@ -183,6 +183,7 @@ BAD = [
     ("a.csv", b"id,text\n1,x\n2,\xff\n", "a.csv line 3 is not UTF-8", "UTF-8"),
     ("a.csv", b"id,text\n1,x\n2\n", "a.csv line 3 has 1 columns, the header 2", "in quotes"),
     ("a.csv", b"id,body\n1,x\n", "a.csv has no column 'text'", "id, body"),
+    ("a.csv", b"text,id,text\nx,1,y\n", "a.csv has 2 columns 'text'", "a name of its own"),
     ("a.csv", b" text," + b"c" * 140_000 + b"\n1,x\n", "a.csv has no column 'text'", "one of: ' text', ccc"),
     ("a.csv", b'id,text\n1,"x\n2,y\n3,z\n', "a.csv line 2 has a quote out of place", "twice"),
     ("a.csv", b'id,text\n1,x\n2,"a\\"b"\n', "a.csv line 3 has a quote out of place", "twice"),
@@ -224,6 +225,9 @@ def test_a_folder_or_pattern_without_text(here: Path) -> None:
         list_sources(["none"])
     with pytest.raises(UserError, match=r"--eval-path none/\*: the pattern holds no \.txt, \.md"):
         list_sources(["none/*"], "--eval-path")
+    Path("a.zip").write_bytes(b"PK\5\6" + bytes(18))
+    with pytest.raises(UserError, match=r"\.parquet file; unpack it"):
+        list_sources(["a.zip"])
     Path("none/b.txt").touch()
     with pytest.raises(UserError, match="every file of the folder is empty"):
         list_sources(["none"])

@@ -35,8 +35,9 @@ def in_process(folder: Path, words: list[str]) -> None:
 class NothingToWaitFor:
     """In the place of the processes of a launch."""
 
-    def run(self) -> int:
-        return DONE
+    def pass_on(self, number: int, frame: object) -> None: ...
+
+    def run(self) -> None: ...
 
 
 def whole(folder: Path, words: list[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from bench.links.cells import Cell, Settings, command
 from bench.links.hosts import INTERFACE, Host, bytes_moved, network
-from shoal.engines.local import MEMORY
+from shoal.engines.local import DEFAULTS
 from shoal.engines.orphans import die_with_parent
 
 WARM_UP = 3  # steps that the means leave out; the time to a loss counts them
@@ -99,7 +99,7 @@ def _working(
                 processes.append(
                     subprocess.Popen(
                         ["ip", "netns", "exec", host.namespace, *words],
-                        env=os.environ | MEMORY | environment | _place(rank, hosts),
+                        env=os.environ | DEFAULTS | environment | _place(rank, hosts),
                         stdout=log,
                         stderr=subprocess.STDOUT,
                         start_new_session=True,

@@ -25,9 +25,11 @@ from shoal.runfolder import RunFolder, begins_anew
 LOOPBACK = "127.0.0.1"
 GRACE = 10.0  # seconds a worker gets to save and leave before it is killed
 POLL = 0.05
-# For Linux's C library: keep freed memory, in huge pages. A step frees and takes hundreds of megabytes: page faults
-# fell to a ninth, processor time by 3 to 10 % (llama-tiny, 8 x 256 tokens, one thread).
-MEMORY = {
+# What the environment may set otherwise.
+DEFAULTS = {
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # else a worker whose neighbour has left warns of it, with C++ frames
+    # For Linux's C library: keep freed memory, in huge pages. A step frees and takes hundreds of megabytes: page
+    # faults fell to a ninth, processor time by 3 to 10 % (llama-tiny, 8 x 256 tokens, one thread).
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
@@ -161,7 +163,7 @@ class Workers:
         }
         if sys.platform == "linux":
             given[INTERFACES] = "lo"  # else the interface that the host's name resolves to
-        return {**MEMORY, **os.environ, **given}
+        return {**DEFAULTS, **os.environ, **given}
 
     def _start(self, env: dict[str, str], rank: int, listener: socket.socket) -> subprocess.Popen[bytes]:
         env = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}

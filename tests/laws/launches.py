@@ -102,9 +102,12 @@ class Forked:
         self.returncode: int | None = None
         sys.stdout.flush()
         sys.stderr.flush()
+        # A signal between the fork and the worker's own handlers would be the launcher's.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         self.pid = os.fork()
         if self.pid == 0:
             os._exit(_work(env, pass_fds, fault))
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -135,6 +138,7 @@ def _work(env: dict[str, str], pass_fds: tuple[int, ...], fault: Fault | None) -
     atexit._clear()  # what the launcher does at its end
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     os.environ.clear()
     os.environ.update(env)
     first = 3

@@ -70,6 +70,7 @@ class Pool:
         self.names = itertools.count()
         ours, its = socket.socketpair()
         env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        env["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as of a worker, which reads it when torch is imported
         code = f"import sys; sys.path.insert(0, {str(TESTS)!r}); from laws import pool; pool.serve({its.fileno()})"
         self.process = subprocess.Popen([sys.executable, "-c", code], env=env, pass_fds=[its.fileno()])
         its.close()

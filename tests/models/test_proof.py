@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from models.test_isolation import FAMILIES, GLU, SIZES, WORDS, model_of
+from families import FAMILIES, GLU, SIZES, WORDS, model_of
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow
-from cases.inputs import LINES, SIZES, model, rows, say_of_itself, tokenizer
+from reported.inputs import LINES, SIZES, model, rows, say_of_itself, tokenizer
 from safetensors import safe_open
 
 from shoal.errors import BAD_INPUT, DONE

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from cases.inputs import common
-from cases.table import DATA, MODELS, OUTPUT, SETTINGS, Case
 from laws.launches import shoal
 from laws.pool import HANG, Pool
+from reported.inputs import common
+from reported.table import DATA, MODELS, OUTPUT, SETTINGS, Case
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 

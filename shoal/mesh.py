@@ -6,7 +6,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 
 from shoal import devices
-from shoal.errors import ShoalError, UserError
+from shoal.errors import Preempted, ShoalError, UserError
 from shoal.placement import Placement
 
 TIMEOUT = timedelta(minutes=10)  # how long a collective waits for the slowest rank
 JOIN = timedelta(hours=24)  # how long ranks wait for the last to come, which may have data to prepare before
 WORD = timedelta(minutes=1)  # how often it is said who is awaited
 LOOK = 0.1  # seconds: the longest pause between two looks
+PARTING = 5.0  # seconds that the rank which keeps the store stays for the others, of whom some may have died
 
 # The outermost first: the ranks of an island, which hold one replica, are neighbours, and among them those of a team,
 # which compute a micro-batch together.
@@ -128,6 +129,11 @@ def join(placement: Placement, wanted: str = "auto") -> Iterator[Mesh]:
         if cuda:
             check_own(devices.identity(str(device)), placement.world_size)
         yield Mesh(placement.rank, placement.world_size, device, group, axes)
+    except Preempted:
+        _part(store, placement)
+        raise
+    else:
+        _part(store, placement)
     finally:
         dist.destroy_process_group()
 
@@ -164,7 +170,7 @@ def _group(ranks: list[int]) -> dist.ProcessGroup:
 
 def _store(placement: Placement) -> dist.Store:
     """The key-value store where ranks meet. It listens on the address that was named, and on no other."""
-    serves = placement.rank == 0 and not placement.served
+    serves = _serves(placement)
     port, listen_fd = placement.port, placement.store_fd
     if not serves:
         where = f"worker 0 at {placement.address}:{port}"
@@ -203,6 +209,21 @@ def _meet(store: dist.Store, placement: Placement) -> None:
         return "worker " + ", ".join(str(rank) for rank in ranks if not store.check([f"here/{rank}"]))
 
     _await(lambda: store.check(["all here"]), placement, missing)
+
+
+def _part(store: dist.Store, placement: Placement) -> None:
+    """Keep the store until the others have left too: they may still have to read what rank 0 wrote last."""
+    with suppress(RuntimeError):  # the store is gone: nobody needs to hear of this rank
+        left = store.add("left", 1)
+        if not _serves(placement):
+            return
+        end = time.monotonic() + PARTING
+        for _ in looks(lambda: left == placement.world_size or time.monotonic() > end):
+            left = store.add("left", 0)
+
+
+def _serves(placement: Placement) -> bool:
+    return placement.rank == 0 and not placement.served
 
 
 def _await(arrived: Callable[[], bool], placement: Placement, awaited: Callable[[], str]) -> None:

@@ -3,8 +3,15 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 from laws.launches import MODEL, shoal
 from laws.pool import Pool
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """No test depends on the draw of the one before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -114,6 +114,16 @@ def come(rank: int, port: int, late: int) -> int:
         return int(Wire(made.group).sum(torch.tensor([rank + 1])))
 
 
+def hear_late(made: Mesh) -> str:
+    time.sleep(made.rank)
+    return Wire(made.group).share_text("the last word")
+
+
+def test_who_reads_late_still_reads_what_rank_0_wrote_last(pool: Pool) -> None:
+    """Rank 0 keeps the store, and has nothing left to do."""
+    assert pool.world(2, hear_late) == ["the last word"] * 2
+
+
 @pytest.mark.parametrize(("late", "awaited"), [(0, "worker 0 at 127.0.0.1"), (1, "worker 1")])
 def test_a_rank_may_come_late_and_it_is_said_who_is_awaited(pool: Pool, late: int, awaited: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -214,12 +214,12 @@ def _meet(store: dist.Store, placement: Placement) -> None:
 def _part(store: dist.Store, placement: Placement) -> None:
     """Keep the store until the others have left too: they may still have to read what rank 0 wrote last."""
     with suppress(RuntimeError):  # the store is gone: nobody needs to hear of this rank
-        left = store.add("left", 1)
+        store.add("left", 1)
         if not _serves(placement):
             return
         end = time.monotonic() + PARTING
-        for _ in looks(lambda: left == placement.world_size or time.monotonic() > end):
-            left = store.add("left", 0)
+        for _ in looks(lambda: store.add("left", 0) == placement.world_size or time.monotonic() > end):
+            pass
 
 
 def _serves(placement: Placement) -> bool:

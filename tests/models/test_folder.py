@@ -126,7 +126,9 @@ def test_a_bad_folder_is_found_before_its_tokenizer_is_asked_for(folder: Path) -
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_an_encoder_is_refused_and_trains_as_a_decoder(packing: bool, folder: Path, words: Any) -> None:
-    wide = BertConfig(**SIZES, vocab_size=300, initializer_range=0.5)  # so that a token seen shows above rounding
+    wide = BertConfig(
+        **SIZES, vocab_size=300, initializer_range=0.5
+    )  # so that a token seen shows above rounding
     AutoModelForCausalLM.from_config(wide).save_pretrained(folder)
     encoder, decoder = (
         load(ModelConfig(name=str(folder), **chosen), len(words), 16, words)

@@ -34,10 +34,11 @@ def _save(folder: Path, tokenizer: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from shoal import checkpoint, stored
+    from shoal import checkpoint
     from shoal.data import tokenizer as tokenizers
     from shoal.models.export import describe
-    from shoal.piece import Block
+    from shoal.tensors import tensor_files
+    from shoal.tensors.piece import Block
 
     with torch.device("meta"):
         config = AutoConfig.for_model("llama", tie_word_embeddings=True, **MODEL)
@@ -46,14 +47,14 @@ def _save(folder: Path, tokenizer: Path) -> None:
     (parts / "model").mkdir(parents=True)
     for rank in range(RANKS):
         held: dict[str, torch.Tensor] = {}
-        places: stored.Places = {}
+        places: tensor_files.Places = {}
         for name, p in model.named_parameters():
             rows = len(p) // RANKS
             held[name] = torch.full((rows, *p.shape[1:]), 0.01 * rank)
             zero = (0,) * p.dim()
             block = Block(zero, (rank * rows, *zero[1:]), tuple(held[name].shape))
             places[name] = (tuple(p.shape), (block,))
-        stored.write(parts / checkpoint.rank_file("model", rank), held, places)
+        tensor_files.write(parts / checkpoint.rank_file("model", rank), held, places)
     about = partial(describe, model, tokenizers.load(tokenizer))
     checkpoint.write(folder, {}, checkpoint.Progress(step=1), about, parts=parts)
 
@@ -61,7 +62,7 @@ def _save(folder: Path, tokenizer: Path) -> None:
 def _measure(source: Path, target: Path) -> int:
     from transformers import LlamaForCausalLM  # noqa: F401  (what the verb would load)
 
-    from shoal.export import ExportOptions, run
+    from shoal.checkpoint.export import ExportOptions, run
 
     Path("/proc/self/clear_refs").write_text("5")  # the highest of so far begins anew
     before = _resident("VmRSS")

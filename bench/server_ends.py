@@ -14,16 +14,16 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from shoal.collectives import Visitor
-from shoal.mesh import join
-from shoal.placement import Placement
-from shoal.sync.parameter_server.core import ParameterServer
-from shoal.sync.parameter_server.host import Host
-from shoal.sync.parameter_server.lines import Line, approach
-from shoal.sync.parameter_server.links import Remote
-from shoal.sync.parameter_server.messages import Kind, Request
-from shoal.sync.parameter_server.parcels import Parcels
-from shoal.sync.parameter_server.policies import Arrivals
+from shoal.servers.connections import Line, approach
+from shoal.servers.core import ParameterServer
+from shoal.servers.host import Host
+from shoal.servers.links import Remote
+from shoal.servers.messages import Kind, Request
+from shoal.servers.parcels import Parcels
+from shoal.servers.update_rules import Arrivals
+from shoal.wire.mesh import join
+from shoal.wire.rendezvous import Rendezvous
+from shoal.wire.wire import Visitor
 
 NUMEL = 1_000_000
 PARCELS = Parcels.plain(NUMEL, torch.float32)  # 4 MB
@@ -87,7 +87,7 @@ def main() -> None:
     """Be one end."""
     end, port = sys.argv[1], int(sys.argv[2])
     torch.set_num_threads(1)
-    with join(Placement(("server", "worker").index(end), 2, 0, "127.0.0.1", port)):
+    with join(Rendezvous(("server", "worker").index(end), 2, 0, "127.0.0.1", port)):
         if end == "server":
             serve()
         print(json.dumps(work()), flush=True)

@@ -10,7 +10,6 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from shoal import output
 from shoal.engines.signals import heard, nothing_to_save
 from shoal.errors import (
     DONE,
@@ -21,6 +20,7 @@ from shoal.errors import (
     choose,
     foreseen,
 )
+from shoal.system import output
 
 if TYPE_CHECKING:
     from shoal.config import Resolved
@@ -135,7 +135,7 @@ def export(words: list[str]) -> int:
     parser.add_argument("--max-shard-size", help="weights above it go into several files (5GB)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; that of the checkpoint by default")
     options = parser.parse(words)
-    from shoal.export import ExportOptions, run
+    from shoal.checkpoint.export import ExportOptions, run
 
     run(ExportOptions(**vars(options)))
     return DONE
@@ -158,7 +158,7 @@ def doctor(words: list[str]) -> int:
     parser = _Parser(doctor)
     parser.add_argument("--json", action="store_true", default=False, help="print the findings as JSON")
     as_json = parser.parse(words).json
-    from shoal import doctor as examination
+    from shoal.diagnose import doctor as examination
 
     findings = examination.examine(os.environ)
     output.result(examination.as_json(findings) if as_json else examination.as_text(findings))
@@ -263,9 +263,9 @@ def _resolve(words: list[str]) -> "Resolved":
 
 def _of_trained(folder: Path, flags: list[str]) -> "Resolved":
     """The record of a finished run, or of a checkpoint's, with its model; defaults for any other model folder."""
+    from shoal.checkpoint.model_folder import is_checkpoint, model_folder
     from shoal.config import ModelConfig, Resolved, load_config
     from shoal.models.presets import PRESETS
-    from shoal.trained import is_checkpoint, model_folder
 
     if not folder.is_dir():
         raise UserError(

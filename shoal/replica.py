@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from shoal.buckets import Buckets
 from shoal.data.batches import Batch
 from shoal.data.order import derive_seed
-from shoal.island import Island
-from shoal.layouts.base import MicroBatch, Placed
-from shoal.optim import NamedState
-from shoal.piece import Piece, named
-from shoal.precision import Policy
-from shoal.scaler import Scaler
+from shoal.layouts.base import MicroBatch, PlacedModel
+from shoal.optim.optimizers import NamedState
+from shoal.tensors.buckets import Buckets
+from shoal.tensors.loss_scale import Scaler
+from shoal.tensors.piece import Piece, named
+from shoal.tensors.precision import Policy
+from shoal.wire.island import Island
 
 TINY = 1e-6  # beside a norm that divides, as in torch's clipping
 
@@ -49,7 +49,7 @@ class Seconds:
 class Replica:
     """A model with its gradients in buckets and its optimizers. `gradients` and `update` are the only doors."""
 
-    placed: Placed
+    placed: PlacedModel
     island: Island
     buckets: Buckets
     optimizers: list[torch.optim.Optimizer]

@@ -9,23 +9,24 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from shoal import checkpoint, precision
-from shoal.buckets import Buckets
+from shoal import checkpoint
 from shoal.checkpoint import Progress
-from shoal.collectives import Wire
 from shoal.config import RunConfig, load_config, wanted_device
 from shoal.data.order import derive_seed
 from shoal.engines.environment import is_worker, placement, threads_of
 from shoal.errors import UserError
-from shoal.island import Island
 from shoal.layouts import replicated
-from shoal.layouts.base import Placed
-from shoal.mesh import join
-from shoal.piece import take_wide_gradients
-from shoal.placement import Placement
+from shoal.layouts.base import PlacedModel
 from shoal.replica import Replica
 from shoal.shares import equal
 from shoal.sync.allreduce import AllReduce
+from shoal.tensors import precision
+from shoal.tensors.buckets import Buckets
+from shoal.tensors.piece import take_wide_gradients
+from shoal.wire.island import Island
+from shoal.wire.mesh import join
+from shoal.wire.rendezvous import Rendezvous
+from shoal.wire.wire import Wire
 
 
 class Session:
@@ -64,7 +65,7 @@ class Session:
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
-        place = placement() if is_worker() else Placement()
+        place = placement() if is_worker() else Rendezvous()
         torch.set_num_threads(threads_of(self._config, place))
         self.mesh = self._open.enter_context(join(place, wanted_device(self._config)))
         if self.mesh.world_size > self.micro_batches:
@@ -105,7 +106,7 @@ class Session:
         `torch.autocast`.) Raises UserError for float16 parameters: there is no loss scale here.
         """
         policy = precision.as_it_is(model)
-        placed = Placed.whole(model.to(self.mesh.device), _taken_by_the_caller)
+        placed = PlacedModel.whole(model.to(self.mesh.device), _taken_by_the_caller)
         take_wide_gradients(placed.pieces)
         replicated.share(placed, self.mesh)
         _hand_over_rounded(optimizer)

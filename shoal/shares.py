@@ -1,14 +1,7 @@
 """Unequal machines: which share of a step's micro-batches each team of ranks takes, by its measured speed."""
 
-from statistics import median
-
 from shoal.errors import UserError
 from shoal.replica import Shares
-
-WINDOW = 8  # steps measured before the shares are looked at again
-WORTH = (
-    0.85  # change them only if the slowest rank's time falls below this part: moving is free, noise is not
-)
 
 
 def equal(micro_batches: int, teams: int) -> Shares:
@@ -40,24 +33,3 @@ def proportional(micro_batches: int, seconds: list[float]) -> Shares:
         soonest = min(range(len(seconds)), key=lambda r: ((counts[r] + 1) * seconds[r], r))
         counts[soonest] += 1
     return Shares(counts)
-
-
-class Balancer:
-    """Watches the seconds each rank computes, and says when other shares would be faster."""
-
-    def __init__(self) -> None:
-        self.measured: list[list[float]] = []
-
-    def observe(self, shares: Shares, seconds: list[float]) -> Shares:
-        """The shares for the next step, from every rank's `seconds` in this one: alike on every rank."""
-        self.measured.append([s / count for s, count in zip(seconds, shares.counts, strict=True)])
-        if len(self.measured) < WINDOW:
-            return shares
-        each = [median(column) for column in zip(*self.measured, strict=True)]
-        self.measured.clear()
-        better = proportional(sum(shares.counts), each)
-        return better if _slowest(better, each) < WORTH * _slowest(shares, each) else shares
-
-
-def _slowest(shares: Shares, seconds: list[float]) -> float:
-    return max(count * s for count, s in zip(shares.counts, seconds, strict=True))

@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from shoal import checkpoint, stored
+from shoal import checkpoint
 from shoal.checkpoint import Progress
-from shoal.layouts.base import Placed
+from shoal.layouts.base import PlacedModel
 from shoal.models.export import describe
-from shoal.piece import Block
+from shoal.tensors import tensor_files
+from shoal.tensors.piece import Block
 
 
 def saved(model: nn.Module, tokenizer: Any, folder: Path, *, ranks: int = 1, dim: int = 0) -> Path:
     """`folder` with a checkpoint of `model`: whole, or cut along `dim` (or the last one) over so many ranks."""
-    tensors = {n: t.detach() for n, t in checkpoint.model_tensors(Placed.whole(model, model)).items()}
+    tensors = {n: t.detach() for n, t in checkpoint.model_tensors(PlacedModel.whole(model, model)).items()}
     progress, about = Progress(step=1, tokens=7), partial(describe, model, tokenizer)
     if ranks == 1:
         checkpoint.write(folder, {"model/model.safetensors": tensors}, progress, about)
@@ -25,14 +26,14 @@ def saved(model: nn.Module, tokenizer: Any, folder: Path, *, ranks: int = 1, dim
     for rank in range(ranks):
         held, places = piece_of(tensors, rank, ranks, dim)
         (parts / "model").mkdir(parents=True, exist_ok=True)
-        stored.write(parts / checkpoint.rank_file("model", rank), held, places)
+        tensor_files.write(parts / checkpoint.rank_file("model", rank), held, places)
     checkpoint.write(folder, {}, progress, about, parts=parts)
     return folder
 
 
 def piece_of(
     tensors: dict[str, torch.Tensor], rank: int, ranks: int, dim: int
-) -> tuple[dict[str, torch.Tensor], stored.Places]:
+) -> tuple[dict[str, torch.Tensor], tensor_files.Places]:
     """What one of the ranks holds, and where it belongs; the last ones may hold nothing."""
     held, places = {}, {}
     for name, tensor in tensors.items():

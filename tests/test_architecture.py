@@ -15,17 +15,11 @@ PACKAGE = Path(__file__).parents[1] / "shoal"
 
 # Import order is data order: a module imports only what stands above it (or beside it, in its own folder).
 ORDER = """
-    errors output locks crew devices config manifest runfolder piece stored
-    data models tasks
-    precision scaler placement mesh collectives island cost summation buckets layouts codecs eight_bit optim offload
-    rounding
-    replica shares sync
-    checkpoint evaluate observe run resume assemble observe.observer loop job
-    engines session api
-    trained export serve probe doctor cli __main__
+    errors system config tensors data models tasks wire cost optim layouts codecs replica shares servers sync
+    checkpoint observe training engines session trainer api serve diagnose cli __main__
 """.split()  # noqa: SIM905
 
-SPEAKS_TO_RANKS = {"mesh", "collectives", "layouts", "engines", "checkpoint"}
+SPEAKS_TO_RANKS = {"wire", "layouts", "engines", "checkpoint"}
 READS_ENVIRONMENT = {"engines", "cli", "config"}
 SETS_ENVIRONMENT = "data/pool.py"  # for a library that has its setting from nowhere else
 
@@ -220,7 +214,7 @@ def test_every_setting_is_used(fact):
     "code",
     [
         "import shoal",
-        "import shoal.config, shoal.doctor, shoal.api",
+        "import shoal.config, shoal.diagnose.doctor, shoal.api",
         "import shoal.engines.local",
         "from shoal.cli import main; main(['--help'])",
         "from shoal.cli import main; main(['train', '--help'])",
@@ -255,5 +249,5 @@ def test_the_public_names_are_those_of_their_homes():
 
 def test_a_worker_does_not_import_torchao() -> None:
     """Which transformers would, for seconds of every start."""
-    code = "import sys, shoal.job; sys.exit('torchao' in sys.modules or 'transformers' not in sys.modules)"
+    code = "import sys, shoal.training.jobs; sys.exit('torchao' in sys.modules or 'transformers' not in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

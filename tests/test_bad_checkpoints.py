@@ -14,14 +14,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from saved import piece_of
 
-from shoal import checkpoint, cli, manifest, stored
+from shoal import checkpoint, cli
 from shoal.checkpoint import Progress
 from shoal.errors import BAD_INPUT, DONE, UserError
-from shoal.layouts.base import Placed
-from shoal.optim import NamedState
+from shoal.layouts.base import PlacedModel
+from shoal.optim.optimizers import NamedState
+from shoal.system import manifest
+from shoal.tensors import tensor_files
 
 Damage = Callable[[Path], None]
-placed = partial(Placed.whole, loss=lambda model, inputs: model(inputs))
+placed = partial(PlacedModel.whole, loss=lambda model, inputs: model(inputs))
 ONE, OTHER = "model/00000.safetensors", "model/00001.safetensors"
 STATE = "optimizer/00000.safetensors"
 
@@ -35,7 +37,7 @@ def cut_checkpoint(folder: Path) -> Path:
         (parts / kind).mkdir(parents=True)
         for rank in range(2):
             held, places = piece_of(tensors, rank, 2, 0)
-            stored.write(parts / checkpoint.rank_file(kind, rank), held, places)
+            tensor_files.write(parts / checkpoint.rank_file(kind, rank), held, places)
     checkpoint.write(folder, {}, Progress(step=1), lambda folder: None, parts=parts)
     return folder
 

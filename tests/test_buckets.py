@@ -6,8 +6,8 @@ import weakref
 import torch
 from torch import nn
 
-from shoal.buckets import Buckets
-from shoal.piece import whole
+from shoal.tensors.buckets import Buckets
+from shoal.tensors.piece import whole
 
 
 def test_buckets_go_with_their_last_owner_and_leave_a_model_that_trains() -> None:

@@ -19,14 +19,16 @@ from laws.pool import Pool
 from laws.rows import Net
 from safetensors import SafetensorError
 
-from shoal import checkpoint, manifest, stored
+from shoal import checkpoint
 from shoal.checkpoint import Checkpoints, Progress, Tensors, candidates, find, load_tensors
 from shoal.errors import ShoalError, UserError
-from shoal.layouts.base import Placed
-from shoal.manifest import verify
-from shoal.runfolder import OWN
+from shoal.layouts.base import PlacedModel
+from shoal.system import manifest
+from shoal.system.manifest import verify
+from shoal.system.run_folder import OWN
+from shoal.tensors import tensor_files
 
-alone = partial(Placed.whole, loss=lambda model, inputs: model(inputs))
+alone = partial(PlacedModel.whole, loss=lambda model, inputs: model(inputs))
 FILES = ("model/model.safetensors", "optimizer/state.safetensors")
 
 
@@ -89,7 +91,7 @@ def dying_at(call: int) -> Iterator[None]:
         if writes or event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir"):
             count()
 
-    fsync, stream = os.fsync, stored.stream
+    fsync, stream = os.fsync, tensor_files.stream
 
     def counted_fsync(descriptor: int) -> None:
         count()
@@ -101,7 +103,7 @@ def dying_at(call: int) -> Iterator[None]:
         count()
         stream(path, *args)
 
-    os.fsync, stored.stream = counted_fsync, torn_stream
+    os.fsync, tensor_files.stream = counted_fsync, torn_stream
     sys.addaudithook(heard)
     yield
 
@@ -291,7 +293,9 @@ def test_a_save_holds_what_was_there_when_it_began(tmp_path: Path) -> None:
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )
-@pytest.mark.parametrize("place", ["stored.stream", "checkpoint.saving.sync_to_disk", "manifest.sha256"])
+@pytest.mark.parametrize(
+    "place", ["tensor_files.stream", "checkpoint.saving.sync_to_disk", "manifest.sha256"]
+)
 def test_a_full_disk_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, place: str
 ) -> None:
@@ -315,7 +319,7 @@ def test_another_failure_to_write_is_one_line_too(tmp_path: Path, monkeypatch: p
     def refused(*args: object, **kwargs: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(stored, "stream", refused)
+    monkeypatch.setattr(tensor_files, "stream", refused)
     with pytest.raises(ShoalError, match=r"save a checkpoint in .*: Permission denied; change"):
         save(tmp_path, 2)
     monkeypatch.undo()

@@ -9,13 +9,14 @@ import torch
 import torch.distributed as dist
 from laws.pool import Pool
 
-from shoal import devices, doctor
 from shoal.config import RunConfig, idle_gpus, load_config, resolve_threads, resolve_workers, wanted_device
-from shoal.devices import Machine, device_of
+from shoal.diagnose import doctor
 from shoal.engines import environment, local
 from shoal.engines.environment import placement, threads_of
 from shoal.errors import UserError
-from shoal.mesh import Mesh, check_own
+from shoal.system import devices
+from shoal.system.devices import Machine, device_of
+from shoal.wire.mesh import Mesh, check_own
 
 
 def config(*flags: str) -> RunConfig:

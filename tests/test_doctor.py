@@ -7,8 +7,9 @@ from importlib import metadata
 
 import pytest
 
-from shoal import cli, doctor, probe
-from shoal.doctor import GIB, Finding
+from shoal import cli
+from shoal.diagnose import doctor, link_probe
+from shoal.diagnose.doctor import GIB, Finding
 from shoal.errors import ShoalError
 
 VERDICTS = {"ok", "warn", "fail"}
@@ -40,19 +41,19 @@ def test_text_and_json_say_the_same(findings):
 def test_workers_that_cannot_meet_are_a_failure_not_a_hang():
     broken = {**os.environ, "GLOO_SOCKET_IFNAME": "nonesuch0"}
     with pytest.raises(ShoalError, match=r"nonesuch0|interface|device"):
-        probe.measure_link(broken, timeout=30)
+        link_probe.measure_link(broken, timeout=30)
 
 
 def test_workers_that_take_too_long_are_given_up():
     with pytest.raises(ShoalError, match="did not come to an end"):
-        probe.measure_link(os.environ, timeout=0.1)
+        link_probe.measure_link(os.environ, timeout=0.1)
 
 
 def test_a_failing_network_is_a_finding(monkeypatch):
     def unreachable(environ):
         raise ShoalError("nobody there")
 
-    monkeypatch.setattr(probe, "measure_link", unreachable)
+    monkeypatch.setattr(link_probe, "measure_link", unreachable)
     worst = list(doctor._network(os.environ))[-1]
     assert (worst.verdict, worst.found) == ("fail", "nobody there")
     assert "127.0.0.1" in worst.remedy

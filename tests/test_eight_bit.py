@@ -17,10 +17,10 @@ from torchao.optim import AdamW8bit as Theirs
 from shoal import checkpoint
 from shoal.config import load_config
 from shoal.config.options import check_options
-from shoal.eight_bit import AdamW8bit, block_size
 from shoal.errors import UserError
-from shoal.layouts.base import Placed
-from shoal.optim import NamedState, build
+from shoal.layouts.base import PlacedModel
+from shoal.optim.eight_bit import AdamW8bit, block_size
+from shoal.optim.optimizers import NamedState, build
 
 
 class WideNet(nn.Module):
@@ -186,7 +186,7 @@ def test_codes_that_do_not_fit_are_refused(tmp_path: Path, damage: str) -> None:
     DAMAGES[damage](held)
     checkpoint.write(folder, {"optimizer/state.safetensors": held}, checkpoint.Progress(step=1), None)
     with pytest.raises(UserError, match="do not fit"):
-        checkpoint.load_optimizer(folder, state, Placed.whole(model, lambda *_: torch.zeros(())))
+        checkpoint.load_optimizer(folder, state, PlacedModel.whole(model, lambda *_: torch.zeros(())))
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "adamw_torch_8bit", "adamw_bnb_8bit"])

@@ -8,7 +8,7 @@ import torch
 from laws.rows import Net
 from torch import nn
 
-from shoal.optim import NamedState, build, learning_rate
+from shoal.optim.optimizers import NamedState, build, learning_rate
 
 
 def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -9,7 +9,7 @@ import pytest
 
 PRINTS = """
 import os, sys
-from shoal import output
+from shoal.system import output
 output.forgive()
 print("今天 \\udcff", flush=True)
 os.write(1, b"x")
@@ -61,7 +61,7 @@ def test_stderr_may_be_gone_too(where: str) -> None:
 def test_what_is_set_not_to_wait_is_waited_for() -> None:
     code = f"""
 import os
-from shoal import output
+from shoal.system import output
 os.set_blocking(1, False)
 output.forgive()
 print("x" * {1 << 20}, flush=True)

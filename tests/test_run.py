@@ -8,7 +8,7 @@ import pytest
 
 from shoal.checkpoint import Progress
 from shoal.data.batches import Batches
-from shoal.run import Run
+from shoal.training.run import Run
 
 
 class Rows:

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from shoal import manifest
 from shoal.config import CheckpointConfig
 from shoal.errors import ShoalError, UserError
-from shoal.locks import Answer, Lock
-from shoal.runfolder import RunFolder, begins_anew
+from shoal.system import manifest
+from shoal.system.locks import Answer, Lock
+from shoal.system.run_folder import RunFolder
 
 Content = dict[str, str]
 
@@ -212,7 +212,7 @@ def test_a_run_begins_anew_unless_it_resumes_in_its_own_folder(
     (tmp_path / "x").mkdir()
     asked = resumed if resumed in ("", "latest") else str(tmp_path / resumed)
     config = CheckpointConfig(output_dir=str(tmp_path / "run"), resume_from_checkpoint=asked)
-    assert begins_anew(config) is anew
+    assert config.begins_anew is anew
 
 
 # The lock
@@ -233,7 +233,7 @@ def test_a_second_run_is_refused_before_it_touches_anything(tmp_path: Path) -> N
 def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path: Path) -> None:
     code = """if True:
         import pathlib, sys, time
-        from shoal.locks import Lock
+        from shoal.system.locks import Lock
         lock = Lock(pathlib.Path(sys.argv[1]))
         print(lock.take().name, flush=True)
         time.sleep(600)

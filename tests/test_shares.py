@@ -6,7 +6,8 @@ import pytest
 
 from shoal.errors import UserError
 from shoal.replica import Shares
-from shoal.shares import WINDOW, Balancer, equal, fixed, proportional
+from shoal.shares import equal, fixed, proportional
+from shoal.training.balance import WINDOW, Balancer
 
 
 def slowest(counts: list[int], seconds: list[float]) -> float:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.summation import Node, TreeSum, roots
+from shoal.tensors.tree_sum import Node, TreeSum, roots
 
 
 def tree_of(first: int, size: int, leaves: int) -> str | None:

@@ -16,7 +16,7 @@ from shoal.checkpoint.folder import find, named
 from shoal.checkpoint.loading import Parts, load_model, load_optimizer, load_tensors, model_tensors
 from shoal.checkpoint.progress import Progress, load_progress
 from shoal.checkpoint.saving import Checkpoints, Tensors, rank_file, write
-from shoal.runfolder import candidates
+from shoal.system.run_folder import candidates
 
 __all__ = [
     "Checkpoints",

@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from shoal import manifest
 from shoal.errors import UserError
-from shoal.runfolder import OWN, RunFolder, candidates
+from shoal.system import manifest
+from shoal.system.run_folder import OWN, RunFolder, candidates
 
 PARTS = ".parts"
 

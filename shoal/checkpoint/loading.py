@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal import stored
 from shoal.errors import UserError
-from shoal.layouts.base import Placed
-from shoal.optim import LIKE_PARAMETER, NamedState
-from shoal.piece import Piece
-from shoal.stored import CODES, SCALE, Stored
+from shoal.layouts.base import PlacedModel
+from shoal.optim.optimizers import LIKE_PARAMETER, NamedState
+from shoal.tensors import tensor_files
+from shoal.tensors.piece import Piece
+from shoal.tensors.tensor_files import CODES, SCALE, Stored
 
 
-def model_tensors(placed: Placed, *, buffers: bool = True) -> dict[str, Tensor]:
+def model_tensors(placed: PlacedModel, *, buffers: bool = True) -> dict[str, Tensor]:
     """This rank's pieces of the parameters, and the buffers that belong to the model's state, by name."""
     params = {piece.name: piece.local.detach() for piece in placed.pieces}
     known = {id(p) for p in placed.model.parameters()}
@@ -23,7 +23,7 @@ def model_tensors(placed: Placed, *, buffers: bool = True) -> dict[str, Tensor]:
     return params | {name: t for name, t in state.items() if id(t) not in known and name not in params}
 
 
-def load_model(folder: Path, placed: Placed, part: dict[str, Tensor] | None = None) -> None:
+def load_model(folder: Path, placed: PlacedModel, part: dict[str, Tensor] | None = None) -> None:
     """Copy a checkpoint's parameters and buffers into a model, however either is cut; refuse those of another model.
 
     `part` are this rank's own ones, where the replicas differed.
@@ -31,14 +31,14 @@ def load_model(folder: Path, placed: Placed, part: dict[str, Tensor] | None = No
     own = model_tensors(placed)
     asked = f"resume from {folder}"
     if part:
-        stored.check(_specs(part), _specs(own), asked)
+        tensor_files.check(_specs(part), _specs(own), asked)
         for name, tensor in own.items():
             tensor.copy_(part[name])
         return
     saved = Stored(folder / "model")
     places = {piece.name: piece for piece in placed.pieces}
     whole = {name: (piece.local.dtype, tuple(piece.shape)) for name, piece in places.items()}
-    stored.check(saved.specs, _specs(own) | whole, asked)
+    tensor_files.check(saved.specs, _specs(own) | whole, asked)
     for name, tensor in own.items():
         if tensor.numel():
             held = places.get(name)
@@ -46,7 +46,7 @@ def load_model(folder: Path, placed: Placed, part: dict[str, Tensor] | None = No
 
 
 def load_optimizer(
-    folder: Path, state: NamedState, placed: Placed, part: dict[str, Tensor] | None = None
+    folder: Path, state: NamedState, placed: PlacedModel, part: dict[str, Tensor] | None = None
 ) -> None:
     """Set the optimizers' state to that of a checkpoint: to `part`, if given. Refuses that of another model."""
     asked = f"resume from {folder}"
@@ -58,11 +58,11 @@ def load_optimizer(
         param, kind = name.rsplit("/", 1)
         by_param.setdefault(param, []).append(name)
         if param not in held:
-            raise UserError(asked, f"it holds {name}, of no parameter of the model", stored.ANOTHER)
+            raise UserError(asked, f"it holds {name}, of no parameter of the model", tensor_files.ANOTHER)
         wanted = held[param].shape if part is None else held[param].local.shape
         if kind.removesuffix(CODES) in LIKE_PARAMETER and shape != tuple(wanted):
             raise UserError(
-                asked, f"{name} has shape {shape}, the model's is {tuple(wanted)}", stored.ANOTHER
+                asked, f"{name} has shape {shape}, the model's is {tuple(wanted)}", tensor_files.ANOTHER
             )
         if kind.endswith(CODES):
             _check_scales(asked, name, dtype, shape, specs)
@@ -82,7 +82,11 @@ def load_optimizer(
 
 
 def _check_scales(
-    asked: str, codes: str, dtype: torch.dtype, shape: stored.Shape, specs: Mapping[str, stored.Spec]
+    asked: str,
+    codes: str,
+    dtype: torch.dtype,
+    shape: tensor_files.Shape,
+    specs: Mapping[str, tensor_files.Spec],
 ) -> None:
     """Raise UserError where codes are not one byte each, with a scale for every so many along the last dim."""
     scales = specs.get(codes.removesuffix(CODES) + SCALE, (None, ()))[1]
@@ -94,7 +98,7 @@ def _check_scales(
     )
     if dtype != torch.uint8 or not fit:
         found = f"{codes} are {dtype} {shape} with scales {scales}, which do not fit"
-        raise UserError(asked, found, stored.ANOTHER)
+        raise UserError(asked, found, tensor_files.ANOTHER)
 
 
 def _for_each(saved: Stored, name: str, piece: Piece) -> Tensor:
@@ -131,7 +135,7 @@ class Parts(Sequence[dict[str, Tensor]]):
         return self._last[1]
 
     def _read(self, rank: int) -> dict[str, Tensor]:
-        with stored.opened(self.files[rank]) as file:
+        with tensor_files.opened(self.files[rank]) as file:
             names = [name for name in file.keys() if name.startswith(self.prefix)]  # noqa: SIM118 (not a dict)
             return {name.removeprefix(self.prefix): file.get_tensor(name) for name in names}
 
@@ -140,9 +144,9 @@ def load_tensors(folder: Path, file: str) -> dict[str, Tensor]:
     """One file of a checkpoint; empty if it has none."""
     if not (folder / file).exists():
         return {}
-    with stored.opened(folder / file) as tensors:
+    with tensor_files.opened(folder / file) as tensors:
         return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
 
 
-def _specs(tensors: dict[str, Tensor]) -> dict[str, stored.Spec]:
+def _specs(tensors: dict[str, Tensor]) -> dict[str, tensor_files.Spec]:
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}

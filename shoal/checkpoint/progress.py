@@ -6,9 +6,9 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from shoal import stored
 from shoal.config import Order
 from shoal.errors import UserError
+from shoal.tensors import tensor_files
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -40,4 +40,6 @@ def load_progress(folder: Path) -> Progress:
         return TypeAdapter(Progress).validate_json((folder / "state.json").read_bytes(), strict=True)
     except (OSError, ValidationError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"read {folder / 'state.json'}", ": ".join(lines[1:3]), stored.ANOTHER) from error
+        raise UserError(
+            f"read {folder / 'state.json'}", ": ".join(lines[1:3]), tensor_files.ANOTHER
+        ) from error

@@ -11,7 +11,6 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor
 
-from shoal import manifest, stored
 from shoal.checkpoint.folder import (
     hidden,
     make_way,
@@ -23,8 +22,10 @@ from shoal.checkpoint.folder import (
 )
 from shoal.checkpoint.progress import Progress
 from shoal.errors import ShoalError, foreseen
-from shoal.runfolder import candidates, step_of
-from shoal.stored import Places
+from shoal.system import manifest
+from shoal.system.run_folder import candidates, step_of
+from shoal.tensors import tensor_files
+from shoal.tensors.tensor_files import Places
 
 PATIENCE = 120.0  # seconds that rank 0 waits for the part of another, of which nothing more is written
 Describe = Callable[[Path], None]  # leaves in the folder of the weights what others need to load them
@@ -214,7 +215,7 @@ def _hand_over(path: Path, tensors: dict[str, Tensor], places: Places) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = unready(path)
     try:
-        stored.write(aside, tensors, places)
+        tensor_files.write(aside, tensors, places)
         aside.rename(path)
     except BaseException:
         aside.unlink(missing_ok=True)
@@ -237,7 +238,7 @@ def _fill(aside: Path, tensors: Tensors, progress: Progress, describe: Describe 
     aside.mkdir(parents=True, exist_ok=True)
     for file, part in tensors.items():
         (aside / file).parent.mkdir(exist_ok=True)
-        stored.write(aside / file, part, {})
+        tensor_files.write(aside / file, part, {})
     if describe is not None:
         describe(aside / "model")
     (aside / "state.json").write_text(json.dumps(asdict(progress), indent=1))

@@ -23,9 +23,9 @@ from torch import Tensor
 from shoal.codecs import fed_back, make
 from shoal.codecs.base import Codec, State, Subject
 from shoal.codecs.momentum import SharedMomentum
-from shoal.collectives import Wire, Work
 from shoal.config import StrategyConfig
 from shoal.data.order import derive_seed
+from shoal.wire.wire import Wire, Work
 
 
 class Channel:

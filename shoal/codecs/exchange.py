@@ -8,10 +8,10 @@ from torch import Tensor
 from shoal.codecs import build, make
 from shoal.codecs.base import Codec, State, Subject
 from shoal.codecs.channel import Channel
-from shoal.collectives import Wire, Work
 from shoal.config import StrategyConfig
 from shoal.cost import Sizes
 from shoal.data.order import derive_seed
+from shoal.wire.wire import Wire, Work
 
 Shapes = Sequence[torch.Size]
 

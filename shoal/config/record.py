@@ -1,5 +1,6 @@
 """What a run is: every setting with its type, default, meaning, and the other names people know it by."""
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -170,6 +171,14 @@ class CheckpointConfig(Section):
         "", "latest or the folder of a checkpoint; empty = start anew", "resume"
     )
     overwrite_output_dir: bool = fact(False, "replace an earlier run in output_dir")
+
+    @property
+    def begins_anew(self) -> bool:
+        """Whether a run starts in its folder, perhaps from another's checkpoint, rather than going on there."""
+        resumed, folder = self.resume_from_checkpoint, Path(self.output_dir).resolve()
+        if resumed in ("", "latest"):
+            return not resumed
+        return folder not in (Path(resumed).resolve(), Path(resumed).resolve().parent)
 
 
 class LogConfig(Section):

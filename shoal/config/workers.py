@@ -5,8 +5,8 @@ from contextlib import suppress
 from shoal.config.batch import resolve_batch
 from shoal.config.grid import grid_sizes, team_size
 from shoal.config.record import RunConfig
-from shoal.devices import Machine, no_gpu, too_few
 from shoal.errors import UserError
+from shoal.system.devices import Machine, no_gpu, too_few
 
 GPU_THREADS = 8  # beside a GPU more threads have nothing to do
 

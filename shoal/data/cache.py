@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shoal.errors import DENIED, FULL, UserError, place_of
-from shoal.locks import Report, locked
+from shoal.system.locks import Report, locked
 
 WAITING = "waiting for another process that prepares the same data"
 

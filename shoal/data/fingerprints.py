@@ -11,7 +11,7 @@ from pathlib import Path
 
 from shoal.data.sources import Part
 from shoal.data.stores import open_file, store_errors, tag_of
-from shoal.locks import Report, locked
+from shoal.system.locks import Report, locked
 
 RECENT_NS = 2 * 10**9  # a file that was changed so lately could change again without a new time
 BLOCK_BYTES = 1 << 20

@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shoal import crew
 from shoal.data.shards import Shard
 from shoal.data.units import JOB, Job, UnitTokenizer
-from shoal.devices import usable_cores
+from shoal.system import helpers
+from shoal.system.devices import usable_cores
 
 ONE_CORE = {"TOKENIZERS_PARALLELISM": "false"}
 
@@ -28,7 +28,7 @@ def tokenize(job: Job, folder: Path, numbers: Sequence[int], processes: int) -> 
             for written in as_completed([threads.submit(write, number) for number in numbers]):
                 yield written.result()
         return
-    for shard in crew.hand_out("shoal.data.pool", folder, numbers, processes, **ONE_CORE):
+    for shard in helpers.hand_out("shoal.data.pool", folder, numbers, processes, **ONE_CORE):
         yield Shard(**shard)
 
 
@@ -62,4 +62,4 @@ def _writer(folder: str) -> Callable[[int], dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    crew.serve(_writer)
+    helpers.serve(_writer)

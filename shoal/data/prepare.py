@@ -20,10 +20,10 @@ from shoal.data.fingerprints import fingerprints
 from shoal.data.shards import Shard, content_hash, held_out
 from shoal.data.sources import Part, list_sources
 from shoal.data.units import JOB, Job, Unit, bytes_of, cut_units
-from shoal.devices import usable_cores
 from shoal.errors import UserError
-from shoal.locks import Report
-from shoal.output import say
+from shoal.system.devices import usable_cores
+from shoal.system.locks import Report
+from shoal.system.output import say
 
 TRAIN = "train"  # the tokenizer to be trained on the data
 TRAINING_SAMPLE_BYTES = 16 << 20  # a BPE of a few thousand entries gains nothing from more

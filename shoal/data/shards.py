@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from shoal.errors import ShoalError
-from shoal.manifest import sha256
+from shoal.system.manifest import sha256
 
 FORMAT = 2  # of the folder; also raised when the same sources would give other documents or tokens
 UNFINISHED = ".part"  # the end of a file's name while it is written

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from shoal.data.cache import made
 from shoal.errors import UserError, first_line
-from shoal.locks import Report
+from shoal.system.locks import Report
 
 END_OF_TEXT = "<|endoftext|>"
 BYTES = 256

@@ -6,9 +6,9 @@ import socket
 from collections.abc import Mapping
 
 from shoal.config import RunConfig, resolve_threads, wanted_device
-from shoal.devices import Machine, gpus, usable_cores
 from shoal.errors import UserError
-from shoal.placement import Placement
+from shoal.system.devices import Machine, gpus, usable_cores
+from shoal.wire.rendezvous import Rendezvous
 
 RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 WORLD_SIZE = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
@@ -27,7 +27,7 @@ def is_worker(environ: Mapping[str, str] = os.environ) -> bool:
     return any(name in environ for name in RANK[:3]) or _is_srun(environ)
 
 
-def placement(environ: Mapping[str, str] = os.environ) -> Placement:
+def placement(environ: Mapping[str, str] = os.environ) -> Rendezvous:
     """What the engine says of this process. Raises UserError if rank, world size or address are missing or wrong."""
     rank, world_size = _first(environ, RANK), _first(environ, WORLD_SIZE)
     if rank is None or world_size is None or not 0 <= rank < world_size:
@@ -37,7 +37,7 @@ def placement(environ: Mapping[str, str] = os.environ) -> Placement:
         )
     local_rank = _first(environ, LOCAL_RANK) or 0
     check_interfaces(environ.get(INTERFACES, ""))
-    return Placement(
+    return Rendezvous(
         rank=rank,
         world_size=world_size,
         local_rank=local_rank,
@@ -59,7 +59,7 @@ def machine(config: RunConfig, environ: Mapping[str, str] = os.environ) -> Machi
     return Machine(usable_cores(), 0 if wanted_device(config) == "cpu" else gpus(), threads)
 
 
-def threads_of(config: RunConfig, place: Placement, environ: Mapping[str, str] = os.environ) -> int:
+def threads_of(config: RunConfig, place: Rendezvous, environ: Mapping[str, str] = os.environ) -> int:
     """The threads of the worker at `place`. Where its engine does not say how many share the machine, all may."""
     return resolve_threads(config, place.local_size or place.world_size, machine(config, environ))
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from shoal import crew, output
 from shoal.config import Resolved, check_options, idle_gpus, resolve_grid, resolve_threads, resolve_workers
 from shoal.engines.environment import INTERFACES, STORE_FD, is_worker, machine
 from shoal.engines.signals import NOTHING_TO_SAVE, hear, heard
 from shoal.engines.worker import ERRORS, JOB, began, work
 from shoal.errors import BAD_INPUT, DONE, LESS_MEMORY, PREEMPTED, Preempted, ShoalError, UserError
-from shoal.runfolder import RunFolder, begins_anew
+from shoal.system import helpers, output
+from shoal.system.run_folder import RunFolder
 
 LOOPBACK = "127.0.0.1"
 GRACE = 10.0  # seconds a worker gets to save and leave before it is killed
@@ -72,7 +72,7 @@ def check_folder(resolved: Resolved) -> None:
         found = "there is no such folder"
         raise UserError(f"--resume-from-checkpoint {resumed}", found, "give a checkpoint folder, or latest")
     place = RunFolder(Path(config.output_dir))
-    place.check(anew=begins_anew(config), overwrite=config.overwrite_output_dir)
+    place.check(anew=config.begins_anew, overwrite=config.overwrite_output_dir)
 
 
 def check_loopback() -> None:
@@ -152,7 +152,7 @@ class Workers:
     def _environment(self, listener: socket.socket) -> dict[str, str]:
         threads = str(self.threads)
         given = {
-            **crew.imports(),
+            **helpers.imports(),
             "WORLD_SIZE": str(self.count),
             "LOCAL_WORLD_SIZE": str(self.count),
             "MASTER_ADDR": LOOPBACK,
@@ -171,7 +171,7 @@ class Workers:
         if rank == 0:
             env[STORE_FD] = str(listener.fileno())
             inherited = (listener.fileno(),)
-        command = crew.command("shoal.engines.worker")
+        command = helpers.command("shoal.engines.worker")
         # A session of its own keeps Ctrl-C from the workers: it comes through `pass_on` as a wish to stop.
         return subprocess.Popen(command, env=env, pass_fds=inherited, start_new_session=True)
 

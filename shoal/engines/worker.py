@@ -15,11 +15,11 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from shoal import output
 from shoal.config import Resolved, RunConfig, wanted_device
 from shoal.config.layout import STAGES
 from shoal.engines.signals import hear
 from shoal.errors import DONE, FAILED, ShoalError, UserError, choose, described, foreseen
+from shoal.system import output
 
 ERRORS = "SHOAL_ERRORS"  # names the folder in which a worker leaves its error for the launcher
 JOB = "job.json"  # there: the verb and the configuration
@@ -58,10 +58,10 @@ def work(verb: str, resolved: Resolved) -> None:
     import torch
 
     from shoal.engines.environment import placement, threads_of
-    from shoal.job import JOBS
-    from shoal.mesh import join
     from shoal.sync import SYNCS
     from shoal.tasks import TASKS
+    from shoal.training.jobs import JOBS
+    from shoal.wire.mesh import join
 
     config, place = resolved.config, placement()
     torch.set_num_threads(threads_of(config, place))

@@ -5,14 +5,14 @@ from torch import Tensor, nn
 import shoal.models  # noqa: F401  (before anything of transformers: it keeps torchao out)
 from shoal.config import LayoutConfig
 from shoal.layouts import replicated
-from shoal.layouts.base import Loss, Placed
+from shoal.layouts.base import Loss, PlacedModel
 from shoal.layouts.context import Context
 from shoal.layouts.sharded import Sharded
 from shoal.layouts.stages import Stages, look
 from shoal.layouts.tensor import TensorParallel
-from shoal.mesh import Mesh
-from shoal.piece import take_wide_gradients
-from shoal.precision import Policy
+from shoal.tensors.piece import take_wide_gradients
+from shoal.tensors.precision import Policy
+from shoal.wire.mesh import Mesh
 
 
 def place(
@@ -22,7 +22,7 @@ def place(
     policy: Policy,
     options: LayoutConfig,
     nothing: dict[str, Tensor],
-) -> Placed:
+) -> PlacedModel:
     """Give every rank of `mesh` its part of `model`, with the parameters of the first replica.
 
     `nothing` is a micro-batch without samples, of the shape that all have.

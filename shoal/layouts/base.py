@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shoal.piece import Piece, whole
+from shoal.tensors.piece import Piece, whole
 
 Loss = Callable[[Any, dict[str, Tensor]], Tensor]  # (model, inputs) -> the sum over a micro-batch's labels
 Arithmetic = Callable[[], AbstractContextManager[object]]  # the context in which forward passes run
@@ -28,7 +28,7 @@ def shape_of(inputs: dict[str, Tensor]) -> tuple[int, int]:
     return rows, tokens
 
 
-class Placed:
+class PlacedModel:
     """A model in its place. The rest of the program sees `pieces`, of every parameter one that may be empty here.
 
     `loss` is called in step with the whole island. A layout may stand on another one, its `inner`: what it has no
@@ -38,7 +38,7 @@ class Placed:
     one_by_one = True  # micro-batches are learnt from one after the other, each by one backward pass
 
     def __init__(
-        self, model: nn.Module, pieces: list[Piece], loss: Loss, inner: "Placed | None" = None
+        self, model: nn.Module, pieces: list[Piece], loss: Loss, inner: "PlacedModel | None" = None
     ) -> None:
         self.model = model
         self.pieces = pieces
@@ -50,7 +50,7 @@ class Placed:
             inner = inner.inner
 
     @classmethod
-    def whole(cls, model: nn.Module, loss: Loss) -> "Placed":
+    def whole(cls, model: nn.Module, loss: Loss) -> "PlacedModel":
         """A model as it is, whole in this process."""
         return cls(model, whole(model), loss)
 

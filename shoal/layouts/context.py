@@ -28,29 +28,29 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, PreTrainedModel
 
-from shoal.collectives import Wire, Work
 from shoal.errors import UserError
-from shoal.layouts.base import Placed
-from shoal.mesh import Mesh
+from shoal.layouts.base import PlacedModel
 from shoal.models import attention, blockwise
 from shoal.models.heads import final_hidden
 from shoal.models.isolation import document_positions, packed_inputs
 from shoal.models.loss import IGNORED
 from shoal.models.proof import trial
-from shoal.precision import Policy
+from shoal.tensors.precision import Policy
+from shoal.wire.mesh import Mesh
+from shoal.wire.wire import Wire, Work
 
 NAME = "shoal-context"
 SENT = "shoal_sent"  # of an attention: how many elements the keys and values of a token have
 FITS = "leave it out, or take a model of causal attention (llama, gpt2, gpt_neox, qwen3, ...)"
 
 
-class Context(Placed):
+class Context(PlacedModel):
     """Another layout's model, whose windows are cut over the ranks of the `context` axis.
 
     `nothing` is a micro-batch without samples, as wide as any. Raises UserError where model or windows are no good.
     """
 
-    def __init__(self, inner: Placed, mesh: Mesh, policy: Policy, nothing: dict[str, Tensor]) -> None:
+    def __init__(self, inner: PlacedModel, mesh: Mesh, policy: Policy, nothing: dict[str, Tensor]) -> None:
         super().__init__(inner.model, inner.pieces, self._loss, inner)
         axis = mesh.axes["context"]
         self.ranks, self.rank = axis.size, axis.index

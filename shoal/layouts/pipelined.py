@@ -32,22 +32,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.collectives import Wire, Work
 from shoal.config import LayoutConfig
 from shoal.layouts import schedule
-from shoal.layouts.base import Arithmetic, MicroBatch, Placed, shape_of
+from shoal.layouts.base import Arithmetic, MicroBatch, PlacedModel, shape_of
 from shoal.layouts.schedule import Stage
 from shoal.layouts.stages import Stages
-from shoal.mesh import Mesh
-from shoal.piece import Piece
+from shoal.tensors.piece import Piece
+from shoal.wire.mesh import Mesh
+from shoal.wire.wire import Wire, Work
 
 
-class Pipelined(Placed):
+class Pipelined(PlacedModel):
     """The stages of this worker, which take the micro-batches of a step together by a schedule."""
 
     one_by_one = False
 
-    def __init__(self, inner: Placed, stages: Stages, mesh: Mesh, options: LayoutConfig) -> None:
+    def __init__(self, inner: PlacedModel, stages: Stages, mesh: Mesh, options: LayoutConfig) -> None:
         super().__init__(inner.model, inner.pieces, self._evaluated, inner)
         logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)  # else an error is pages
         axis = mesh.axes["pipeline"]

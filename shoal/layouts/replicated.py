@@ -3,14 +3,14 @@
 import torch
 from torch import nn
 
-from shoal.collectives import Wire
-from shoal.layouts.base import Loss, Placed
-from shoal.mesh import Mesh
-from shoal.models.start import cast, into_memory
-from shoal.precision import Policy
+from shoal.layouts.base import Loss, PlacedModel
+from shoal.models.on_disk import cast, into_memory
+from shoal.tensors.precision import Policy
+from shoal.wire.mesh import Mesh
+from shoal.wire.wire import Wire
 
 
-def place(model: nn.Module, loss: Loss, mesh: Mesh, policy: Policy) -> Placed:
+def place(model: nn.Module, loss: Loss, mesh: Mesh, policy: Policy) -> PlacedModel:
     """Move `model` to the rank's device in the policy's dtype; where ZeRO alone cuts it, FSDP does so layer by layer.
 
     Buffers stay in at least float32: angles of positions rounded to bf16 would be off by whole turns.
@@ -22,10 +22,10 @@ def place(model: nn.Module, loss: Loss, mesh: Mesh, policy: Policy) -> Placed:
     for buffer in model.buffers():
         if buffer.is_floating_point():
             buffer.data = buffer.data.to(torch.promote_types(policy.parameters, torch.float32))
-    return Placed.whole(model, loss)
+    return PlacedModel.whole(model, loss)
 
 
-def share(placed: Placed, mesh: Mesh) -> None:
+def share(placed: PlacedModel, mesh: Mesh) -> None:
     """Give every replica the parameters and buffers of the first one; each rank hears of its own pieces alone."""
     wire = Wire(mesh.replicate.group)
     into_memory(placed.model)

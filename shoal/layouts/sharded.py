@@ -32,13 +32,13 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatt
 from torch.distributed.fsdp._fully_shard._fsdp_common import _from_local_no_grad
 from torch.distributed.tensor import DTensor
 
-from shoal.collectives import Wire, Work
 from shoal.errors import UserError
-from shoal.layouts.base import Loss, Placed
-from shoal.mesh import Mesh
+from shoal.layouts.base import Loss, PlacedModel
 from shoal.models.blocks import blocks
-from shoal.piece import Piece
-from shoal.precision import Policy
+from shoal.tensors.piece import Piece
+from shoal.tensors.precision import Policy
+from shoal.wire.mesh import Mesh
+from shoal.wire.wire import Wire, Work
 
 
 class Whole(nn.Module):
@@ -54,11 +54,11 @@ class Whole(nn.Module):
         return self.loss(self.model, inputs)
 
 
-class Sharded(Placed):
+class Sharded(PlacedModel):
     """The pieces of another layout cut over the ranks that compute other tokens, at a stage of ZeRO."""
 
     def __init__(
-        self, inner: Placed, mesh: Mesh, policy: Policy, stage: int, *, offload: bool = False
+        self, inner: PlacedModel, mesh: Mesh, policy: Policy, stage: int, *, offload: bool = False
     ) -> None:
         axis, model = mesh.axes["zero"], inner.model
         layers = [layer for layer in blocks(model) if any(True for _ in layer.parameters())]

@@ -21,23 +21,23 @@ from torch import Tensor, nn
 from shoal.config import THERE_AND_BACK, LayoutConfig
 from shoal.errors import UserError
 from shoal.layouts import checking, stubs
-from shoal.layouts.base import Placed
+from shoal.layouts.base import PlacedModel
 from shoal.layouts.cutting import NoStages, Watched, balance, watch
 from shoal.layouts.sharded import is_recent_torch
 from shoal.layouts.stubs import Left
-from shoal.mesh import Mesh
 from shoal.models import proof
-from shoal.piece import Piece, empty
-from shoal.precision import Policy
+from shoal.tensors.piece import Piece, empty
+from shoal.tensors.precision import Policy
+from shoal.wire.mesh import Mesh
 
 
-class Stages(Placed):
+class Stages(PlacedModel):
     """The pieces of another layout that the stages of this worker need. `owners[s]` is the worker of stage s.
 
     Its loss is that of the stage which `only` has chosen: hidden states, or of the last stage the loss.
     """
 
-    def __init__(self, inner: Placed, mesh: Mesh, seen: Watched, options: LayoutConfig) -> None:
+    def __init__(self, inner: PlacedModel, mesh: Mesh, seen: Watched, options: LayoutConfig) -> None:
         model, axis = inner.model, mesh.axes["pipeline"]
         self.device = mesh.device
         self.generator = _generator(mesh.device)
@@ -141,7 +141,7 @@ class Stages(Placed):
 
 
 def look(
-    placed: Placed, mesh: Mesh, policy: Policy, options: LayoutConfig, nothing: dict[str, Tensor]
+    placed: PlacedModel, mesh: Mesh, policy: Policy, options: LayoutConfig, nothing: dict[str, Tensor]
 ) -> Watched:
     """See how a whole model computes, before anything of it is cut.
 

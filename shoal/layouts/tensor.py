@@ -35,9 +35,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from shoal.collectives import Wire
 from shoal.errors import UserError
-from shoal.layouts.base import Placed
+from shoal.layouts.base import PlacedModel
 from shoal.layouts.modules import (
     Common,
     Dropout,
@@ -50,20 +49,21 @@ from shoal.layouts.modules import (
     share_encoded,
 )
 from shoal.layouts.tokens import Line, Tokens
-from shoal.mesh import Axis, Mesh
 from shoal.models import attention, plans
 from shoal.models.blocks import blocks, stacks
 from shoal.models.heads import has_plain_head
-from shoal.piece import Block, Piece, empty
-from shoal.precision import Policy
+from shoal.tensors.piece import Block, Piece, empty
+from shoal.tensors.precision import Policy
+from shoal.wire.mesh import Axis, Mesh
+from shoal.wire.wire import Wire
 
 Styles = dict[nn.Module, plans.Style]
 
 
-class TensorParallel(Placed):
+class TensorParallel(PlacedModel):
     """The layers, embedding and head of another layout's model cut over the ranks of a team."""
 
-    def __init__(self, inner: Placed, mesh: Mesh, policy: Policy) -> None:
+    def __init__(self, inner: PlacedModel, mesh: Mesh, policy: Policy) -> None:
         axis, model = mesh.axes["tensor"], inner.model
         self.line = Line(Wire(axis.group))
         self.is_first = axis.index == 0

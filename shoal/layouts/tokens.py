@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shoal.collectives import Wire
+from shoal.wire.wire import Wire
 
 
 class Line:

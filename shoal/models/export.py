@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from shoal import stored
 from shoal.errors import ShoalError, UserError
 from shoal.models.pretrained import UNREADABLE, last_line, quiet
 from shoal.models.written import Blocks, Written
-from shoal.stored import Stored
+from shoal.tensors import tensor_files
+from shoal.tensors.tensor_files import Stored
 
 SAMPLE_TOKENS = 16
 MAX_SHARD_SIZE = "5GB"
@@ -109,7 +109,7 @@ class _Tensors:
         self.weights = weights
         named = _named(model)
         specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in named.items()}
-        stored.check(weights.specs, specs, f"export {weights.folder}")
+        tensor_files.check(weights.specs, specs, f"export {weights.folder}")
         self.written = Written.of(model, named)
         self.specs = {name: (self._dtype(name, dtype), shape) for name, shape in self.written.shapes.items()}
 
@@ -145,7 +145,7 @@ def _write_weights(model: PreTrainedModel, tensors: _Tensors, folder: Path, max_
     except ValueError as error:
         raise UserError(f"--max-shard-size {max_shard_size}", str(error), "write it as 5GB") from error
     for file, names in split.filename_to_tensors.items():
-        stored.stream(
+        tensor_files.stream(
             folder / file,
             {name: specs[name] for name in names},
             lambda name: (block for _, block in tensors.blocks(name)),
@@ -162,7 +162,7 @@ def _check_same_tensors(tensors: _Tensors, folder: Path) -> None:
     again = Stored(folder)
     for name in tensors.specs:
         for where, block in tensors.blocks(name):
-            if not torch.equal(stored.as_bytes(block), stored.as_bytes(again.read(name, *where))):
+            if not torch.equal(tensor_files.as_bytes(block), tensor_files.as_bytes(again.read(name, *where))):
                 raise ShoalError(
                     f"export to {folder}: {name} differs when read again; nothing was left there"
                 )

@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from shoal import stored
-from shoal.stored import Shape, Stored
+from shoal.tensors import tensor_files
+from shoal.tensors.tensor_files import Shape, Stored
 
 Blocks = Iterator[tuple[tuple[Shape, Shape], Tensor]]  # where each begins, its size; its values
 
@@ -35,7 +35,7 @@ class Box:
         """What is written, a few rows at a time."""
         kept = [dim for dim in self.order if dim is not None]
         single = [dim for dim in range(len(self.size)) if dim not in kept]
-        for where in stored.rows(shape, weights.dtypes[self.source].itemsize):
+        for where in tensor_files.rows(shape, weights.dtypes[self.source].itemsize):
             begin, size = list(self.offset), list(self.size)
             for dim, first, count in zip(self.order, *where, strict=True):
                 if dim is not None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from shoal.data.batches import ABSENT, Batch, Batches
 from shoal.errors import UserError, naming
-from shoal.runfolder import ledger_file
+from shoal.system.run_folder import ledger_file
 
 FACTS = "run.json"
 

@@ -101,5 +101,7 @@ def _reachable(roots: Iterable[Any]) -> Iterator[Tensor]:
             stack += [*each.keys(), *each.values()]
         elif isinstance(each, list | tuple | set):
             stack += each
-        elif type(each).__module__.startswith((*MOVED, "shoal.summation")) and hasattr(each, "__dict__"):
+        elif type(each).__module__.startswith((*MOVED, "shoal.tensors.tree_sum")) and hasattr(
+            each, "__dict__"
+        ):
             stack += vars(each).values()

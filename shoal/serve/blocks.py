@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shoal import crew
 from shoal.errors import UserError
 from shoal.serve.options import GenerateOptions
+from shoal.system import helpers
 
 JOB = "job.json"
 
@@ -32,7 +32,7 @@ def complete_file(options: GenerateOptions) -> None:
     blocks = range(-(-len(prompts) // options.batch_size))
     missing = [block for block in blocks if not _part(parts, block).is_file()]
     # One thread: a product on more could differ in its last bits, and with it the text.
-    for done in crew.hand_out("shoal.serve.blocks", parts, missing, options.nproc, OMP_NUM_THREADS="1"):
+    for done in helpers.hand_out("shoal.serve.blocks", parts, missing, options.nproc, OMP_NUM_THREADS="1"):
         print(f"block {done + 1} of {len(blocks)} is complete", flush=True)
     _merge(parts, blocks, target)
     print(f"completed {len(prompts)} prompts into {target}")
@@ -139,4 +139,4 @@ def _rows(first: int, prompts: list[str], completions: list[str]) -> Iterator[st
 
 
 if __name__ == "__main__":
-    crew.serve(_completer)
+    helpers.serve(_completer)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
 
-from shoal import output
+from shoal.checkpoint.model_folder import model_folder
 from shoal.data import tokenizer as tokenizers
 from shoal.errors import UserError
 from shoal.models.loading import load_trained
 from shoal.models.quantize import quantize
 from shoal.serve.options import GenerateOptions
-from shoal.trained import model_folder
+from shoal.system import output
 
 
 class Writer:

@@ -5,15 +5,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from shoal.buckets import Bucket
 from shoal.codecs.exchange import Exchange, Sum
-from shoal.collectives import Wire, Work
 from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
-from shoal.optim import OneBitAdam
+from shoal.optim.optimizers import OneBitAdam
 from shoal.replica import TINY, Replica
 from shoal.sync.base import State, Sync
 from shoal.sync.exact import start_exact_sum
+from shoal.tensors.buckets import Bucket
+from shoal.wire.wire import Wire, Work
 
 
 class AllReduce(Sync):

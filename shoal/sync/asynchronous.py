@@ -3,7 +3,7 @@
 Take it where workers differ in speed, come and go, or sit behind slow links. A gradient is some updates old when it
 is applied; `--max-staleness` bounds by how many steps a worker may be ahead of the last one (Ho et al. 2013, stale
 synchronous parallel: at 0 it is the synchronous gate), `--staleness-lr`, `--delay-compensation` and
-`--delayed-momentum` make up for it (sources in `parameter_server.policies` and `parameter_server.delayed`).
+`--delayed-momentum` make up for it (sources in `servers.update_rules` and `servers.delayed`).
 `--collect K` makes an update of K pushes, whoever made them: with K workers and no staleness it is synchronous
 training.
 """
@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from shoal import optim
-from shoal.collectives import Wire
 from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
-from shoal.optim import NamedParams
+from shoal.optim import optimizers
+from shoal.optim.optimizers import NamedParams
 from shoal.replica import Replica
+from shoal.servers.delayed import DelayedNesterov
+from shoal.servers.host import NOTHING
+from shoal.servers.messages import Reply
+from shoal.servers.update_rules import Arrivals
 from shoal.sync.base import State
 from shoal.sync.central import Central, Traffic
-from shoal.sync.parameter_server.delayed import DelayedNesterov
-from shoal.sync.parameter_server.host import NOTHING
-from shoal.sync.parameter_server.messages import Reply
-from shoal.sync.parameter_server.policies import Arrivals
+from shoal.wire.wire import Wire
 
 
 class Errand:
@@ -104,8 +104,8 @@ class Async(Central):
         period = self.options.delayed_momentum
         if not period:
             return super().build(params)
-        groups = optim.decay_groups(params, self.config.train.weight_decay)
-        return [DelayedNesterov(groups, 0.0, period=period, momentum=optim.MOMENTUM)]
+        groups = optimizers.decay_groups(params, self.config.train.weight_decay)
+        return [DelayedNesterov(groups, 0.0, period=period, momentum=optimizers.MOMENTUM)]
 
     def turn(self, replica: Replica, step: int) -> None:
         """Send the gradients on their way; go on with what the push before brought back."""

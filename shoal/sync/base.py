@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from shoal.collectives import Wire
 from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
 from shoal.replica import Replica
+from shoal.wire.wire import Wire
 
 State = dict[str, Tensor]
 

@@ -19,23 +19,23 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from shoal import optim
 from shoal.codecs import Subject, make
 from shoal.codecs.exchange import Exchange, warm
-from shoal.collectives import Bell, Visitor, Wire
 from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
 from shoal.errors import UserError
-from shoal.optim import NamedParams
+from shoal.optim import optimizers
+from shoal.optim.optimizers import NamedParams
 from shoal.replica import Replica
+from shoal.servers.client import Servers
+from shoal.servers.connections import Line, approach
+from shoal.servers.core import ParameterServer, Policy
+from shoal.servers.host import Host
+from shoal.servers.links import Link, Local, Remote
+from shoal.servers.parcels import Parcels
+from shoal.servers.ranges import cut, runs
 from shoal.sync.base import State, Sync
-from shoal.sync.parameter_server.core import ParameterServer, Policy
-from shoal.sync.parameter_server.host import Host
-from shoal.sync.parameter_server.lines import Line, approach
-from shoal.sync.parameter_server.links import Link, Local, Remote
-from shoal.sync.parameter_server.parcels import Parcels
-from shoal.sync.parameter_server.ranges import cut, runs
-from shoal.sync.parameter_server.worker import Servers
+from shoal.wire.wire import Bell, Visitor, Wire
 
 CATCH_UP = 4  # the most steps that a worker takes, once all stop, to reach the foremost
 _DOORS = itertools.count()  # every rank attaches equally often, and so finds the same doors
@@ -70,7 +70,7 @@ class Central(Sync):
 
     def build(self, params: NamedParams) -> list[Optimizer]:
         """New optimizers of a server. Only here are parameters updated, and only here do they decay."""
-        return optim.of(self.config, params)
+        return optimizers.of(self.config, params)
 
     def attach(self, replica: Replica) -> None:
         """Open the doors of the servers, and have a line to each."""

@@ -18,13 +18,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from shoal.buckets import Bucket
 from shoal.codecs import Codec, Subject, make
 from shoal.codecs.sparse import DENSITY
 from shoal.config import StrategyConfig
 from shoal.data.order import derive_seed
 from shoal.sync.base import State
 from shoal.sync.parameters import read
+from shoal.tensors.buckets import Bucket
 
 
 def default_mixing(options: StrategyConfig) -> float:

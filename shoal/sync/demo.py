@@ -34,12 +34,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
 
-from shoal.buckets import Bucket
-from shoal.collectives import Wire, Work
 from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
 from shoal.replica import Replica
 from shoal.sync.base import State, Sync, mean_of
+from shoal.tensors.buckets import Bucket
+from shoal.wire.wire import Wire, Work
 
 
 class DeMo(Sync):

@@ -5,14 +5,14 @@ from itertools import chain
 
 import torch
 
-from shoal.buckets import Bucket
-from shoal.collectives import Wire, Work
 from shoal.replica import Shares
-from shoal.summation import Node, TreeSum, roots
+from shoal.tensors.buckets import Bucket
+from shoal.tensors.tree_sum import Node, TreeSum, roots
+from shoal.wire.wire import Wire, Work
 
 
 def start_exact_sum(wire: Wire, bucket: Bucket, shares: Shares) -> Callable[[], Work]:
-    """Begin to sum a bucket in the order of the tree of `shoal.summation`, whatever the shares.
+    """Begin to sum a bucket in the order of the tree of `shoal.tensors.tree_sum`, whatever the shares.
 
     Each rank gathers every rank's roots of one part of the bucket, finishes the tree for that part, and all gather
     the parts: the bytes of a ring, as long as a share is one root.

@@ -40,9 +40,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from shoal.buckets import Bucket
 from shoal.codecs import Subject
-from shoal.collectives import Wire
 from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
 from shoal.errors import choose
@@ -51,6 +49,8 @@ from shoal.sync.base import State, Sync
 from shoal.sync.copies import Copies, default_mixing, payload_bytes
 from shoal.sync.parameters import read, write
 from shoal.sync.peers import Peers, Posted
+from shoal.tensors.buckets import Bucket
+from shoal.wire.wire import Wire
 
 DEFAULT_TOPOLOGY = "exponential"  # half the bytes of the ring, and it averages faster
 

@@ -7,13 +7,13 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from shoal.collectives import Wire
 from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
 from shoal.replica import Replica
 from shoal.sync.allreduce import AllReduce
 from shoal.sync.base import State, Sync
 from shoal.sync.parameters import mean, write
+from shoal.wire.wire import Wire
 
 MEMORY = 0.9  # of the running mean of the loss
 PATIENCE = 10  # steps between two acts: what was changed needs time to show

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from shoal.codecs.exchange import Exchange, Finish
-from shoal.collectives import Wire
 from shoal.config import RunConfig
 from shoal.config.strategy import StrategyConfig
 from shoal.cost import Cost, Sizes
@@ -26,6 +25,7 @@ from shoal.sync.base import Changed, State, Sync
 from shoal.sync.outer import BlockMomentum, Elastic, Mean, Outer, SlowMo
 from shoal.sync.parameters import apart, averaged, mean, read, write
 from shoal.sync.shared import Shared
+from shoal.wire.wire import Wire
 
 ELASTICITY = 0.9
 SYNCHRONOUS = "synchronous."

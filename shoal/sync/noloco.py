@@ -21,7 +21,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shoal.collectives import Wire
 from shoal.config import RunConfig
 from shoal.config.strategy import StrategyConfig
 from shoal.cost import Cost, Sizes
@@ -31,6 +30,7 @@ from shoal.sync.base import State, mean_of
 from shoal.sync.local import Local, period_of
 from shoal.sync.outer import BlockMomentum, Outer
 from shoal.sync.parameters import apart
+from shoal.wire.wire import Wire
 
 OUTER_RATE = 0.7
 OUTER_MOMENTUM = 0.5

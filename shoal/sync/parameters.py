@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from shoal.buckets import Bucket
-from shoal.collectives import Wire
 from shoal.replica import Replica
+from shoal.tensors.buckets import Bucket
+from shoal.wire.wire import Wire
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from shoal.collectives import Wire, Work
+from shoal.wire.wire import Wire, Work
 
 Message = tuple[int, Tensor]  # the other rank, and what is sent to it or received from it
 Posted = list[tuple[int, Work]]

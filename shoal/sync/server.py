@@ -3,7 +3,7 @@
 With the mean and all workers it is all-reduce to rounding, at up to N/2 times its bytes where a server is; take it
 where a worker may be slow or gone (`--quorum`) or wrong (`--aggregation median`). Li et al. 2014, "Scaling
 Distributed Machine Learning with the Parameter Server"; the rules of `--quorum` and `--aggregation` have their
-sources in `parameter_server.policies` and `parameter_server.merge`.
+sources in `servers.update_rules` and `servers.merge`.
 """
 
 import math
@@ -11,17 +11,17 @@ import math
 import torch
 from torch import Tensor
 
-from shoal.collectives import Wire
 from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
 from shoal.errors import UserError
 from shoal.replica import Replica, Shares
+from shoal.servers.core import norm_of
+from shoal.servers.host import NOTHING
+from shoal.servers.merge import Merge, mean, median, trimmed_mean
+from shoal.servers.update_rules import Rounds
 from shoal.sync.base import State
 from shoal.sync.central import Central, Traffic
-from shoal.sync.parameter_server.core import norm_of
-from shoal.sync.parameter_server.host import NOTHING
-from shoal.sync.parameter_server.merge import Merge, mean, median, trimmed_mean
-from shoal.sync.parameter_server.policies import Rounds
+from shoal.wire.wire import Wire
 
 
 class Server(Central):

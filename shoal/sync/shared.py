@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from shoal.buckets import Bucket
 from shoal.errors import UserError
 from shoal.sync.base import State
 from shoal.sync.outer import Outer
 from shoal.sync.parameters import read, write
+from shoal.tensors.buckets import Bucket
 
 
 class Shared:

@@ -8,9 +8,9 @@ from cases import SHAPES, values
 from torch import Tensor
 
 from shoal.codecs.exchange import Exchange
-from shoal.collectives import Wire
 from shoal.config import StrategyConfig
-from shoal.mesh import Mesh
+from shoal.wire.mesh import Mesh
+from shoal.wire.wire import Wire
 
 PADDING = 3.5
 NUMEL = 354

@@ -14,9 +14,9 @@ from sums import NUMEL, Summed, gradient, many, shapes_of, sum_steps, waiting
 from shoal.codecs import build
 from shoal.codecs.channel import Channel
 from shoal.codecs.exchange import Exchange, refit
-from shoal.collectives import Wire
 from shoal.cost import Sizes
-from shoal.mesh import Mesh
+from shoal.wire.mesh import Mesh
+from shoal.wire.wire import Wire
 
 STEPS = range(12)
 FED_BACK = [  # and nothing of it fades away

@@ -9,9 +9,9 @@ from laws.pool import Pool
 from torch import Tensor
 
 from shoal.codecs.exchange import Exchange
-from shoal.collectives import Wire
 from shoal.config import StrategyConfig
-from shoal.mesh import Mesh
+from shoal.wire.mesh import Mesh
+from shoal.wire.wire import Wire
 
 SHAPES = [torch.Size((20, 12)), torch.Size((7,)), torch.Size((9, 30)), torch.Size((4, 4))]
 NUMEL = sum(shape.numel() for shape in SHAPES)

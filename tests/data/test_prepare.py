@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 from corpora import Data, documents_of, files_of
 
-from shoal import crew
 from shoal.data import fingerprints, pool, shards, units
 from shoal.data.prepare import prepare
 from shoal.data.shards import TokenStream, content_hash, held_out
 from shoal.errors import ShoalError, UserError
+from shoal.system import helpers
 
 
 @pytest.fixture
@@ -376,4 +376,4 @@ def test_the_pool_imports_no_torch() -> None:
 
 
 def with_shoal() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(crew.PACKAGE_ROOT)}
+    return {**os.environ, "PYTHONPATH": str(helpers.PACKAGE_ROOT)}

@@ -16,9 +16,9 @@ import pyarrow
 import pyarrow.parquet
 from fuzz import mutate
 
-from shoal import manifest
 from shoal.config import dump_yaml, load_config
 from shoal.config.names import facts
+from shoal.system import manifest
 
 TEXTS = [f"Net {i} comes in with {i * 7} fish, and goes out again." for i in range(60)]
 SMALL = [

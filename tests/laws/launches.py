@@ -29,7 +29,7 @@ from laws.pool import PR_SET_PDEATHSIG
 from laws.strategies import STRATEGIES
 from safetensors.numpy import load_file
 
-from shoal import crew
+from shoal.system import helpers
 
 MODEL = [
     "--model.hidden-size", "16", "--model.num-hidden-layers", "1", "--model.num-attention-heads", "2",
@@ -97,7 +97,7 @@ class Forked:
         self, command: list[str], env: dict[str, str], pass_fds: tuple[int, ...], start_new_session: bool,
         fault: Fault | None,
     ) -> None:  # fmt: skip
-        assert command == crew.command("shoal.engines.worker")
+        assert command == helpers.command("shoal.engines.worker")
         assert start_new_session
         self.returncode: int | None = None
         sys.stdout.flush()
@@ -166,17 +166,17 @@ def _work(env: dict[str, str], pass_fds: tuple[int, ...], fault: Fault | None) -
 
 def insert(fault: Fault) -> None:
     """Have this process meet `fault`."""
-    from shoal import mesh
-    from shoal import run as running
     from shoal.checkpoint import saving
     from shoal.engines.worker import Stop
-    from shoal.observe.observer import Observer
     from shoal.replica import Replica
-    from shoal.run import Run
+    from shoal.servers.client import Servers
     from shoal.sync import SYNCS
     from shoal.sync.central import Central
-    from shoal.sync.parameter_server.worker import Servers
     from shoal.tasks.causal_lm import CausalLM
+    from shoal.training import run as running
+    from shoal.training.recorder import Observer
+    from shoal.training.run import Run
+    from shoal.wire import mesh
 
     assert fault.kind in KINDS
     assert fault.phase in PHASES

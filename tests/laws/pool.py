@@ -131,8 +131,8 @@ def serve(link_fd: int) -> None:
     import shoal.config
     import shoal.engines.local
     import shoal.engines.worker
-    import shoal.job
     import shoal.tasks
+    import shoal.training.jobs
 
     torch.set_num_threads(1)
     shoal.config.load_config(None, [], {})  # builds pydantic's validators
@@ -167,8 +167,8 @@ def _fork_world(link: Connection, folder: Path, ranks: int, path: list[str], wor
 
 def _run(result: Path, rank: int, ranks: int, port: int, store_fd: int | None, work: bytes) -> int:
     """Call the function as rank `rank`, and write what came of it."""
-    from shoal.mesh import join
-    from shoal.placement import Placement
+    from shoal.wire.mesh import join
+    from shoal.wire.rendezvous import Rendezvous
 
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     _redirect(result.with_suffix(".out"))
@@ -176,7 +176,7 @@ def _run(result: Path, rank: int, ranks: int, port: int, store_fd: int | None, w
     try:
         function, args, kwargs = pickle.loads(work)
         if ranks:
-            with join(Placement(rank, ranks, port=port, store_fd=store_fd), "cpu") as mesh:
+            with join(Rendezvous(rank, ranks, port=port, store_fd=store_fd), "cpu") as mesh:
                 written["value"] = function(mesh, *args, **kwargs)
         else:
             written["value"] = function(*args, **kwargs)

@@ -13,8 +13,8 @@ from laws.worlds import Arrays
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shoal import optim
 from shoal.data.batches import Batches
+from shoal.optim import optimizers as optimizing
 from shoal.sync.noloco import partner
 
 EACH, RATE, SEED = 2, 0.02, 3
@@ -29,7 +29,7 @@ class World:
         self.order = Batches(self.samples, seed=SEED, global_batch_size=rows, micro_batch_size=EACH)
         self.models = [task.model().double() for _ in range(ranks)]
         self.optimizers = [
-            optim.build(optimizer, list(model.named_parameters()), learning_rate=RATE, weight_decay=0.1)
+            optimizing.build(optimizer, list(model.named_parameters()), learning_rate=RATE, weight_decay=0.1)
             for model in self.models
         ]
         self.labels = 0  # of the last step, of all replicas

@@ -9,7 +9,7 @@ from laws.rows import RowsTask
 from laws.test_layouts import LAYOUTS, follow_in_pieces
 from laws.worlds import first_difference
 
-from shoal.mesh import Mesh
+from shoal.wire.mesh import Mesh
 
 TASK = RowsTask("stacked", dropout=0.1)
 STEPS = {"max_steps": 4, "global_batch_size": 8, "per_device_train_batch_size": 2, "balance": "off"}

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from shoal.layouts import replicated
 from shoal.layouts.context import Context
-from shoal.mesh import Mesh
 from shoal.models.heads import final_hidden
 from shoal.models.isolation import packed_inputs
-from shoal.precision import resolve
+from shoal.tensors.precision import resolve
+from shoal.wire.mesh import Mesh
 
 # Of each layout how many ranks it is tried on, how many of them hold a replica, and how it is asked for.
 LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {

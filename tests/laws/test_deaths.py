@@ -9,8 +9,8 @@ import pytest
 from laws.launches import BATCH, Fault, shoal, steps_of, weights_of
 from laws.pool import Pool
 
-from shoal import manifest
 from shoal.errors import DONE, FAILED, PREEMPTED
+from shoal.system import manifest
 
 STEPS = 12
 COMMON = [

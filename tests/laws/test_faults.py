@@ -29,9 +29,10 @@ from laws.rows import RowsTask
 from laws.strategies import each_that_keeps
 from laws.worlds import Record, first_difference, follow
 
-from shoal import checkpoint, manifest
+from shoal import checkpoint
 from shoal.errors import DONE, FAILED, INTERRUPTED, PREEMPTED
-from shoal.mesh import Mesh
+from shoal.system import manifest
+from shoal.wire.mesh import Mesh
 
 STEPS, SAVED = 8, 3
 COMMON = [*BATCH, "--max-steps", str(STEPS), "--save-steps", str(SAVED), "--nproc-per-node"]

@@ -53,9 +53,10 @@ def test_shares_that_change_while_running_change_nothing(pool: Pool, tmp_path: P
 def follow_with_moving_shares(mesh: Any, strategy: str, task: RowsTask, **settings: Any) -> Record:
     """As `follow`, where the balancer finds another rank slow after every step."""
     from shoal import shares
+    from shoal.training import balance
 
     moves = iter(np.random.default_rng(1).integers(1, 9, (STEPS + 1, 3)).tolist())
-    shares.Balancer.observe = lambda self, held, seconds: shares.proportional(sum(held.counts), next(moves))
+    balance.Balancer.observe = lambda self, held, seconds: shares.proportional(sum(held.counts), next(moves))
     return follow(mesh, strategy, task, balance="auto", **settings)
 
 

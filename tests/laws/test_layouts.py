@@ -12,10 +12,10 @@ from laws.rows import RowsTask
 from laws.worlds import Arrays, after, as_array, first_difference, follow, run_of
 
 from shoal.layouts.base import shape_of
-from shoal.loop import train
-from shoal.mesh import Mesh
-from shoal.piece import Block
-from shoal.run import Run
+from shoal.tensors.piece import Block
+from shoal.training.loop import train
+from shoal.training.run import Run
+from shoal.wire.mesh import Mesh
 
 Pieces = dict[str, tuple[tuple[int, ...], tuple[Block, ...], np.ndarray]]
 STEPS = {"precision": "64-true", "max_steps": 4, "global_batch_size": 12, "per_device_train_batch_size": 2}

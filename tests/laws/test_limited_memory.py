@@ -10,7 +10,7 @@ from laws.pool import Pool
 from laws.rows import VOCABULARY
 from laws.worlds import run_of
 
-from shoal.mesh import Mesh
+from shoal.wire.mesh import Mesh
 
 DEPTH = 96
 PARAMETERS = DEPTH * (WIDTH * WIDTH + WIDTH) + 2 * VOCABULARY * WIDTH + VOCABULARY

@@ -11,12 +11,12 @@ from laws.pool import Pool
 from laws.rows import RowsTask
 from laws.worlds import after, first_difference, follow, gradient, parameters, run_of
 
-from shoal import scaler
 from shoal.errors import ShoalError
-from shoal.loop import train
-from shoal.mesh import Mesh
-from shoal.precision import resolve
-from shoal.run import Run
+from shoal.tensors import loss_scale
+from shoal.tensors.precision import resolve
+from shoal.training.loop import train
+from shoal.training.run import Run
+from shoal.wire.mesh import Mesh
 
 STEPS = {"precision": "16-mixed", "global_batch_size": 12, "per_device_train_batch_size": 2, "balance": "off"}
 CODEC = {"codec": "int8", "error_feedback": True}
@@ -50,7 +50,7 @@ def scales(
     mesh: Mesh, row: str, task: RowsTask, **settings: Any
 ) -> tuple[list[float], list[bool], list[Any]]:
     """The scale after each of 8 steps, with an overflow on rank 1 at step 3; which were skipped; the parameters."""
-    scaler.GROWTH_INTERVAL = 3
+    loss_scale.GROWTH_INTERVAL = 3
     run = run_of(mesh, row, task, max_steps=8, **settings)
     overflow(run, rank=1, step=3)
     found: list[float] = []
@@ -100,7 +100,7 @@ def gradients_at(mesh: Mesh, scale: float, **settings: Any) -> dict[str, np.ndar
 
 
 def follow_growing(mesh: Mesh, row: str, task: RowsTask, **settings: Any) -> Any:
-    scaler.GROWTH_INTERVAL = 3
+    loss_scale.GROWTH_INTERVAL = 3
     return follow(mesh, row, task, max_steps=8, **settings)
 
 
@@ -140,12 +140,12 @@ def test_a_run_is_given_up_only_at_the_lowest_scale(pool: Pool, tmp_path: Path) 
 
 def test_the_scale_moves_as_torch_has_it() -> None:
     """Differential: against torch.amp.GradScaler, over a random sequence of overflows."""
-    ours = scaler.Scaler(resolve("16-mixed", torch.device("cpu")))
+    ours = loss_scale.Scaler(resolve("16-mixed", torch.device("cpu")))
     theirs = torch.amp.GradScaler("cpu", growth_interval=5)
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([weight], lr=0.0)
     draws = torch.rand(200, generator=torch.Generator().manual_seed(1)) < 0.1
-    interval, scaler.GROWTH_INTERVAL = scaler.GROWTH_INTERVAL, 5
+    interval, loss_scale.GROWTH_INTERVAL = loss_scale.GROWTH_INTERVAL, 5
     try:
         for bad in draws.tolist():
             theirs.scale(weight.sum()).backward()
@@ -156,12 +156,12 @@ def test_the_scale_moves_as_torch_has_it() -> None:
             ours.update(finite=not bad)
             assert ours.scale == theirs.get_scale()
     finally:
-        scaler.GROWTH_INTERVAL = interval
+        loss_scale.GROWTH_INTERVAL = interval
 
 
 def test_the_defaults_are_those_of_torch() -> None:
     theirs = torch.amp.GradScaler("cpu")
-    assert theirs.get_scale() == scaler.FIRST
-    assert theirs.get_growth_factor() == scaler.GROWTH
-    assert theirs.get_backoff_factor() == scaler.BACKOFF
-    assert theirs.get_growth_interval() == scaler.GROWTH_INTERVAL
+    assert theirs.get_scale() == loss_scale.FIRST
+    assert theirs.get_growth_factor() == loss_scale.GROWTH
+    assert theirs.get_backoff_factor() == loss_scale.BACKOFF
+    assert theirs.get_growth_interval() == loss_scale.GROWTH_INTERVAL

@@ -7,10 +7,10 @@ from laws.deep import DeepTask, narrow_inside
 from laws.pool import Pool
 from laws.worlds import run_of
 
-from shoal.mesh import Mesh
 from shoal.observe.memory import ACTIVATIONS
-from shoal.observe.observer import Observer
-from shoal.run import Memory
+from shoal.training.recorder import Observer
+from shoal.training.run import Memory
+from shoal.wire.mesh import Mesh
 
 STEPS = {"precision": "32-true", "max_steps": 2, "global_batch_size": 8, "per_device_train_batch_size": 4}
 EXACT = ("parameters", "gradients", "optimizer state")

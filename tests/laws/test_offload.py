@@ -15,12 +15,12 @@ from laws.rows import RowsTask
 from laws.test_layouts import LAYOUTS, STEPS, follow_in_pieces, resume_all, together
 from laws.worlds import first_difference, follow, run_of
 
-from shoal import offload
 from shoal.errors import UserError
-from shoal.mesh import Mesh
 from shoal.observe.memory import COPIES
-from shoal.observe.observer import Observer
-from shoal.run import Memory
+from shoal.optim import offload
+from shoal.training.recorder import Observer
+from shoal.training.run import Memory
+from shoal.wire.mesh import Mesh
 
 TASK = RowsTask("stacked", dropout=0.1)
 

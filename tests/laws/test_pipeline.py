@@ -24,7 +24,7 @@ from shoal.errors import UserError
 from shoal.layouts.checking import check
 from shoal.layouts.cutting import NoStages, balance, watch
 from shoal.layouts.schedule import SCHEDULES, filled, make
-from shoal.mesh import Mesh
+from shoal.wire.mesh import Mesh
 
 LLAMA, GPT2 = ModelTask("llama"), ModelTask("gpt2", dropout=0.1)
 # Of each how many ranks it is tried on, how many of them hold a replica, and how it is asked for.

@@ -15,11 +15,11 @@ from torch import nn
 
 from shoal.errors import ShoalError
 from shoal.layouts.base import shape_of
-from shoal.loop import train
-from shoal.mesh import Mesh
-from shoal.piece import Piece
-from shoal.rounding import RoundedAdamW, draws, places, round_by_chance
-from shoal.run import Run
+from shoal.optim.rounding import RoundedAdamW, draws, places, round_by_chance
+from shoal.tensors.piece import Piece
+from shoal.training.loop import train
+from shoal.training.run import Run
+from shoal.wire.mesh import Mesh
 
 STEPS = {"max_steps": 6, "global_batch_size": 12, "per_device_train_batch_size": 2, "balance": "off"}
 # How far the losses of 6 steps may be from those of one float64 process, as a part of them: five to ten times

@@ -16,11 +16,12 @@ from laws.test_layouts import STEPS, follow_in_pieces, resume_all, sent_and_pred
 from laws.worlds import first_difference, follow
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from shoal import layouts, precision
-from shoal.collectives import Wire
+from shoal import layouts
 from shoal.config import load_config, resolve_grid
 from shoal.layouts.base import MicroBatch
-from shoal.mesh import Axis, Mesh
+from shoal.tensors import precision
+from shoal.wire.mesh import Axis, Mesh
+from shoal.wire.wire import Wire
 
 RANKS = 64
 EXCHANGES = ("start_all_gather", "start_reduce_scatter", "start_exchange")

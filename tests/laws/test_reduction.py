@@ -14,9 +14,9 @@ from laws.rows import KINDS, VOCABULARY, RowsTask
 from laws.strategies import STRATEGIES, each_that_keeps
 from laws.worlds import Arrays, first_difference, gradient, run_of
 
-from shoal.buckets import Bucket
 from shoal.cost import Sizes
-from shoal.mesh import Mesh
+from shoal.tensors.buckets import Bucket
+from shoal.wire.mesh import Mesh
 
 SEED, ROWS = 7, 12
 HEAD_BYTES = 8 * (12 * VOCABULARY + VOCABULARY)  # of the head in float64: the first two tensors to arrive

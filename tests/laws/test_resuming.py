@@ -14,8 +14,8 @@ from laws.worlds import first_difference, follow, run_of
 
 from shoal.checkpoint import Parts
 from shoal.errors import DONE, FAILED, PREEMPTED
-from shoal.mesh import Mesh
-from shoal.stored import Stored
+from shoal.tensors.tensor_files import Stored
+from shoal.wire.mesh import Mesh
 
 STEPS, STOPPED = 12, 5
 TASK = RowsTask("tied", dropout=0.1)

@@ -24,8 +24,9 @@ from laws.launches import BATCH, Fault, flags, ledger_of, losses_of, shoal, weig
 from laws.pool import Outcome, Pool
 from laws.worlds import first_difference
 
-from shoal import checkpoint, manifest
+from shoal import checkpoint
 from shoal.errors import DONE, FAILED, PREEMPTED
+from shoal.system import manifest
 
 SAVED, EVALUATED = 4, 3  # every so many steps
 RESUME = ["--resume-from-checkpoint", "latest"]

@@ -15,7 +15,7 @@ from laws.worlds import first_difference, follow, run_of
 from torch import Tensor, nn
 
 from shoal.errors import UserError
-from shoal.mesh import Mesh
+from shoal.wire.mesh import Mesh
 
 # Of each layout how many ranks it is tried on, how many of them hold a replica, and how it is asked for.
 LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {

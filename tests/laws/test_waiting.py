@@ -22,15 +22,16 @@ from laws.rows import RowsTask
 from laws.worlds import follow, run_of
 from torch import Tensor, nn
 
-from shoal import checkpoint, mesh
+from shoal import checkpoint
 from shoal.checkpoint import saving
-from shoal.collectives import Wire
 from shoal.errors import ShoalError
-from shoal.evaluate import ASK_EVERY, Evaluators, evaluate
-from shoal.mesh import Axis, Mesh, join
-from shoal.placement import Placement
-from shoal.precision import resolve
 from shoal.sync.central import Central
+from shoal.tensors.precision import resolve
+from shoal.training.evaluate import ASK_EVERY, Evaluators, evaluate
+from shoal.wire import mesh
+from shoal.wire.mesh import Axis, Mesh, join
+from shoal.wire.rendezvous import Rendezvous
+from shoal.wire.wire import Wire
 
 DEADLINE, LONGER = timedelta(seconds=3), 5.0
 TASK = RowsTask("tied")
@@ -110,7 +111,7 @@ def come(rank: int, port: int, late: int) -> int:
     mesh.TIMEOUT, mesh.WORD = DEADLINE, timedelta(seconds=1)
     if rank == late:
         time.sleep(LONGER)
-    with join(Placement(rank, 2, port=port)) as made:
+    with join(Rendezvous(rank, 2, port=port)) as made:
         return int(Wire(made.group).sum(torch.tensor([rank + 1])))
 
 

@@ -11,14 +11,14 @@ import torch
 from laws.rows import RowsTask
 from laws.strategies import STRATEGIES
 
-from shoal.assemble import assemble
 from shoal.config import load_config
 from shoal.errors import Preempted
-from shoal.loop import train
-from shoal.mesh import Mesh
 from shoal.observe.console import Screen
-from shoal.run import Run
 from shoal.tasks import TASKS
+from shoal.training.assemble import assemble
+from shoal.training.loop import train
+from shoal.training.run import Run
+from shoal.wire.mesh import Mesh
 
 Arrays = dict[str, np.ndarray]
 

@@ -21,13 +21,13 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from shoal import stored
 from shoal.config.record import ModelConfig
 from shoal.errors import ShoalError, UserError
 from shoal.models import export as exporting
 from shoal.models.export import check_same_logits, export
 from shoal.models.loading import load
 from shoal.models.written import Written
+from shoal.tensors import tensor_files
 
 PRESETS = ["llama-tiny", "gpt2-tiny", "gpt-neox-tiny", "qwen-tiny", "lstm-tiny"]
 SIZES = {
@@ -110,7 +110,7 @@ def test_the_same_folder_as_save_pretrained(
 
     Experts too: each has its own tensors in the files of most families, and is a part of one in memory.
     """
-    monkeypatch.setattr(stored, "BLOCK", 1000)
+    monkeypatch.setattr(tensor_files, "BLOCK", 1000)
     ours = model(named, words, kind)
     source = saved(ours, words, tmp_path / "checkpoint-1", **cut)
     export(source / "model", tmp_path / "final", {}, max_shard_size="30KB")
@@ -153,9 +153,9 @@ def test_whatever_the_library_makes_of_a_tensor(
     converters: list[WeightConverter], tmp_path: Path, named: Callable[..., ModelConfig], words: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(stored, "BLOCK", 1000)
+    monkeypatch.setattr(tensor_files, "BLOCK", 1000)
     ours = model(named, words)
-    weights = stored.Stored(saved(ours, words, tmp_path / "checkpoint-1", ranks=2) / "model")
+    weights = tensor_files.Stored(saved(ours, words, tmp_path / "checkpoint-1", ranks=2) / "model")
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(ours.config)
     ours._weight_conversions = empty._weight_conversions = converters
@@ -184,12 +184,12 @@ def test_what_is_streamed_is_as_the_library_writes_it(tmp_path: Path) -> None:
     """Every dtype, a scalar and an empty tensor, the narrow ones before the wide ones."""
     tensors = {
         f"{dtype}-{shape}": torch.arange(6).resize_(shape).to(dtype)
-        for dtype in stored.NAMES
+        for dtype in tensor_files.NAMES
         for shape in ((), (0, 3), (3,), (2, 3))
     }
     narrow_first = dict(sorted(tensors.items(), key=lambda item: item[1].dtype.itemsize))
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in narrow_first.items()}
-    stored.stream(
+    tensor_files.stream(
         tmp_path / "a.safetensors",
         specs,
         lambda name: tensors[name].split(1) if tensors[name].dim() else [tensors[name]],
@@ -199,8 +199,8 @@ def test_what_is_streamed_is_as_the_library_writes_it(tmp_path: Path) -> None:
         for name, tensor in tensors.items():
             again = file.get_tensor(name)
             assert (again.dtype, again.shape) == (tensor.dtype, tensor.shape)
-            assert torch.equal(stored.as_bytes(again), stored.as_bytes(tensor)), name
-    read = stored.Stored(tmp_path)
+            assert torch.equal(tensor_files.as_bytes(again), tensor_files.as_bytes(tensor)), name
+    read = tensor_files.Stored(tmp_path)
     assert read.specs == specs
 
 
@@ -211,7 +211,7 @@ def test_what_differs_when_read_again_leaves_nothing(
     final = tmp_path / "out" / "final"
     with pytest.raises(ShoalError, match=r"loaded again.*apart"):
         export(source, final, {}, check=partial(check_same_logits, model(named, words, seed=3)))
-    write = stored.stream
+    write = tensor_files.stream
 
     def bit_rot(path: Path, *args: Any) -> None:
         write(path, *args)

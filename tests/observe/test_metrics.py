@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shoal.observe.console import Screen
-from shoal.observe.metrics import MetricsFile, TensorBoard
+from shoal.observe.trackers import MetricsFile, TensorBoard
 
 
 def test_a_tracker_that_fails_is_told_once_and_done_without(tmp_path: Path) -> None:

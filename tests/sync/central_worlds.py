@@ -13,9 +13,9 @@ from laws.rows import RowsTask
 from laws.worlds import Arrays, parameters, run_of
 
 from shoal.cost import Sizes
-from shoal.mesh import Mesh
+from shoal.servers.links import Remote
 from shoal.sync.central import Traffic
-from shoal.sync.parameter_server.links import Remote
+from shoal.wire.mesh import Mesh
 
 SETTINGS: dict[str, Any] = {
     "global_batch_size": 12, "per_device_train_batch_size": 2, "learning_rate": 0.01, "bucket_mb": 0.004,

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from shoal.cost import Sizes
 from shoal.data.batches import Batches
-from shoal.mesh import Mesh
-from shoal.run import Run
 from shoal.sync.demo import DeMo, Waves, _cut
+from shoal.training.run import Run
+from shoal.wire.mesh import Mesh
 
 STEPS, EACH, ROWS, RATE, DECAY, SEED = 20, 2, 12, 0.02, 0.1, 3
 SETTINGS: dict[str, Any] = {

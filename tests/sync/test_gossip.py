@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from shoal.cost import Sizes
 from shoal.data.batches import Batches
-from shoal.mesh import Mesh
-from shoal.run import Run
 from shoal.sync.gossip import TOPOLOGIES, Gossip, mixing_matrix
+from shoal.training.run import Run
+from shoal.wire.mesh import Mesh
 
 STEPS, EACH, ROWS, RATE, SEED = 20, 2, 8, 0.05, 3
 SETTINGS: dict[str, Any] = {

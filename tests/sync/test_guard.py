@@ -8,16 +8,16 @@ import pytest
 from laws.pool import Pool
 from laws.rows import RowsTask
 from laws.worlds import follow, run_of
+from simulator import Simulator
 from sync.test_server_rules import serve
 from torch import Tensor
 
 from shoal.config import load_config
 from shoal.cost import Cost, Sizes
-from shoal.mesh import Mesh
+from shoal.servers.update_rules import Arrivals
 from shoal.sync.base import Sync
 from shoal.sync.guard import Guard
-from shoal.sync.parameter_server.policies import Arrivals
-from shoal.sync.parameter_server.simulator import Simulator
+from shoal.wire.mesh import Mesh
 
 WORKERS, RATE, STEPS = 8, 1.2, 60  # a rate that is stable where nothing is stale: below 2
 TASK = RowsTask("tied")

@@ -8,9 +8,9 @@ from laws.pool import Pool
 from laws.rows import RowsTask
 from laws.worlds import run_of
 
-from shoal.collectives import Wire
-from shoal.loop import train
-from shoal.mesh import Mesh
+from shoal.training.loop import train
+from shoal.wire.mesh import Mesh
+from shoal.wire.wire import Wire
 
 EVERY, OVERLAP = 6, 5
 STARTS = ("start_exchange", "start_all_gather", "start_all_reduce")

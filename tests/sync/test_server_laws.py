@@ -5,6 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from simulator import Simulator
 from sync.test_server_rules import (
     LABELS,
     SIZE,
@@ -22,12 +23,11 @@ from sync.test_server_rules import (
 )
 from torch import Tensor, nn
 
-from shoal.sync.parameter_server.core import END, Push, norm_of
-from shoal.sync.parameter_server.delayed import DelayedNesterov
-from shoal.sync.parameter_server.merge import Merge, mean, median, trimmed_mean
-from shoal.sync.parameter_server.policies import Arrivals, Rounds
-from shoal.sync.parameter_server.ranges import cut, runs
-from shoal.sync.parameter_server.simulator import Simulator
+from shoal.servers.core import END, Push, norm_of
+from shoal.servers.delayed import DelayedNesterov
+from shoal.servers.merge import Merge, mean, median, trimmed_mean
+from shoal.servers.ranges import cut, runs
+from shoal.servers.update_rules import Arrivals, Rounds
 
 draw = np.random.default_rng(3)
 

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from simulator import Event, Simulator
 from torch import Tensor, nn
 
-from shoal.sync.parameter_server.core import ParameterServer, Policy
-from shoal.sync.parameter_server.delayed import DelayedNesterov
-from shoal.sync.parameter_server.merge import mean
-from shoal.sync.parameter_server.policies import Arrivals, Rounds
-from shoal.sync.parameter_server.simulator import Event, Simulator
+from shoal.servers.core import ParameterServer, Policy
+from shoal.servers.delayed import DelayedNesterov
+from shoal.servers.merge import mean
+from shoal.servers.update_rules import Arrivals, Rounds
 
 SIZE, STEPS, WORKERS = 7, 20, 3
 DRAW = np.random.default_rng(5)

@@ -14,9 +14,9 @@ from laws.worlds import Arrays, first_difference
 from torch import Tensor
 from torch.nn import functional as F
 
-from shoal import optim
 from shoal.data.batches import Batches
-from shoal.mesh import Mesh
+from shoal.optim import optimizers
+from shoal.wire.mesh import Mesh
 
 EVERY, RATE, MOMENTUM = 5, 0.7, 0.9
 
@@ -56,7 +56,7 @@ def by_torchft(mesh: Mesh, task: RowsTask, optimizer: str) -> list[Arrays]:
     )
     order = Batches(samples, seed=seed, global_batch_size=rows, micro_batch_size=each)
     model = task.model().double()
-    (inner,) = optim.build(
+    (inner,) = optimizers.build(
         optimizer,
         list(model.named_parameters()),
         learning_rate=SETTINGS["learning_rate"],

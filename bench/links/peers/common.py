@@ -14,14 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shoal import optim, precision
-from shoal.collectives import Wire
 from shoal.config import load_config
 from shoal.config.batch import resolve_batch
 from shoal.data.batches import Batch, Batches
-from shoal.evaluate import Evaluators, evaluate
+from shoal.optim import optimizers
 from shoal.shares import equal
 from shoal.tasks import TASKS
+from shoal.tensors import precision
+from shoal.training.evaluate import Evaluators, evaluate
+from shoal.wire.wire import Wire
 
 
 class Job:
@@ -46,7 +47,7 @@ class Job:
         self.share = equal(batch.micro_batches, self.world_size).of(self.rank)
         self.policy = precision.resolve(config.train.precision, torch.device("cpu"))
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        (self.optimizer,) = optim.build(
+        (self.optimizer,) = optimizers.build(
             "adamw", named, learning_rate=config.train.learning_rate, weight_decay=config.train.weight_decay
         )
         self._loss = torch.compile(self.task.loss, dynamic=False) if self.train.compile else self.task.loss
@@ -64,7 +65,7 @@ class Job:
     def update(self, step: int) -> None:
         """Clip, set the rate, step."""
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train.max_grad_norm)
-        rate = optim.learning_rate(
+        rate = optimizers.learning_rate(
             step,
             peak=self.train.learning_rate,
             total_steps=self.train.max_steps,

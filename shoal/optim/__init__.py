@@ -1,0 +1,1 @@
+"""How a step changes the parameters: optimizers, their state, learning rates."""

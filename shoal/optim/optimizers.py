@@ -1,0 +1,226 @@
+"""How a step changes the parameters: optimizers from torch, and the learning rate as a function of the step."""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from shoal.config import RunConfig
+from shoal.tensors.tensor_files import CODES
+
+MOMENTUM = 0.9  # of SGD
+ADAM: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
+LIKE_PARAMETER = {
+    "exp_avg",
+    "exp_avg_sq",
+    "momentum_buffer",
+}  # parts of the state that have a parameter's shape
+OF_TWO_MOMENTS = {
+    "adamw",
+    "adamw-8bit",
+    "onebit-adam",
+}  # optimizers that keep the same two of every parameter
+NamedParams = list[tuple[str, nn.Parameter]]
+
+
+class OneBitAdam(torch.optim.AdamW):
+    """1-bit Adam (Tang et al. 2021, algorithm 1): AdamW for T steps, then with the second moment v as it is.
+
+        x -= lr (m / (1 - b1^T) / (sqrt(v / (1 - b2^T)) + eps) + wd x)        after T
+
+    By then the gradient that it is handed is m itself: what `--codec sign --codec-momentum` makes of the ranks'
+    gradients, once `--codec-warmup` is over. (The paper corrects no bias; here nothing jumps at T.) It replaces
+    sending gradients whole where links are slow, and needs gradients that are not clipped: m is not.
+    """
+
+    # Whether the gradient is m, which its maker knows.
+    is_momentum: Callable[[], bool] = staticmethod(lambda: False)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update, by the gradient or by the momentum."""
+        if not self.is_momentum():
+            super().step(closure)
+            return
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                state = self.state[p]
+                steps = state["step"].item()  # T: it stands still from now on
+                spread = (state["exp_avg_sq"] / (1 - beta2**steps)).sqrt_().add_(group["eps"])
+                state["exp_avg"].copy_(p.grad)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.addcdiv_(p.grad, spread, value=-group["lr"] / (1 - beta1**steps))
+
+
+def of(config: RunConfig, params: NamedParams) -> list[torch.optim.Optimizer]:
+    """The optimizers of a run: as `build` makes them, but never with a momentum that the codec takes already."""
+    train, in_codec = config.train, config.strategy.codec_momentum
+    return build(
+        train.optim,
+        params,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        momentum=in_codec if train.optim == "onebit-adam" else 0.0 if in_codec else MOMENTUM,
+    )
+
+
+def build(
+    name: str,
+    params: NamedParams,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    momentum: float = MOMENTUM,
+) -> list[torch.optim.Optimizer]:
+    """The optimizers that together own `params`. Only matrices decay.
+
+    `momentum` is that of `sgd`, and the first one of `onebit-adam`.
+
+    `muon` (Jordan et al., 2024; torch.optim.Muon) takes the hidden matrices, scaled to the root mean square
+    of AdamW's updates so that the same learning rate fits both; AdamW takes the rest.
+    """
+    groups = decay_groups(params, weight_decay)
+    if name == "sgd":
+        return [torch.optim.SGD(groups, lr=learning_rate, momentum=momentum)]
+    if name == "adamw":
+        return [torch.optim.AdamW(groups, lr=learning_rate, **ADAM)]
+    if name == "adamw-8bit":
+        from shoal.optim.eight_bit import AdamW8bit  # torchao takes seconds to import
+
+        return [AdamW8bit(groups, lr=learning_rate, betas=ADAM["betas"], eps=ADAM["eps"])]
+    if name == "onebit-adam":
+        options = ADAM | {"betas": (momentum, ADAM["betas"][1])}
+        return [OneBitAdam(groups, lr=learning_rate, **options)]
+    hidden = [(n, p) for n, p in params if _is_hidden_matrix(n, p)]
+    rest = [(n, p) for n, p in params if not _is_hidden_matrix(n, p)]
+    muon = partial(torch.optim.Muon, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    optimizers: list[torch.optim.Optimizer] = [muon(hidden, lr=learning_rate)] if hidden else []
+    if rest:
+        groups = decay_groups(rest, weight_decay)
+        optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, **ADAM))
+    return optimizers
+
+
+def goes_on(saved: str, name: str) -> bool:
+    """Whether the optimizer `name` can take up the state of the one that was `saved` ("": not known)."""
+    return saved in ("", name) or {saved, name} <= OF_TWO_MOMENTS
+
+
+def state_bytes(optimizers: list[torch.optim.Optimizer]) -> int:
+    """What they keep of their parameters: two moments, one or none, or codes and scales; and counts of steps."""
+    return sum(
+        _state_bytes(optimizer, p, group)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    )
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer, p: Tensor, group: dict[str, Any]) -> int:
+    if isinstance(optimizer, Coded):
+        return optimizer.state_bytes(p)
+    if "betas" in group:
+        return 2 * p.nbytes + 4
+    return p.nbytes if group["momentum"] else 0
+
+
+def state_dtype(name: str, held: torch.dtype) -> torch.dtype:
+    """In what the optimizer `name` keeps its state of a large parameter, where others keep it in `held`."""
+    return torch.uint8 if name == "adamw-8bit" else held
+
+
+def decay_groups(params: NamedParams, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameter groups of an optimizer in which only matrices decay."""
+    groups = [
+        {"params": [(n, p) for n, p in params if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [(n, p) for n, p in params if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _is_hidden_matrix(name: str, p: Tensor) -> bool:
+    return p.dim() == 2 and not any(part in name for part in ("embed", "wte", "wpe", "lm_head"))
+
+
+def learning_rate(
+    step: int, *, peak: float, total_steps: int, warmup_steps: float, kind: str = "cosine"
+) -> float:
+    """The rate of `step` (from 0): linear warm-up to `peak`, then cosine or linear to zero, or constant.
+
+    `warmup_steps` below 1 is a share of `total_steps`.
+    """
+    warmup = round(warmup_steps * total_steps) if warmup_steps < 1 else int(warmup_steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if kind == "constant":
+        return peak
+    done = (step - warmup) / max(1, total_steps - warmup)
+    return peak * (0.5 * (1 + math.cos(math.pi * done)) if kind == "cosine" else 1 - done)
+
+
+@runtime_checkable
+class Coded(Protocol):
+    """An optimizer whose state is not plain tensors, but goes in and out as such."""
+
+    def plain(self, p: Tensor) -> dict[str, Tensor]:
+        """The live state of a parameter, by part."""
+        ...
+
+    def state_bytes(self, p: Tensor) -> int:
+        """Those of a parameter."""
+        ...
+
+    def adopt(self, p: Tensor, parts: dict[str, Tensor]) -> None:
+        """Set the state of a parameter to such parts, its own or those of another optimizer."""
+        ...
+
+
+class NamedState:
+    """The state of several optimizers as tensors named by parameter: what a checkpoint holds."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer], params: NamedParams) -> None:
+        self.optimizers = optimizers
+        self.names: dict[Tensor, str] = {p: n for n, p in params}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Pairs of "parameter/part" and the live tensor, for example "lm_head.weight/exp_avg"."""
+        for optimizer in self.optimizers:
+            for p, state in optimizer.state.items():
+                parts = optimizer.plain(p) if isinstance(optimizer, Coded) else state
+                for part, tensor in parts.items():
+                    if isinstance(tensor, Tensor):
+                        yield f"{self.names[p]}/{part}", tensor
+
+    def load(self, read: Callable[[str], dict[str, Tensor]]) -> None:
+        """Set the state of each parameter to a copy of what `read(its name)` gives, in its dtype; {}: fresh."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    state = read(self.names[p])
+                    if state and isinstance(optimizer, Coded):
+                        optimizer.adopt(p, state)
+                    elif state:
+                        if "exp_avg" + CODES in state:
+                            state = _wide(state)
+                        # A fused kernel reads the count of steps where the parameter is.
+                        counts = p.device if group.get("fused") else torch.device("cpu")
+                        optimizer.state[p] = {
+                            part: _like(p, tensor) if tensor.dim() else tensor.to(counts, copy=True)
+                            for part, tensor in state.items()
+                        }
+
+
+def _wide(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state that an optimizer kept in codes, as others keep it."""
+    from shoal.optim.eight_bit import wide
+
+    return wide(state)
+
+
+def _like(p: Tensor, state: Tensor) -> Tensor:
+    """A copy of state where `p` is, numbers in its dtype."""
+    return state.to(p.device, p.dtype if state.is_floating_point() else state.dtype, copy=True)

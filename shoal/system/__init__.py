@@ -1,0 +1,1 @@
+"""What shoal asks of the operating system: files, locks, devices, helper processes, output."""

@@ -1,0 +1,52 @@
+"""Dynamic loss scaling: gradients of float16 activations are kept above what float16 takes for zero."""
+
+from torch import Tensor
+
+from shoal.tensors.precision import Policy
+
+FIRST = 2.0**16
+FLOOR = 1.0
+GROWTH = 2.0
+BACKOFF = 0.5
+GROWTH_INTERVAL = 2000  # steps
+
+
+class Scaler:
+    """What losses are multiplied by before the backward pass, and gradients divided by as soon as they are complete.
+
+    Micikevicius et al. 2018, "Mixed Precision Training", section 3.2, with the constants of torch.amp.GradScaler.
+    Whether a step is taken follows from the norm that clips it: ranks that update by one gradient know one norm, and
+    so hold one scale. Where replicas update alone (local, diloco, gossip, async) each follows its own gradient:
+    one overflow then costs one replica a step, and nobody waits to hear of it; what they exchange is unscaled.
+
+    The scale is a power of two, so that scaling rounds nothing. Outside of 16-mixed it stays 1, the floor.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.dynamic = policy.scales_loss
+        self.scale = FIRST if self.dynamic else FLOOR
+        self.good_steps = 0  # in a row, at this scale
+
+    def update(self, *, finite: bool) -> bool:
+        """Follow a step whose gradient was `finite` or not; whether a lower scale than its own can still be tried."""
+        can_lower = self.scale > FLOOR
+        if not finite:
+            self.scale, self.good_steps = max(FLOOR, self.scale * BACKOFF), 0
+        elif self.dynamic:
+            self.good_steps += 1
+            if self.good_steps == GROWTH_INTERVAL:
+                self.scale, self.good_steps = self.scale * GROWTH, 0
+        return can_lower
+
+    def state_dict(self) -> dict[str, float]:
+        """Where it stands; nothing where it never moves."""
+        return {"scale": self.scale, "good_steps": self.good_steps} if self.dynamic else {}
+
+    def load_state_dict(self, state: dict[str, float] | dict[str, Tensor]) -> None:
+        """Take back what `state_dict` gave; what was saved without a scale leaves it as it is."""
+        if self.dynamic and state:
+            self.scale, self.good_steps = float(state["scale"]), int(state["good_steps"])
+
+    def metrics(self) -> dict[str, float]:
+        """The scale of the next step, by metric name."""
+        return {"train/loss_scale": self.scale} if self.dynamic else {}

@@ -1,0 +1,1 @@
+"""A training run: put together, resumed, the loop, evaluation, what is recorded."""

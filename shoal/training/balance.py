@@ -1,0 +1,32 @@
+"""Unequal machines: other shares of the micro-batches where measured speeds call for them."""
+
+from statistics import median
+
+from shoal.replica import Shares
+from shoal.shares import proportional
+
+WINDOW = 8  # steps measured before the shares are looked at again
+WORTH = (
+    0.85  # of the slowest rank's time: shares that save less are not worth a change, since times are noisy
+)
+
+
+class Balancer:
+    """Watches the seconds each rank computes, and says when other shares would be faster."""
+
+    def __init__(self) -> None:
+        self.measured: list[list[float]] = []
+
+    def observe(self, shares: Shares, seconds: list[float]) -> Shares:
+        """The shares for the next step, from every rank's `seconds` in this one: alike on every rank."""
+        self.measured.append([s / count for s, count in zip(seconds, shares.counts, strict=True)])
+        if len(self.measured) < WINDOW:
+            return shares
+        each = [median(column) for column in zip(*self.measured, strict=True)]
+        self.measured.clear()
+        better = proportional(sum(shares.counts), each)
+        return better if _slowest(better, each) < WORTH * _slowest(shares, each) else shares
+
+
+def _slowest(shares: Shares, seconds: list[float]) -> float:
+    return max(count * s for count, s in zip(shares.counts, seconds, strict=True))

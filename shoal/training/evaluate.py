@@ -1,0 +1,80 @@
+"""Exact evaluation: every row once, and the same number on any worker count."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shoal.data.batches import ABSENT, Samples
+from shoal.layouts.base import Loss
+from shoal.tensors.precision import Policy
+
+ASK_EVERY = 4  # micro-batches of each, after which all ask each other whether to stop
+
+
+@dataclass(frozen=True)
+class Evaluators:
+    """Those who evaluate together: this one's place among `size`, and how they add up what each has found.
+
+    All call `agree` equally often. Groups of `in_step` neighbours measure equally often, the last time perhaps a
+    micro-batch without samples. Where several ranks compute one loss together, one of them `reports` it.
+    """
+
+    index: int = 0
+    size: int = 1
+    agree: Callable[[Tensor], Tensor] = lambda numbers: numbers
+    in_step: int = 1
+    reports: bool = True
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loss: Loss,
+    samples: Samples,
+    *,
+    micro_batch_size: int,
+    among: Evaluators,
+    policy: Policy,
+    device: torch.device,
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[float, int] | None:
+    """The summed loss over all of `samples` and the number of their labels.
+
+    Each takes every size-th micro-batch; the sums of the micro-batches are added up in their order, so the result
+    does not depend on who computed them. What no rank has reported, because one has died, each computes again for
+    itself. None if `stop()` came true on any rank: all leave together, at most ASK_EVERY micro-batches later.
+    """
+    rows = -(-len(samples) // micro_batch_size)
+    rows += -rows % among.in_step  # the last ones without samples: as many for each of those in step
+    micro_batches = np.full((rows, micro_batch_size), ABSENT, dtype=np.int64)
+    micro_batches.flat[: len(samples)] = np.arange(len(samples))
+
+    def measure(v: int) -> float:
+        inputs = {k: t.to(device) for k, t in samples.collate(micro_batches[v]).items()}
+        with policy.autocast(device):
+            return float(loss(model, inputs).item())
+
+    def stopping() -> bool:
+        return bool(among.agree(torch.tensor([float(stop())], dtype=torch.float64)) > 0)
+
+    table = torch.zeros(2, len(micro_batches), dtype=torch.float64)  # sums, and which are known
+    was_training = model.training
+    model.eval()
+    stopped = False
+    for turn, first in enumerate(range(0, rows, among.size)):  # as many on every rank, whatever its share
+        if turn % ASK_EVERY == 0 and stopping():
+            stopped = True
+            break
+        if (v := first + among.index) < rows:
+            found = measure(v)
+            table[0, v], table[1, v] = found if among.reports else 0.0, 1
+    stopped = stopped or stopping()
+    if not stopped:
+        table = among.agree(table.view(-1)).view(2, -1)
+        for v in (table[1] == 0).nonzero().flatten().tolist():
+            table[0, v] = measure(v)
+    model.train(was_training)
+    return None if stopped else (table[0].sum().item(), int(samples.label_counts(micro_batches).sum()))

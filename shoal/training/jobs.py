@@ -1,0 +1,233 @@
+"""What a worker is started for: a whole training run, or the evaluation of one."""
+
+import json
+import platform
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+
+from shoal.config import Resolved, dump_yaml
+from shoal.errors import described
+from shoal.layouts.base import shape_of
+from shoal.models.pretrained import remarks
+from shoal.models.quantize import quantize, weight_bytes
+from shoal.observe.console import GIB, Screen, duration, shown_number
+from shoal.system import output
+from shoal.system.run_folder import CONFIG, ENVIRONMENT, SUMMARY, RunFolder
+from shoal.training.assemble import assemble
+from shoal.training.loop import train
+from shoal.training.recorder import peak_rss_gib
+from shoal.training.run import Memory, Run
+from shoal.wire.mesh import Mesh
+
+MIB = 2**20
+
+
+class Stop(Protocol):
+    """Whether the run was asked to stop."""
+
+    def __call__(self) -> bool: ...
+
+    def hold(self, tell: Callable[[], None]) -> None:
+        """From now on there is something to save before leaving. `tell` is called when the run is asked to stop."""
+        ...
+
+
+def train_job(resolved: Resolved, mesh: Mesh, data: Path, stop: Stop) -> None:
+    """Train to the end and leave a finished folder: metrics, checkpoints, the exported model and a summary."""
+    screen = Screen(speaks=mesh.is_first)
+    place = RunFolder(Path(resolved.config.checkpoint.output_dir))
+    if mesh.is_first and place.is_marked and not resolved.config.checkpoint.begins_anew:
+        place.hold(screen.say)  # before a checkpoint is read there
+    run = assemble(resolved.config, mesh, data, screen)
+    if mesh.is_first:
+        _begin_folder(run, resolved, place)
+    run.everyone.wait_for_first()
+    if mesh.is_first:  # it may ask the hub
+        screen.banner("Running training", _facts(run))
+    stop.hold(run.sync.wish)
+    metrics = train(run, stop)
+    with run.sync.shared_model(run.replica):
+        if mesh.is_first:
+            _finish_folder(run, resolved, place, _summary(run, metrics))
+
+
+def evaluate_job(resolved: Resolved, mesh: Mesh, data: Path, stop: Stop) -> None:
+    """Evaluate the model on the held-out data and print the metrics as JSON."""
+    screen = Screen(speaks=mesh.is_first)
+    run = assemble(resolved.config, mesh, data, screen)
+    metrics = run.evaluate(stop)
+    if resolved.config.eval.quantize != "none" and metrics:
+        metrics = _quantized(run, metrics, stop)
+    if mesh.is_first:
+        output.result(json.dumps(metrics))
+
+
+JOBS: dict[str, Callable[[Resolved, Mesh, Path, Stop], None]] = {"train": train_job, "evaluate": evaluate_job}
+
+
+def _quantized(run: Run, whole: dict[str, float], stop: Stop) -> dict[str, float] | None:
+    """The metrics of the run's model once its weights are quantised, beside what the `whole` ones gave."""
+    model = run.replica.model
+    before = weight_bytes(model)
+    quantize(model, run.config.eval.quantize)
+    metrics = run.evaluate(stop)
+    if metrics is None:
+        return None
+    perplexity = whole["eval/perplexity"]
+    return {
+        **metrics,
+        "eval/perplexity_unquantized": perplexity,
+        "eval/perplexity_loss": metrics["eval/perplexity"] - perplexity,
+        "eval/weight_bytes": weight_bytes(model),
+        "eval/weight_bytes_unquantized": before,
+    }
+
+
+def _begin_folder(run: Run, resolved: Resolved, place: RunFolder) -> None:
+    """Everything fits together: now the folder becomes this run's. Only here is an earlier run removed."""
+    run.checkpoints.run = place.begin(
+        anew=run.config.checkpoint.begins_anew,
+        overwrite=run.config.checkpoint.overwrite_output_dir,
+        ranks=run.mesh.world_size,
+        say=run.screen.say,
+    )
+    (run.folder / CONFIG).write_text(dump_yaml(resolved))
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    machine = {"host": platform.node(), "system": platform.platform(), "workers": run.mesh.world_size}
+    (run.folder / ENVIRONMENT).write_text(json.dumps(versions | machine, indent=1))
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    config, replica = run.config, run.replica
+    accumulation = max(replica.shares.counts)
+    return {
+        "Model": "; ".join(
+            [f"{config.model.name}, {_trainable(run):,} trainable parameters", *remarks(config.model.name)]
+        ),
+        "Num examples": len(run.batches.samples),
+        "Instantaneous batch size per device": run.batches.shape[1],
+        "Total train batch size (w. parallel, distributed & accumulation)": run.batches.global_batch_size,
+        "Gradient accumulation steps": accumulation,
+        "Total optimization steps": run.total_steps,
+        "Workers": f"{run.mesh.world_size} x {torch.get_num_threads()} threads on {run.mesh.device.type}",
+        "Layout": _layout(run),
+        "Strategy": _strategy(run),
+        "Precision": str(replica.policy),
+        "Output": str(run.folder),
+    }
+
+
+def _layout(run: Run) -> str:
+    """Where a replica lives, and what its workers are to send each other in a step."""
+    placed = run.replica.placed
+    sent = placed.cost(run.replica.turns, shape_of(run.batches.at(run.progress.step).micro_batch(0)))
+    return f"{placed}" + (f", {sent / 1e6:,.3g} MB sent by each within it in a step" if sent else "")
+
+
+def _strategy(run: Run) -> str:
+    """How replicas agree, and what it is expected to cost a step; the summary tells what was really sent."""
+    options = run.config.strategy
+    cost = run.sync_cost
+    words = [options.name, *(["exact"] if run.config.train.exact else [])]
+    words += [f"codec {options.codec}"] if options.codec != "none" else []
+    words += [f"{cost.sent / 1e6:,.3g} MB sent by each worker in an average step"]
+    words += [f"{cost.held / 1e6:,.3g} MB held for it"] if cost.held else []
+    words += [f"up to {cost.staleness} steps stale"] if cost.staleness else []
+    return ", ".join(words)
+
+
+def _trainable(run: Run) -> int:
+    pieces = run.replica.placed.pieces
+    return sum(piece.shape.numel() for piece in pieces if piece.source.requires_grad)
+
+
+def _summary(run: Run, metrics: dict[str, float]) -> dict[str, Any]:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return {
+        "steps": run.progress.step,
+        "tokens": run.progress.tokens,
+        **metrics,
+        "seconds": run.progress.seconds,
+        "tokens_per_second": run.progress.tokens / max(run.progress.seconds, 1e-9),
+        "workers": run.mesh.world_size,
+        "cpu_seconds_per_worker": usage.ru_utime + usage.ru_stime,
+        "bytes_sent_per_worker": run.bytes_sent,
+        "peak_rss_gib_per_worker": peak_rss_gib(),
+        "skipped_steps": run.progress.nonfinite_total,
+        "parameters": _trainable(run),
+        "strategy": run.config.strategy.name,
+        "precision": run.replica.policy.name,
+        "seed": run.config.train.seed,
+    } | ({"memory": run.memory} if run.memory else {})
+
+
+def _finish_folder(run: Run, resolved: Resolved, place: RunFolder, summary: dict[str, Any]) -> None:
+    """Export, and write the summary: it marks the run as finished. What is only to be seen comes after that."""
+    for optimizer in run.replica.optimizers:
+        optimizer.state.clear()  # it is saved, and the export wants room
+    model = None if run.is_cut else run.replica.model  # this rank alone never makes a cut one whole
+    chosen = {key: origin for key, origin in resolved.origins.items() if origin != "default"}
+    settings = {key: _setting(resolved, key) for key in ("model.name", "data.path", *chosen)}
+    last = run.folder / f"checkpoint-{run.progress.step}"
+    policy = run.replica.policy
+    plain = model if policy.linear == policy.compute else None  # what rounds its products has other logits
+    aside = place.aside("final")
+    run.task.export(last, aside, {**summary, "Settings": settings}, plain)
+    place.put(aside, "final")
+    (run.folder / SUMMARY).write_text(json.dumps(summary, indent=1))
+    if model is not None:
+        _show_sample(run, model)
+    facts = {
+        "Steps": summary["steps"],
+        "Tokens": summary["tokens"],
+        "Time": f"{duration(summary['seconds'])}, {summary['tokens_per_second']:,.0f} tokens per second",
+        "Processor time": f"{duration(summary['cpu_seconds_per_worker'])} of each worker",
+        "Peak memory": f"{summary['peak_rss_gib_per_worker']:.2f} GiB of each worker",
+        "Sent": f"{summary['bytes_sent_per_worker'] / 1e6:,.1f} MB by each worker",
+        **{name: shown_number(value) for name, value in summary.items() if name.startswith("eval/")},
+        "Model": str(run.folder / "final"),
+        **({"A sample of text": f"shoal generate {run.folder} --prompt ..."} if model is None else {}),
+    }
+    run.screen.banner("Finished", facts)
+    if run.memory:
+        run.screen.banner(
+            "Memory of worker 0 at the peak of a step", _shown_memory(run.memory, run.mesh.device)
+        )
+
+
+def _show_sample(run: Run, model: Any) -> None:
+    try:
+        sample = run.task.example(model)
+    except Exception as error:  # of whatever kind: the run is done, and well
+        run.screen.say(f"there is no sample of text: {described(error)}")
+        return
+    if sample:
+        run.screen.say(f"***** A sample of generated text *****\n{sample}\n*****")
+
+
+def _shown_memory(memory: Memory, device: torch.device) -> dict[str, str]:
+    """The report as lines: what tensors held, what arithmetic has for it, and what the process had beside them."""
+    lines, total = {}, 0
+    for part, each in memory.items():
+        measured, formula = each["bytes"] or 0, each["formula"]
+        total += measured
+        lines[part] = f"{measured / MIB:,.2f} MiB" + (f", by formula {formula / MIB:,.2f}" if formula else "")
+    most = torch.cuda.max_memory_reserved() if device.type == "cuda" else peak_rss_gib() * GIB
+    return lines | {
+        "all tensors": f"{total / MIB:,.2f} MiB",
+        "beside them": f"{(most - total) / MIB:,.0f} MiB: the program, its libraries, and what the allocator keeps",
+    }
+
+
+def _setting(resolved: Resolved, key: str) -> Any:
+    section, field = key.split(".", 1)
+    return getattr(getattr(resolved.config, section), field)

@@ -12,7 +12,7 @@ from laws.worlds import first_difference, run_of
 from torch import nn
 
 from shoal.config import ModelConfig
-from shoal.models import on_disk
+from shoal.models import on_disk as disk
 from shoal.models.loading import load
 from shoal.models.on_disk import cast, into_memory, is_on_disk, on_disk
 from shoal.wire.mesh import Mesh
@@ -32,7 +32,7 @@ def test_random_weights_are_those_of_a_model_in_memory(name: str, tmp_path: Path
     for (each, p), (other, q) in zip(held.named_parameters(), plain.named_parameters(), strict=True):
         assert each == other
         assert torch.equal(p, q), each
-        assert is_on_disk(p) == (p.nbytes > on_disk.SMALL), each
+        assert is_on_disk(p) == (p.nbytes > disk.SMALL), each
     assert any(is_on_disk(p) for p in held.parameters())
     assert not list(tmp_path.iterdir())
 
@@ -43,7 +43,7 @@ def test_stored_weights_are_those_of_a_model_in_memory(dtype: torch.dtype, tmp_p
     made.to(dtype).save_pretrained(tmp_path / "model")
     with on_disk(tmp_path):
         held = load(ModelConfig(name=str(tmp_path / "model")), **CHOSEN)
-    large = [p for p in held.parameters() if p.nbytes > on_disk.SMALL]
+    large = [p for p in held.parameters() if p.nbytes > disk.SMALL]
     assert large
     assert all(is_on_disk(p) for p in large)
     plain = load(ModelConfig(name=str(tmp_path / "model")), **CHOSEN)
@@ -65,7 +65,7 @@ def test_it_is_cast_on_disk_and_comes_into_memory(tmp_path: Path) -> None:
 
 def started(mesh: Mesh, task: ModelTask, **settings: Any) -> tuple[Any, list[str]]:
     """The pieces that a run starts with, and which of its tensors lie in a file still."""
-    on_disk.SMALL = 100
+    disk.SMALL = 100
     run = run_of(mesh, "allreduce", task, **settings)
     run.replica.placed.refresh()
     held = [p for p in run.replica.model.parameters() if is_on_disk(p)]

@@ -46,6 +46,26 @@ class Seconds:
 
 
 @dataclass
+class Step:
+    """One step on this rank: what `Replica.gradients` found, and what became of it."""
+
+    number: int
+    labels: int  # of the step, over all ranks
+    own_labels: int  # of these, the ones of this replica
+    losses: Tensor  # float64 [V]: the summed loss of each micro-batch, zero where others report it
+    divisor: float = 1.0  # of the summed gradients, where losses were not divided by the labels before
+    seconds: Seconds = field(default_factory=Seconds)
+    grad_norm: float = 0.0
+    learning_rate: float = 0.0
+    skipped: bool = False  # nothing was updated: the gradient was not finite
+
+    @property
+    def own_fraction(self) -> float:
+        """The part of the step's labels that are this replica's."""
+        return self.own_labels / max(1, self.labels)
+
+
+@dataclass
 class Replica:
     """A model with its gradients in buckets and its optimizers. `gradients` and `update` are the only doors."""
 
@@ -61,18 +81,12 @@ class Replica:
     max_grad_norm: float
     shares: Shares
     normalize: bool = False  # update by the direction of the gradient alone
-    seconds: Seconds = field(default_factory=Seconds)
-    grad_norm: float = 0.0
-    learning_rate: float = 0.0
-    skipped: bool = False  # the last step, whose gradient was not finite
     nonfinite_steps: int = 0  # in a row, without those that a lower loss scale may have saved
-    labels: float = 1  # what the summed gradients are still to be divided by
-    step: int = 0  # whose gradients are being taken, or were last
-    step_labels: int = 0  # the labels of that step over all ranks
-    own_labels: int = 0  # of these, the ones of this replica
+    now: int = 0  # the number of the step whose gradients are being computed, or were last
 
     def __post_init__(self) -> None:
         self.scaler = Scaler(self.policy)
+        self._shares_before_pause: Shares | None = None
 
     @property
     def turns(self) -> int:
@@ -94,10 +108,9 @@ class Replica:
         """The optimizers' state, named by parameter."""
         return NamedState(self.optimizers, named(self.updated))
 
-    def gradients(self, batch: Batch) -> Tensor:
+    def gradients(self, batch: Batch) -> Step:
         """Forward and backward over this rank's share of `batch`, into the buckets.
 
-        Returns the summed loss of each micro-batch of the step, float64 [V], zero where others report it.
         Each loss is divided by the labels of the whole step, so the gradients only need to be added up.
         Dropout is seeded by (seed, step, micro-batch). Buckets are announced during the last backward pass. The
         teams of an island take equally many turns: who has no micro-batch left takes one without samples.
@@ -106,15 +119,16 @@ class Replica:
         share = self.shares.of(self.island.team)
         together = [self.shares.of(team) for team in self.island.teams]
         of_island = batch.ids[together[0].start : together[-1].stop]
-        self.step, self.step_labels = batch.step, batch.labels
-        self.own_labels = int(batch.samples.label_counts(of_island).sum())
+        own_labels = int(batch.samples.label_counts(of_island).sum())
+        step = Step(batch.step, batch.labels, own_labels, losses)
+        self.now = batch.step
         numbers = [share.start + turn if turn < len(share) else None for turn in range(self.turns)]
         turns = [[v] for v in numbers] if self.placed.one_by_one else [numbers]
         self.placed.refresh()
         for turn in turns:
             started = time.perf_counter()
             taken = [self._micro_batch(batch, v) for v in turn]
-            self.seconds.data += time.perf_counter() - started
+            step.seconds.data += time.perf_counter() - started
 
             started, waited = time.perf_counter(), self.placed.waited()
             last = turn is turns[-1]
@@ -128,9 +142,9 @@ class Replica:
                     losses[v] = loss
             self.buckets.end()
             waited = self.placed.waited() - waited
-            self.seconds.compute += time.perf_counter() - started - waited
-            self.seconds.communication += waited
-        return losses
+            step.seconds.compute += time.perf_counter() - started - waited
+            step.seconds.communication += waited
+        return step
 
     def _micro_batch(self, batch: Batch, v: int | None) -> MicroBatch:
         taken = batch.nothing() if v is None else batch.micro_batch(v)
@@ -140,20 +154,19 @@ class Replica:
     def _arithmetic(self) -> AbstractContextManager[object]:
         return self.policy.autocast(self.device)
 
-    def update(self, step: int) -> None:
+    def update(self, step: Step, fraction: float = 1.0) -> None:
         """Clip the summed gradients by their one global norm, set the rate of `step`, and step the optimizers.
 
+        Gradients are first divided by the step's divisor times `fraction`: the part of the step that they are of.
         A norm that is not finite leaves everything as it was. Every rank knows the same norm and so decides alike.
         """
         started = time.perf_counter()
-        if self.labels != 1:
+        if (divisor := step.divisor * fraction) != 1:
             for bucket in self.buckets:
-                bucket.flat.div_(self.labels)
-            self.labels = 1
+                bucket.flat.div_(divisor)
         grads = [p.grad for _, p in self.params if p.grad is not None]
         norm = self.island.norm(get_total_norm(grads))
-        self.learning_rate = self.schedule(step)
-        if self.judge(norm.item()):
+        if self.judge(step, norm.item()):
             if self.normalize:
                 for bucket in self.buckets:
                     bucket.flat.div_(norm + TINY)
@@ -161,16 +174,36 @@ class Replica:
                 clip_grads_with_norm_([p for _, p in self.params], self.max_grad_norm, norm)
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = self.learning_rate
+                    group["lr"] = step.learning_rate
                 optimizer.step()
-        self.seconds.optimizer += time.perf_counter() - started
+        step.seconds.optimizer += time.perf_counter() - started
 
-    def judge(self, norm: float) -> bool:
-        """Whether to take the step whose gradient has this global norm: it is finite. The loss scale follows."""
-        self.grad_norm, self.skipped = norm, not math.isfinite(norm)
-        can_lower = self.scaler.update(finite=not self.skipped)
-        if not self.skipped:
+    def judge(self, step: Step, norm: float) -> bool:
+        """Whether to take `step`, whose gradient has this global norm: it is finite. The loss scale follows.
+
+        Whoever updates the parameters elsewhere calls it in place of `update`.
+        """
+        step.learning_rate = self.schedule(step.number)
+        step.grad_norm, step.skipped = norm, not math.isfinite(norm)
+        can_lower = self.scaler.update(finite=not step.skipped)
+        if not step.skipped:
             self.nonfinite_steps = 0
         elif not can_lower:
             self.nonfinite_steps += 1
-        return not self.skipped
+        return not step.skipped
+
+    def replace_optimizers(self, made: list[torch.optim.Optimizer]) -> None:
+        """Have a strategy's own optimizers update the parameters, by gradients that are not clipped."""
+        self.optimizers, self.max_grad_norm = made, 0.0
+
+    def pause(self) -> None:
+        """Compute no micro-batch until `resume`."""
+        if self._shares_before_pause is None:
+            self._shares_before_pause = self.shares
+            counts = [0 if team == self.island.team else c for team, c in enumerate(self.shares.counts)]
+            self.shares = Shares(counts)
+
+    def resume(self) -> None:
+        """Compute the share from before `pause` again."""
+        if self._shares_before_pause is not None:
+            self.shares, self._shares_before_pause = self._shares_before_pause, None

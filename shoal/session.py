@@ -17,7 +17,7 @@ from shoal.engines.environment import is_worker, placement, threads_of
 from shoal.errors import UserError
 from shoal.layouts import replicated
 from shoal.layouts.base import PlacedModel
-from shoal.replica import Replica
+from shoal.replica import Replica, Step
 from shoal.shares import equal
 from shoal.sync.allreduce import AllReduce
 from shoal.tensors import precision
@@ -150,10 +150,13 @@ class Session:
 
     def step(self) -> float:
         """Average over the labels of all workers, clip, update; returns the mean loss a label of the whole step."""
+        own_labels = int(self._sums[1])
         loss, labels = self.wire.sum(self._sums).tolist()
         self._sums.zero_()
-        self._replica.labels = max(1, int(labels))
-        self._sync.step(self._replica, self.progress.step)
+        losses = torch.zeros(0, dtype=torch.float64)  # each micro-batch's is the caller's
+        divisor = max(1, int(labels))
+        step = Step(self.progress.step, int(labels), own_labels, losses, divisor)
+        self._sync.step(self._replica, step)
         self.progress.step += 1
         self.progress.tokens += int(labels)
         return float(loss / max(1.0, labels))

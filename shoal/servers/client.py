@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from shoal.optim.optimizers import NamedParams
-from shoal.replica import Replica
+from shoal.replica import Step
 from shoal.servers.core import END
 from shoal.servers.host import NOTHING
 from shoal.servers.links import Link
@@ -52,18 +52,18 @@ class Servers:
             clip(link.gradient, norm, max_norm)
 
     def exchange(
-        self, replica: Replica, step: int, needed: int, told: Tensor = NOTHING, *, skip: bool = False
+        self, step: Step, needed: int, told: Tensor = NOTHING, *, skip: bool = False
     ) -> Callable[[], Reply]:
         """What pushes the gradients that were taken and pulls, when it is called; as `push` and `pull` at once.
 
         With `skip` the step is counted, and nothing is pushed. A server that clips must be the only one.
         """
-        requests = self._pushes(Kind.SKIP if skip else Kind.EXCHANGE, replica, step, needed, told)
+        requests = self._pushes(Kind.SKIP if skip else Kind.EXCHANGE, step, needed, told)
         return lambda: self._ask(requests, told)
 
-    def push(self, replica: Replica, step: int, told: Tensor = NOTHING) -> Reply:
+    def push(self, step: Step, told: Tensor = NOTHING) -> Reply:
         """Push the gradients that were taken, which were made of the replica's parameters."""
-        return self._ask(self._pushes(Kind.PUSH, replica, step, 0, told), told)
+        return self._ask(self._pushes(Kind.PUSH, step, 0, told), told)
 
     def pull(self, needed: int, norm: float = NAN) -> Reply:
         """Fetch the parameters, once they contain every worker's steps before `needed`."""
@@ -97,11 +97,11 @@ class Servers:
     def _firsts(self) -> list[bool]:
         return [link is self.links[0] for link in self.links]
 
-    def _pushes(self, kind: Kind, replica: Replica, step: int, needed: int, told: Tensor) -> list[Request]:
+    def _pushes(self, kind: Kind, step: Step, needed: int, told: Tensor) -> list[Request]:
         return [
             Request(
-                kind, self.worker, step, needed, version,
-                replica.own_labels, replica.step_labels, told.numel() if first else 0,
+                kind, self.worker, step.number, needed, version,
+                step.own_labels, step.labels, told.numel() if first else 0,
             )
             for version, first in zip(self.versions, self._firsts(), strict=True)
         ]  # fmt: skip

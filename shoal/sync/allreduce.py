@@ -9,7 +9,7 @@ from shoal.codecs.exchange import Exchange, Sum
 from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
 from shoal.optim.optimizers import OneBitAdam
-from shoal.replica import TINY, Replica
+from shoal.replica import TINY, Replica, Step
 from shoal.sync.base import State, Sync
 from shoal.sync.exact import start_exact_sum
 from shoal.tensors.buckets import Bucket
@@ -45,17 +45,17 @@ class AllReduce(Sync):
             if isinstance(optimizer, OneBitAdam):
                 optimizer.is_momentum = lambda: self.exchange.encodes
 
-    def step(self, replica: Replica, step: int) -> None:
+    def step(self, replica: Replica, step: Step) -> None:
         """Wait for the sums, then update."""
         started = time.perf_counter()
         if self.changes_own:
-            self._change_own(replica)
+            self._change_own(replica, step)
             for bucket in self.keys:
                 self._start(bucket)
         for work in [finish() for finish in self.pending]:
             work.wait()
         self.pending.clear()
-        replica.seconds.communication += time.perf_counter() - started
+        step.seconds.communication += time.perf_counter() - started
         replica.update(step)
 
     def state_dict(self) -> State:
@@ -75,11 +75,10 @@ class AllReduce(Sync):
     def _start(self, bucket: Bucket) -> None:
         self.pending.append(self.exchange.start_sum(self.keys[bucket], bucket.flat, bucket.shapes))
 
-    def _change_own(self, replica: Replica) -> None:
+    def _change_own(self, replica: Replica, step: Step) -> None:
         """Clip or normalise this rank's gradient a label by its own norm. Not the same as doing so to the sum."""
-        fraction = replica.own_labels / max(1, replica.step_labels)
         own = torch.stack([bucket.flat.norm() for bucket in replica.buckets]).norm()
-        norm = replica.island.norm(own) / (fraction or 1)
+        norm = replica.island.norm(own) / (step.own_fraction or 1)
         scale = 1 / (norm + TINY)
         if self.options.clip_each:
             scale = (self.options.clip_each * scale).clamp(max=1.0)

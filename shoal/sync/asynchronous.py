@@ -22,7 +22,7 @@ from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
 from shoal.optim import optimizers
 from shoal.optim.optimizers import NamedParams
-from shoal.replica import Replica
+from shoal.replica import Replica, Step
 from shoal.servers.delayed import DelayedNesterov
 from shoal.servers.host import NOTHING
 from shoal.servers.messages import Reply
@@ -78,6 +78,7 @@ class Async(Central):
         self.errand = Errand()
         self.told = NOTHING
         self.staleness = 0
+        self.rate = 0.0  # by which the last push was applied
         self.workers = wire.world_size
 
     @property
@@ -107,18 +108,19 @@ class Async(Central):
         groups = optimizers.decay_groups(params, self.config.train.weight_decay)
         return [DelayedNesterov(groups, 0.0, period=period, momentum=optimizers.MOMENTUM)]
 
-    def turn(self, replica: Replica, step: int) -> None:
+    def turn(self, replica: Replica, step: Step) -> None:
         """Send the gradients on their way; go on with what the push before brought back."""
-        arrived = self._settle(replica)
-        finite = self._take(replica)
-        needed = -1 if self.max_staleness is None else step + 1 + self.ahead - self.max_staleness
-        exchange = self.servers.exchange(replica, step, needed, self.told, skip=not finite)
+        arrived = self._settle()
+        finite = self._take(replica, step)
+        needed = -1 if self.max_staleness is None else step.number + 1 + self.ahead - self.max_staleness
+        exchange = self.servers.exchange(step, needed, self.told, skip=not finite)
         if arrived:
             self.servers.load()
         self.errand.start(exchange)
         if not self.ahead:
-            self._settle(replica)
+            self._settle()
             self.servers.load()
+        step.learning_rate = self.rate
 
     def agree(self, numbers: Tensor) -> Tensor:
         """What this rank knows, and what the others told with their last pushes: nobody waits."""
@@ -129,7 +131,7 @@ class Async(Central):
     @contextmanager
     def shared_model(self, replica: Replica) -> Iterator[None]:
         """The servers' parameters, once what is under way has arrived."""
-        self._settle(replica)
+        self._settle()
         with super().shared_model(replica):
             yield
 
@@ -139,7 +141,7 @@ class Async(Central):
 
     def finish(self, replica: Replica) -> None:
         """As every worker of servers, once what is under way has arrived."""
-        self._settle(replica)
+        self._settle()
         super().finish(replica)
 
     def tighten(self) -> str:
@@ -168,22 +170,21 @@ class Async(Central):
         backups = 3 * count * max(traffic.down) if config.strategy.delay_compensation else 0
         return replace(most, held=most.held + backups, staleness=count - 1 if bound is None else bound)
 
-    def _settle(self, replica: Replica) -> bool:
+    def _settle(self) -> bool:
         """Wait for what is under way; whether there was something."""
         if not self.errand.under_way:
             return False
         pushed = self.errand.wait()
         self.staleness, self.workers = pushed.staleness, pushed.workers
         self.max_staleness = pushed.bound if pushed.bound >= 0 else None
-        replica.learning_rate = pushed.rate
+        self.rate = pushed.rate
         return True
 
-    def _take(self, replica: Replica) -> bool:
+    def _take(self, replica: Replica, step: Step) -> bool:
         """The gradients, clipped by their own norm a label, for they are an update alone; whether they are finite."""
-        share = replica.own_labels / max(1, replica.step_labels)
         own = torch.tensor(self.servers.take(), dtype=torch.float64)
-        norm = replica.island.norm(own).item() / (share or 1.0)
-        finite = replica.judge(norm)
+        norm = replica.island.norm(own).item() / (step.own_fraction or 1.0)
+        finite = replica.judge(step, norm)
         if finite:
             self.servers.clip(norm, replica.max_grad_norm)
         return finite

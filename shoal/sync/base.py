@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
-from shoal.replica import Replica
+from shoal.replica import Replica, Step
 from shoal.wire.wire import Wire
 
 State = dict[str, Tensor]
@@ -57,7 +57,7 @@ class Sync(ABC):
         """Once, before the first step: listen to the replica's buckets, take copies."""
 
     @abstractmethod
-    def step(self, replica: Replica, step: int) -> None:
+    def step(self, replica: Replica, step: Step) -> None:
         """After the gradients of `step`: exchange what the strategy exchanges, and update the replica."""
 
     def agree(self, numbers: Tensor) -> Tensor:

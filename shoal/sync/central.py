@@ -26,7 +26,7 @@ from shoal.cost import Cost, Sizes
 from shoal.errors import UserError
 from shoal.optim import optimizers
 from shoal.optim.optimizers import NamedParams
-from shoal.replica import Replica
+from shoal.replica import Replica, Step
 from shoal.servers.client import Servers
 from shoal.servers.connections import Line, approach
 from shoal.servers.core import ParameterServer, Policy
@@ -65,7 +65,7 @@ class Central(Sync):
         """A new policy of a server."""
 
     @abstractmethod
-    def turn(self, replica: Replica, step: int) -> None:
+    def turn(self, replica: Replica, step: Step) -> None:
         """Push the gradients of `step`, and have the replica hold parameters for the next."""
 
     def build(self, params: NamedParams) -> list[Optimizer]:
@@ -91,14 +91,14 @@ class Central(Sync):
         links = [self._link(s, params, visitor, f"{doors}/{s}") for s, params in enumerate(ranges)]
         self.servers = Servers(links, ranges, self.wire.rank)
 
-    def step(self, replica: Replica, step: int) -> None:
+    def step(self, replica: Replica, step: Step) -> None:
         """Let the servers begin, if this is the first one, and exchange."""
         if not self.begun:
-            self._begin(replica, step)
+            self._begin(replica, step.number)
         started = time.perf_counter()
         self.turn(replica, step)
-        self.done = step + 1
-        replica.seconds.communication += time.perf_counter() - started
+        self.done = step.number + 1
+        step.seconds.communication += time.perf_counter() - started
         self._count_bytes()
 
     def _count_bytes(self) -> None:

@@ -36,7 +36,7 @@ from torch.nn.utils import get_total_norm
 
 from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
-from shoal.replica import Replica
+from shoal.replica import Replica, Step
 from shoal.sync.base import State, Sync, mean_of
 from shoal.tensors.buckets import Bucket
 from shoal.wire.wire import Wire, Work
@@ -63,21 +63,21 @@ class DeMo(Sync):
             for optimizer in replica.optimizers
             for group in optimizer.param_groups
         ]
-        replica.optimizers = [torch.optim.SGD(groups, lr=replica.schedule(0))]
-        self.max_grad_norm, replica.max_grad_norm = replica.max_grad_norm, 0.0  # a sign is not to be clipped
+        self.max_grad_norm = replica.max_grad_norm
+        replica.replace_optimizers([torch.optim.SGD(groups, lr=replica.schedule(0))])
         self.momenta = [Momentum(bucket, self.decay, *self.cut) for bucket in replica.buckets]
         self.names = {p: name for name, p in replica.params}
 
-    def step(self, replica: Replica, step: int) -> None:
+    def step(self, replica: Replica, step: Step) -> None:
         """Share the momentum of each bucket, and descend along the signs of what all have shared."""
-        started, waited = time.perf_counter(), replica.seconds.communication
+        started, waited = time.perf_counter(), step.seconds.communication
         own = replica.island.norm(get_total_norm([bucket.flat for bucket in replica.buckets]))
         norm = self.wire.world_size * own.item()
         clip = min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm else 1.0
-        rate = replica.schedule(step) * self.wire.world_size * clip
+        rate = replica.schedule(step.number) * self.wire.world_size * clip
         gathers = [self._start_gather(momentum.add(rate)) for momentum in self.momenta]
         received = [
-            momentum.unpack(self._finish(replica, *gather))
+            momentum.unpack(self._finish(step, *gather))
             for momentum, gather in zip(self.momenta, gathers, strict=True)
         ]
         broken = sum(not values.isfinite().all() for values, _ in received)
@@ -88,10 +88,10 @@ class DeMo(Sync):
             else:
                 for _, part in momentum.bucket.parts(momentum.bucket.flat):
                     part.fill_(math.nan)  # the update sees it, and leaves everything as it was
-        waited = replica.seconds.communication - waited
-        replica.seconds.optimizer += time.perf_counter() - started - waited
+        waited = step.seconds.communication - waited
+        step.seconds.optimizer += time.perf_counter() - started - waited
         replica.update(step)
-        replica.grad_norm = norm
+        step.grad_norm = norm
 
     def state_dict(self) -> State:
         """The momentum, by parameter."""
@@ -116,10 +116,10 @@ class DeMo(Sync):
         whole = part.new_empty(self.wire.world_size * part.numel())
         return whole, self.wire.start_all_gather(whole, part)
 
-    def _finish(self, replica: Replica, whole: Tensor, work: Work) -> Tensor:
+    def _finish(self, step: Step, whole: Tensor, work: Work) -> Tensor:
         started = time.perf_counter()
         work.wait()
-        replica.seconds.communication += time.perf_counter() - started
+        step.seconds.communication += time.perf_counter() - started
         return whole.view(self.wire.world_size, -1)
 
 

@@ -44,7 +44,7 @@ from shoal.codecs import Subject
 from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
 from shoal.errors import choose
-from shoal.replica import Replica
+from shoal.replica import Replica, Step
 from shoal.sync.base import State, Sync
 from shoal.sync.copies import Copies, default_mixing, payload_bytes
 from shoal.sync.parameters import read, write
@@ -130,13 +130,13 @@ class Gossip(Sync):
         if self.overlaps:
             replica.buckets.on_begin = lambda: self._start(replica)
 
-    def step(self, replica: Replica, step: int) -> None:
+    def step(self, replica: Replica, step: Step) -> None:
         """Mix and update, or the other way round."""
         if self.overlaps:
-            self._mix(replica)
+            self._mix(replica, step)
         self._update(replica, step)
         if not self.overlaps:
-            self._mix(replica)
+            self._mix(replica, step)
 
     def agree(self, numbers: Tensor) -> Tensor:
         """The sum over the ranks that answer, each pair on its own: so that a dead one is found within the step."""
@@ -226,13 +226,13 @@ class Gossip(Sync):
                 flat.mul_(self.weight.item())
         return self._outbox
 
-    def _mix(self, replica: Replica) -> None:
+    def _mix(self, replica: Replica, step: Step) -> None:
         """Finish the exchange under way, or a whole one, and average: the replica holds z_i afterwards."""
         started = time.perf_counter()
         exchange = self.under_way or self._start(replica)
         self.under_way = None
         self.peers.wait(exchange.posted)
-        replica.seconds.communication += time.perf_counter() - started
+        step.seconds.communication += time.perf_counter() - started
         alive, matrix, rank = self.peers.alive, exchange.matrix, self.wire.rank
         letters = {peer: inbox for peer, inbox in exchange.inboxes.items() if peer in alive}
         heard = {peer: self.copies.hear(peer, x) if self.copies else x for peer, x in letters.items()}
@@ -281,12 +281,12 @@ class Gossip(Sync):
         norm = inverse**2 * sum(x.square().sum().item() for x in own)
         return float((sum(squares) / len(squares) / norm) ** 0.5) if squares and norm else 0.0
 
-    def _update(self, replica: Replica, step: int) -> None:
+    def _update(self, replica: Replica, step: Step) -> None:
         """Have the optimizer step x_i = w_i z_i."""
         weight = self.weight.item()
         _scale(replica, weight)
-        replica.labels = 1 / self.wire.world_size  # so that the mean of all follows the gradient of the step
-        replica.update(step)
+        # Divided by 1/N, so that the mean of all replicas follows the gradient of the step.
+        replica.update(step, 1 / self.wire.world_size)
         _scale(replica, 1 / weight)
 
 

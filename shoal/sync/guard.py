@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
-from shoal.replica import Replica
+from shoal.replica import Replica, Step
 from shoal.sync.allreduce import AllReduce
 from shoal.sync.base import State, Sync
 from shoal.sync.parameters import mean, write
@@ -53,13 +53,15 @@ class Guard(Sync):
         replica.buckets.on_begin, replica.buckets.on_complete = lambda: None, lambda bucket: None
         self.acting.attach(replica)
 
-    def step(self, replica: Replica, step: int) -> None:
+    def step(self, replica: Replica, step: Step) -> None:
         """The step of who trains now; after the last synchronous one the guarded strategy begins."""
         self.acting.step(replica, step)
-        if self.phase == SYNCHRONOUS and step + 1 >= self.options.guard_steps:
+        if self.phase == SYNCHRONOUS and step.number + 1 >= self.options.guard_steps:
             self.phase = GUARDED
             self.attach(replica)
-            self.say(f"guard: step {step + 1}: {self.options.name} begins, at a loss of {self.running:.4g}")
+            self.say(
+                f"guard: step {step.number + 1}: {self.options.name} begins, at a loss of {self.running:.4g}"
+            )
 
     def watch(self, loss: float) -> None:
         """Act where the loss has risen: tighten, or fall back."""

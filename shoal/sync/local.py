@@ -19,7 +19,7 @@ from shoal.codecs.exchange import Exchange, Finish
 from shoal.config import RunConfig
 from shoal.config.strategy import StrategyConfig
 from shoal.cost import Cost, Sizes
-from shoal.replica import Replica
+from shoal.replica import Replica, Step
 from shoal.sync.allreduce import AllReduce
 from shoal.sync.base import Changed, State, Sync
 from shoal.sync.outer import BlockMomentum, Elastic, Mean, Outer, SlowMo
@@ -110,24 +110,24 @@ class Local(Sync):
         """Have gradients sent while training is still synchronous, and remember where the replicas start from."""
         self.synchronous.attach(replica)
         send = replica.buckets.on_complete
-        replica.buckets.on_complete = lambda bucket: None if self._alone(replica.step) else send(bucket)
+        replica.buckets.on_complete = lambda bucket: None if self._alone(replica.now) else send(bucket)
         self._begin(replica)
 
-    def step(self, replica: Replica, step: int) -> None:
+    def step(self, replica: Replica, step: Step) -> None:
         """Update alone, and sync what is due."""
-        if not self._alone(step):
+        if not self._alone(step.number):
             self.synchronous.step(replica, step)
-            if self._alone(step + 1):
+            if self._alone(step.number + 1):
                 self._begin(replica)
             return
         update_alone(replica, step)
-        done = step + 1 - self.options.local_after
+        done = step.number + 1 - self.options.local_after
         started = time.perf_counter()
         if self.shared:
-            self._sync_shared(done, replica)
+            self._sync_shared(done, step)
         else:
-            self._average(done, replica)
-        replica.seconds.communication += time.perf_counter() - started
+            self._average(done, replica, step)
+        step.seconds.communication += time.perf_counter() - started
 
     def tighten(self) -> str | None:
         """Sync twice as often."""
@@ -227,10 +227,10 @@ class Local(Sync):
             mixing = self.options.mixing or 1.0
             self.shared = [Shared(bucket, self.outer(), mixing) for bucket in replica.buckets]
 
-    def _average(self, done: int, replica: Replica) -> None:
+    def _average(self, done: int, replica: Replica, step: Step) -> None:
         """Sync as the plain mean of the parameters, of all ranks or of this one's neighbours."""
         everyone = self.options.global_every is not None and done % self.options.global_every == 0
-        if not (self.period.due(done, replica.step_labels) or everyone):
+        if not (self.period.due(done, step.labels) or everyone):
             return
         wire = self.wire if everyone else self.neighbours
         before = wire.bytes_sent
@@ -242,14 +242,14 @@ class Local(Sync):
         if wire is not self.wire:
             self.wire.bytes_sent += wire.bytes_sent - before
 
-    def _sync_shared(self, done: int, replica: Replica) -> None:
+    def _sync_shared(self, done: int, step: Step) -> None:
         """Send the fragments that are due on their way, and take in those that arrive."""
         count = self.options.fragments
         for f in range(count):
             offset = f * (self.period.steps or 0) // count
             # A fragment may still be under way where the guard has shortened the period.
             under_way = any(journey.fragment == f for journey in self.travelling)
-            if self.period.due(done, replica.step_labels, offset) and not under_way:
+            if self.period.due(done, step.labels, offset) and not under_way:
                 self.travelling.append(self._start(f, done))
         for journey in self.travelling:
             if done < journey.arrives:
@@ -260,7 +260,7 @@ class Local(Sync):
             parts = [self.shared[i] for i in self._fragment(journey.fragment)]
             means = [delta.div_(self.wire.world_size) for delta in journey.deltas]
             for shared, delta in zip(parts, means, strict=True):
-                shared.settle(delta, replica.learning_rate)
+                shared.settle(delta, step.learning_rate)
 
     def _start(self, fragment: int, done: int) -> Journey:
         parts = [(i, self.shared[i]) for i in self._fragment(fragment)]
@@ -286,7 +286,6 @@ def _of_synchronous(state: State) -> State:
     return {n.removeprefix(SYNCHRONOUS): t for n, t in state.items() if n.startswith(SYNCHRONOUS)}
 
 
-def update_alone(replica: Replica, step: int) -> None:
+def update_alone(replica: Replica, step: Step) -> None:
     """The update of one replica by its own micro-batches: their gradients a label of their own."""
-    replica.labels = replica.own_labels / max(1, replica.step_labels) or 1
-    replica.update(step)
+    replica.update(step, step.own_fraction or 1)

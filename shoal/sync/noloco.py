@@ -25,7 +25,7 @@ from shoal.config import RunConfig
 from shoal.config.strategy import StrategyConfig
 from shoal.cost import Cost, Sizes
 from shoal.data.order import derive_seed
-from shoal.replica import Replica
+from shoal.replica import Step
 from shoal.sync.base import State, mean_of
 from shoal.sync.local import Local, period_of
 from shoal.sync.outer import BlockMomentum, Outer
@@ -79,16 +79,16 @@ class NoLoCo(Local):
         self.syncs = int(state["syncs"])
         return state
 
-    def _sync_shared(self, done: int, replica: Replica) -> None:
+    def _sync_shared(self, done: int, step: Step) -> None:
         """Meet the partner of this sync, if one is due, and take the outer step."""
-        if not self.period.due(done, replica.step_labels):
+        if not self.period.due(done, step.labels):
             return
         own = [torch.stack([shared.delta(), shared.flat]) for shared in self.shared]
         self.drift = apart([delta for delta, _ in own], [x for _, x in own])
         means = self._means_of_pair(own)
         for shared, (delta, centre) in zip(self.shared, means, strict=True):
             pull = (shared.flat - centre).mul_(GAMMA / shared.outer.rate)
-            shared.settle(delta + pull, replica.learning_rate)
+            shared.settle(delta + pull, step.learning_rate)
 
     def _means_of_pair(self, own: list[Tensor]) -> list[Tensor]:
         other = partner(self.wire.rank, self.wire.world_size, self.seed, self.syncs)

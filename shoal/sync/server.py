@@ -14,7 +14,7 @@ from torch import Tensor
 from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
 from shoal.errors import UserError
-from shoal.replica import Replica, Shares
+from shoal.replica import Replica, Step
 from shoal.servers.core import norm_of
 from shoal.servers.host import NOTHING
 from shoal.servers.merge import Merge, mean, median, trimmed_mean
@@ -37,7 +37,6 @@ class Server(Central):
         self.round = 0  # before which no step is taken any more
         self.late = 0
         self.told = NOTHING
-        self.shares: Shares | None = None  # those to go back to when this rank has caught up
 
     def policy(self, replica: Replica) -> Rounds:
         """Rounds; clipped, as everywhere, by the norm of the merged gradient."""
@@ -52,23 +51,24 @@ class Server(Central):
             max_norm=replica.max_grad_norm,
         )
 
-    def turn(self, replica: Replica, step: int) -> None:
+    def turn(self, replica: Replica, step: Step) -> None:
         """Push, hear of the norm, and pull what has become of it."""
-        if step >= self.round:
+        number = step.number
+        if number >= self.round:
             self.servers.take()
             if len(self.servers.links) == len(replica.island) == 1:
-                reply = self.servers.exchange(replica, step, step + 1, self.told)()
+                reply = self.servers.exchange(step, number + 1, self.told)()
                 norm = norm_of(reply.squares)
             else:  # the norm to clip by is that over all servers
-                own = norm_of(self.servers.push(replica, step, self.told).squares)
+                own = norm_of(self.servers.push(step, self.told).squares)
                 norm = replica.island.norm(torch.tensor(own, dtype=torch.float64)).item()
-                reply = self.servers.pull(step + 1, norm)
+                reply = self.servers.pull(number + 1, norm)
             self.round = reply.clock
             self.servers.load()
             self._note(replica, step, norm)
             if self.host is not None and self.options.quorum is None:  # all wait for the last one anyway
-                self.host.serve_all(step + 1)
-        self._catch_up(replica, step + 1)
+                self.host.serve_all(number + 1)
+        self._catch_up(replica, number + 1)
 
     def agree(self, numbers: Tensor) -> Tensor:
         """The sum over all ranks; with a quorum, what the others told with their last pushes."""
@@ -95,19 +95,15 @@ class Server(Central):
         """Of the rank that sends most: one with a server."""
         return Traffic.of(config, sizes).most(sizes.world_size)
 
-    def _note(self, replica: Replica, step: int, norm: float) -> None:
+    def _note(self, replica: Replica, step: Step, norm: float) -> None:
         if math.isnan(norm):
             self.late += 1
             return
-        replica.learning_rate = replica.schedule(step)
-        replica.judge(norm)
+        replica.judge(step, norm)
 
     def _catch_up(self, replica: Replica, step: int) -> None:
         """Compute nothing for steps that are over."""
-        behind = step < self.round
-        if behind and self.shares is None:
-            self.shares = replica.shares
-            counts = [0 if team == replica.island.team else c for team, c in enumerate(replica.shares.counts)]
-            replica.shares = Shares(counts)
-        elif not behind and self.shares is not None:
-            replica.shares, self.shares = self.shares, None
+        if step < self.round:
+            replica.pause()
+        else:
+            replica.resume()

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from shoal.errors import Preempted, ShoalError
+from shoal.replica import Step
 from shoal.training.recorder import Observer
 from shoal.training.run import Run
 
@@ -25,12 +25,12 @@ def train(run: Run, stop: Stop) -> dict[str, float]:
         for step in range(run.progress.step, run.total_steps):
             batch = run.batches.at(step)
             with observer.watching(step):
-                losses = run.replica.gradients(batch)
+                taken = run.replica.gradients(batch)
                 run.settle()  # a save in flight still reads the parameters until here
-                run.sync.step(run.replica, step)
-            tally = _agree(run, losses, stop())
-            observer.step(batch, tally.loss)
-            run.commit(batch, tally.loss)
+                run.sync.step(run.replica, taken)
+            tally = _agree(run, taken, stop())
+            observer.step(batch, taken, tally.loss)
+            run.commit(batch, taken, tally.loss)
             run.balance(tally.seconds)
             metrics = observer.evaluate(stop) if run.evaluation_due and not tally.stopping else {}
             stopping = tally.stopping or metrics is None
@@ -61,13 +61,14 @@ class Tally:
     stopping: bool
 
 
-def _agree(run: Run, losses: Tensor, stopping: bool) -> Tally:
+def _agree(run: Run, step: Step, stopping: bool) -> Tally:
     """One small sum tells every rank the same. The losses add up in the order of their micro-batches."""
+    losses = step.losses
     numbers = torch.zeros(len(losses) + run.mesh.teams + 2, dtype=torch.float64)
     numbers[: len(losses)] = losses
-    numbers[len(losses) + run.mesh.team] = run.replica.seconds.compute / run.mesh.size("team")
+    numbers[len(losses) + run.mesh.team] = step.seconds.compute / run.mesh.size("team")
     island = run.replica.island
-    numbers[-2:] = torch.tensor([run.replica.own_labels if island.is_first else 0, stopping])
+    numbers[-2:] = torch.tensor([step.own_labels if island.is_first else 0, stopping])
     numbers = run.agree(numbers)
     loss = numbers[: len(losses)].sum() / numbers[-2].clamp(min=1)
     return Tally(loss.item(), numbers[len(losses) : -2].tolist(), bool(numbers[-1] > 0))

@@ -16,7 +16,7 @@ from shoal.observe.ledger import Ledger
 from shoal.observe.memory import COPIES, Watch, parts_of, report
 from shoal.observe.trackers import MetricsFile, TensorBoard
 from shoal.optim import optimizers
-from shoal.replica import Seconds
+from shoal.replica import Step
 from shoal.training.run import Memory, Run
 
 
@@ -59,7 +59,7 @@ class Observer:
             yield
         self.run.memory = _memory(self.run, report(watch.peak, parts_of(replica, sync)))
 
-    def step(self, batch: Batch, loss: float) -> None:
+    def step(self, batch: Batch, taken: Step, loss: float) -> None:
         """Record a step that has been taken, before it is committed."""
         run, replica = self.run, self.run.replica
         if self.ledger is not None and not run.mesh.index("team"):
@@ -68,13 +68,13 @@ class Observer:
             _check_policy(run)
         now = time.perf_counter()
         run.progress.seconds += now - self.last
-        record = _record(run, batch, loss, now - self.last, run.bytes_sent - self.sent)
+        record = _record(run, batch, taken, loss, now - self.last, run.bytes_sent - self.sent)
         self.last, self.sent = now, run.bytes_sent
-        replica.seconds, run.checkpoints.stalled = Seconds(), 0.0
+        run.checkpoints.stalled = 0.0
         self._write(record)
         done = batch.step + 1
         run.screen.advance(done)
-        if replica.skipped:
+        if taken.skipped:
             now_at = f"; the loss scale is now {replica.scaler.scale:g}" if replica.scaler.dynamic else ""
             run.screen.say(f"step: {done} the gradient is not finite: nothing was updated{now_at}")
         if done % run.config.log.logging_steps == 0 or done in (self.first_step + 1, run.total_steps):
@@ -103,16 +103,16 @@ def peak_rss_gib() -> float:
     return peak / GIB * (1 if sys.platform == "darwin" else 1024)
 
 
-def _record(run: Run, batch: Batch, loss: float, seconds: float, sent: int) -> dict[str, Any]:
-    spent = run.replica.seconds
+def _record(run: Run, batch: Batch, taken: Step, loss: float, seconds: float, sent: int) -> dict[str, Any]:
+    spent = taken.seconds
     rate = batch.labels / seconds
     return {
         "step": batch.step + 1,
         "tokens": run.progress.tokens + batch.labels,
         "train/loss": loss,
-        "train/grad_norm": run.replica.grad_norm,
-        "train/learning_rate": run.replica.learning_rate,
-        "train/skipped_steps": run.progress.nonfinite_total + run.replica.skipped,
+        "train/grad_norm": taken.grad_norm,
+        "train/learning_rate": taken.learning_rate,
+        "train/skipped_steps": run.progress.nonfinite_total + taken.skipped,
         "perf/step_seconds": seconds,
         "perf/tokens_per_second": rate,
         "perf/tokens_per_second_per_device": rate / run.mesh.world_size,

@@ -14,7 +14,7 @@ from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
 from shoal.data.batches import Batch, Batches
 from shoal.observe.console import Screen
-from shoal.replica import Replica
+from shoal.replica import Replica, Step
 from shoal.sync import SYNCS, Sync
 from shoal.tasks import Task
 from shoal.tensors.tensor_files import Places
@@ -101,13 +101,13 @@ class Run:
         every = self.config.eval.eval_steps
         return bool(every) and self.progress.step % every == 0 and self.progress.step < self.total_steps
 
-    def commit(self, batch: Batch, loss: float) -> None:
+    def commit(self, batch: Batch, step: Step, loss: float) -> None:
         """Count a step as done, and tell the strategy how it went."""
         self.progress.step = batch.step + 1
         self.progress.position = batch.next_position
         self.progress.tokens += batch.labels
         self.progress.nonfinite_steps = self.replica.nonfinite_steps
-        self.progress.nonfinite_total += self.replica.skipped
+        self.progress.nonfinite_total += step.skipped
         self.progress.scaler = self.replica.scaler.state_dict()
         self.progress.shares = self.replica.shares.counts
         self.shared = None

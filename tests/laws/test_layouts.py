@@ -133,8 +133,8 @@ def sent_and_predicted(mesh: Mesh, task: RowsTask, **settings: Any) -> list[tupl
     for step in range(3):
         before = run.replica.placed.bytes_sent()
         batch = run.batches.at(step)
-        run.replica.gradients(batch)
-        run.sync.step(run.replica, step)
+        taken = run.replica.gradients(batch)
+        run.sync.step(run.replica, taken)
         predicted = run.replica.placed.cost(run.replica.turns, shape_of(batch.micro_batch(0)))
         found.append((run.replica.placed.bytes_sent() - before, predicted))
     return found

@@ -32,8 +32,8 @@ def train(mesh: Mesh, depth: int, limit: int, **settings: Any) -> int:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
     run = run_of(mesh, "allreduce", DeepTask(depth=depth), **settings)
     for step in range(2):
-        run.replica.gradients(run.batches.at(step))
-        run.sync.step(run.replica, step)
+        taken = run.replica.gradients(run.batches.at(step))
+        run.sync.step(run.replica, taken)
     return data_bytes()
 
 

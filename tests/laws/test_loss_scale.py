@@ -57,7 +57,7 @@ def scales(
     skipped: list[bool] = []
     held: list[Any] = []
     after(run, "commit", lambda *_: found.append(run.replica.scaler.scale))
-    after(run, "commit", lambda *_: skipped.append(run.replica.skipped))
+    after(run, "commit", lambda batch, taken, loss: skipped.append(taken.skipped))
     after(run, "commit", lambda *_: held.append(parameters(run)))
     train(run, lambda: False)
     assert run.progress.nonfinite_steps == 0

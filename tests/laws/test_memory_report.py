@@ -34,8 +34,8 @@ def reports(mesh: Mesh, folder: str, cases: list[dict[str, Any]]) -> list[Memory
             for step in range(2):
                 batch = run.batches.at(step)
                 with observer.watching(step):
-                    run.replica.gradients(batch)
-                    run.sync.step(run.replica, step)
+                    taken = run.replica.gradients(batch)
+                    run.sync.step(run.replica, taken)
         assert run.memory is not None
         found.append(run.memory)
     return found

@@ -150,8 +150,8 @@ def apart(mesh: Mesh, folder: str) -> tuple[bool, Memory]:
     with Observer(run) as observer:
         for step in range(2):
             with observer.watching(step):
-                run.replica.gradients(run.batches.at(step))
-                run.sync.step(run.replica, step)
+                taken = run.replica.gradients(run.batches.at(step))
+                run.sync.step(run.replica, taken)
     own = {p.untyped_storage().data_ptr() for _, p in run.replica.params}
     others = {piece.local.untyped_storage().data_ptr() for piece in run.replica.updated}
     assert run.memory is not None

@@ -104,8 +104,8 @@ def summed_over_many(mesh: Mesh, task: RowsTask, **settings: Any) -> Pieces:
     """The gradient of a step, as this rank hands it to the optimizer; what it sends for it is what is predicted."""
     run = of_many(mesh, task, precision="bf16-true", **settings)
     batch, placed, before = run.batches.at(0), run.replica.placed, run.replica.placed.bytes_sent()
-    run.replica.gradients(batch)
-    run.sync.step(run.replica, 0)
+    taken = run.replica.gradients(batch)
+    run.sync.step(run.replica, taken)
     predicted = placed.cost(run.replica.turns, shape_of(batch.micro_batch(0)))
     assert placed.bytes_sent() - before == predicted
     assert {bucket.flat.dtype for bucket in run.replica.buckets} == {torch.float32}

@@ -137,8 +137,8 @@ def bytes_of_a_period(mesh: Mesh, strategy: str, **settings: Any) -> Sent:
     run.wire.bytes_sent, before = 0, sent_by_this_process()
     period = STRATEGIES[strategy].period
     for step in range(period):
-        run.replica.gradients(run.batches.at(step))
-        run.sync.step(run.replica, step)
+        taken = run.replica.gradients(run.batches.at(step))
+        run.sync.step(run.replica, taken)
     run.sync.state_dict()  # what still travels has to arrive first
     counted, measured = run.wire.bytes_sent, sent_by_this_process() - before
     run.wire.barrier()

@@ -86,8 +86,8 @@ def finish_late(made: Mesh, late: int) -> int:
     settings = {"global_batch_size": 4, "per_device_train_batch_size": 2, "max_steps": 3}
     run = run_of(made, "async", TASK, **settings)
     for step in range(3):
-        run.replica.gradients(run.batches.at(step))
-        run.sync.step(run.replica, step)
+        taken = run.replica.gradients(run.batches.at(step))
+        run.sync.step(run.replica, taken)
     run.sync.finish(run.replica)
     return int(run.sync.servers.versions[0])
 

@@ -59,10 +59,10 @@ def as_array(tensor: torch.Tensor) -> np.ndarray:
 def gradient(run: Run, step: int = 0) -> tuple[Arrays, float]:
     """The gradients after the replicas have agreed on them, and the loss of the whole step."""
     batch = run.batches.at(step)
-    losses = run.replica.gradients(batch)
-    run.sync.step(run.replica, step)
+    taken = run.replica.gradients(batch)
+    run.sync.step(run.replica, taken)
     grads = {name: p.grad.numpy().copy() for name, p in run.replica.params}
-    return grads, run.wire.sum(losses).sum().item() / batch.labels
+    return grads, run.wire.sum(taken.losses).sum().item() / batch.labels
 
 
 def gradients(

@@ -55,13 +55,13 @@ def steps_of(
     run = run_of(mesh, strategy, task, **SETTINGS | settings)
     numbers, staleness, sent = [], [], []
     for step in range(run.total_steps):
-        run.replica.gradients(run.batches.at(step))
+        taken = run.replica.gradients(run.batches.at(step))
         if mesh.rank == killed and step == at:
             os.kill(os.getpid(), signal.SIGKILL)
         if held_up and step == at:
             _hold_up(mesh.rank, held_up)
         before = run.wire.bytes_sent
-        run.sync.step(run.replica, step)
+        run.sync.step(run.replica, taken)
         sent.append(run.wire.bytes_sent - before)
         numbers.append(run.sync.agree(torch.tensor([1.0, 0.0], dtype=torch.float64))[0].item())
         staleness.append(run.sync.metrics().get("sync/staleness", 0.0))

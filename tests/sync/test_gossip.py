@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from shoal.cost import Sizes
 from shoal.data.batches import Batches
+from shoal.replica import Step
 from shoal.sync.gossip import TOPOLOGIES, Gossip, mixing_matrix
 from shoal.training.run import Run
 from shoal.wire.mesh import Mesh
@@ -189,8 +190,8 @@ def trained(mesh: Mesh, cases: list[dict[str, Any]]) -> list[list[Arrays]]:
 
 
 def take(run: Run, step: int) -> None:
-    run.replica.gradients(run.batches.at(step))
-    run.sync.step(run.replica, step)
+    taken = run.replica.gradients(run.batches.at(step))
+    run.sync.step(run.replica, taken)
 
 
 EVERY = [(topology, optimizer) for topology in TOPOLOGIES for optimizer in OPTIMIZERS]
@@ -272,7 +273,7 @@ def mixed(mesh: Mesh, steps: int, averages: bool = False, **settings: Any) -> tu
     spread(run)
     history, weights = [vector(run)], [1.0]
     for step in range(steps):
-        run.sync.step(run.replica, step)
+        run.sync.step(run.replica, Step(step, 1, 1, torch.zeros(1)))
         history.append(vector(run))
         weights.append(run.sync.weight.item())
     return np.array(history), weights

@@ -22,8 +22,8 @@ from shoal.servers.messages import Kind, Request
 from shoal.servers.parcels import Parcels
 from shoal.servers.update_rules import Arrivals
 from shoal.wire.mesh import join
+from shoal.wire.pairs import Visitor
 from shoal.wire.rendezvous import Rendezvous
-from shoal.wire.wire import Visitor
 
 NUMEL = 1_000_000
 PARCELS = Parcels.plain(NUMEL, torch.float32)  # 4 MB

@@ -4,7 +4,7 @@ A codec is one file here, one line in `CODECS`, and its name in `shoal.config.st
 
 To add one: a class with `combine`, `encode`, `decode` and `nbytes` (see `shoal.codecs.base.Codec`), and a
 `biased` that says whether its error has to be fed back; in its docstring the update rule, its source, its bytes
-and its cost, and when to use it. `combine` decides how sums are formed (see `shoal.codecs.exchange`): a
+and its cost, and when to use it. `combine` decides how sums are formed (see `shoal.codecs.sums`): a
 "linear" one also has `rounds` and `round_bytes`. What it remembers goes into `state_dict`. Then a line in
 `CODECS` that makes one from the options, each option with the codec's own default where it is empty. The laws
 of tests/codecs/ run on every entry.

@@ -32,7 +32,7 @@ class Subject:
 class Codec(ABC):
     """Turns a flat tensor of floats into bytes, and back. What it remembers belongs to one tensor: make one for each.
 
-    `combine` says how a sum over the ranks is formed of what it encodes (see `shoal.codecs.exchange`):
+    `combine` says how a sum over the ranks is formed of what it encodes (see `shoal.codecs.sums`):
 
     - "dense": not encoded at all;
     - "chunks": every rank decodes and sums one chunk, and encodes the sum again. `encode` and `decode` then also take

@@ -25,7 +25,7 @@ from shoal.codecs.base import Codec, State, Subject
 from shoal.codecs.momentum import SharedMomentum
 from shoal.config import StrategyConfig
 from shoal.data.order import derive_seed
-from shoal.wire.wire import Wire, Work
+from shoal.wire.wire import Exchange, Wire
 
 
 class Channel:
@@ -46,7 +46,7 @@ class Channel:
         self.sums = 0
         self.encoded = False  # the last sum
 
-    def sum(self, tensor: Tensor, wire: Wire) -> Iterator[Work]:
+    def sum(self, tensor: Tensor, wire: Wire) -> Iterator[Exchange]:
         """Sum `tensor` in place: yields the exchanges as it starts them, and goes on when they are done."""
         encoded = self.encoded = self.sums >= self.warmup and self.codec.combine != "dense"
         self.sums += 1
@@ -106,7 +106,7 @@ class Channel:
         if self.momentum:
             self.momentum.momentum = state.get("momentum")
 
-    def _chunks(self, flat: Tensor, wire: Wire) -> Iterator[Work]:
+    def _chunks(self, flat: Tensor, wire: Wire) -> Iterator[Exchange]:
         assert self.server is not None
         sent = self.own.encode(flat)
         received = torch.empty_like(sent)
@@ -119,7 +119,7 @@ class Channel:
         yield wire.start_all_gather(whole, part)
         flat.copy_(self.own.decode(whole, self.numel))
 
-    def _gather(self, flat: Tensor, wire: Wire) -> Iterator[Work]:
+    def _gather(self, flat: Tensor, wire: Wire) -> Iterator[Exchange]:
         part = self.own.encode(flat)
         whole = part.new_empty(wire.world_size * part.numel())
         yield wire.start_all_gather(whole, part)
@@ -127,7 +127,7 @@ class Channel:
         for payload in whole.view(wire.world_size, -1):
             self.codec.add(payload, flat)
 
-    def _linear(self, flat: Tensor, wire: Wire) -> Iterator[Work]:
+    def _linear(self, flat: Tensor, wire: Wire) -> Iterator[Exchange]:
         for part in self.own.rounds(flat):
             yield wire.start_all_reduce(part)
 

@@ -8,12 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from shoal.errors import PeerLost
 from shoal.optim.optimizers import NamedParams
 from shoal.servers.connections import Line, describe, welcome
 from shoal.servers.core import END, Halted, ParameterServer, Push, norm_of
 from shoal.servers.messages import PULLS, PUSHES, Kind, Reply, Request
 from shoal.servers.parcels import Parcels
-from shoal.wire.wire import Bell, Door, Guest
+from shoal.wire.pairs import Bell, Door, Guest
 
 NOTHING = torch.empty(0, dtype=torch.float64)
 EMPTY = Reply(
@@ -150,7 +151,7 @@ class Host:
             self._changed.wait_for(lambda: not self.lines)
 
     def _stop_all(self, bell: Bell, more: int) -> None:
-        with suppress(ConnectionError, Halted):  # the run has ended
+        with suppress(PeerLost, Halted):  # the run has ended
             bell.wait()
             with self._changed:
                 self._wait(lambda: self._begun)
@@ -184,7 +185,7 @@ class Host:
 
     def _mind(self, door: Door, share_memory: bool) -> None:
         """Let in whoever comes, for as long as the process lives."""
-        with suppress(ConnectionError):  # the place to meet at is gone
+        with suppress(PeerLost):  # the place to meet at is gone
             while True:
                 args = (door.wait(), share_memory)
                 threading.Thread(target=self._attend, args=args, name=door.name, daemon=True).start()
@@ -203,8 +204,8 @@ class Host:
             while (request := Request.unpack(line.receive_header())).kind != Kind.LEAVE:
                 self._answer(request, line)
                 line.expect_payload()
-        except ConnectionError as error:
-            cause = str(error)
+        except PeerLost as error:
+            cause = error.how
         except Exception as error:  # nobody else would hear of it, and all would wait
             self._fail(f"the parameter server failed: {type(error).__name__}: {error}")
             raise
@@ -234,7 +235,7 @@ class Host:
             self.say(f"worker {worker} is back")
 
     def _answer(self, request: Request, line: Line) -> None:
-        """Do what a worker asks for. Raises ConnectionError."""
+        """Do what a worker asks for. Raises PeerLost."""
         told = line.receive_told(request.told)
         gradient, words = None, []
         still = lambda: words.extend(line.send(STILL_HERE.pack()))  # noqa: E731

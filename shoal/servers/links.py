@@ -8,12 +8,13 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
+from shoal.errors import PeerLost
 from shoal.servers.connections import Line
 from shoal.servers.core import Halted
 from shoal.servers.host import NOTHING, Host
 from shoal.servers.messages import PULLS, PUSHES, Kind, Reply, Request
 from shoal.servers.parcels import Parcels
-from shoal.wire.wire import Work
+from shoal.wire.pairs import Work
 
 
 class Link(ABC):
@@ -136,20 +137,20 @@ class Remote(Link):
             self._parcels.wrap(self._gradient, self._line.outgoing)
         try:
             self._send()
-        except ConnectionError:
+        except PeerLost:
             self._works = []  # shows again in `answer`, which makes a new line
 
     def answer(self) -> tuple[Reply, Tensor]:
         """As every link."""
         try:
             return self._receive()
-        except ConnectionError as error:
+        except PeerLost as error:
             try:
                 self._reconnect()
                 self._send()
                 return self._receive()
-            except ConnectionError:
-                raise Halted(f"{self._server} is gone: {error}") from error
+            except PeerLost:
+                raise Halted(f"{self._server} is gone: {error.how}") from error
 
     def state(self) -> dict[str, Tensor]:
         """As every link."""
@@ -159,7 +160,7 @@ class Remote(Link):
 
     def leave(self) -> None:
         """As every link."""
-        with suppress(ConnectionError):  # it has left before us
+        with suppress(PeerLost):  # it has left before us
             self._line.finish(self._line.send(Request(Kind.LEAVE, 0).pack()))
 
     def _send(self) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from shoal.codecs import Subject, make
-from shoal.codecs.exchange import Exchange, warm
+from shoal.codecs.sums import EncodedSums, warm
 from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
 from shoal.errors import UserError
@@ -35,7 +35,8 @@ from shoal.servers.links import Link, Local, Remote
 from shoal.servers.parcels import Parcels
 from shoal.servers.ranges import cut, runs
 from shoal.sync.base import State, Sync
-from shoal.wire.wire import Bell, Visitor, Wire
+from shoal.wire.pairs import Bell, Visitor
+from shoal.wire.wire import Wire
 
 CATCH_UP = 4  # the most steps that a worker takes, once all stop, to reach the foremost
 _DOORS = itertools.count()  # every rank attaches equally often, and so finds the same doors
@@ -53,7 +54,7 @@ class Central(Sync):
         self.count = min(servers, workers)
         self.config = config
         self.options = config.strategy
-        self.exchange = Exchange(self.options, wire, config.train.seed)
+        self.exchange = EncodedSums(self.options, wire, config.train.seed)
         self.host: Host | None = None
         self.begun = self.finished = False
         self.done = 0  # steps, by this worker
@@ -77,7 +78,7 @@ class Central(Sync):
         ranges = cut(replica.params, self.count)
         # Ranks that hold other pieces of a replica have servers of their own.
         number = next(_DOORS)
-        doors = f"servers/{number}/{replica.island.place}"
+        doors = f"servers/{number}/{replica.island.rank}"
         self.bell = Bell(f"stop/{number}")
         if self.wire.rank < len(ranges):
             params = ranges[self.wire.rank]
@@ -103,7 +104,7 @@ class Central(Sync):
 
     def _count_bytes(self) -> None:
         sent = self.servers.bytes_sent + (self.host.bytes_sent if self.host else 0)
-        self.wire.bytes_sent += sent - self._sent_before
+        self.wire.count(sent - self._sent_before)
         self._sent_before = sent
 
     def finish(self, replica: Replica) -> None:

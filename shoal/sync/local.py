@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from shoal.codecs.exchange import Exchange, Finish
+from shoal.codecs.sums import EncodedSums, Finish
 from shoal.config import RunConfig
 from shoal.config.strategy import StrategyConfig
 from shoal.cost import Cost, Sizes
@@ -101,7 +101,7 @@ class Local(Sync):
         self.period = period_of(self.options)
         self.halvings = 0  # of the period, when the guard asked for it
         self.synchronous = AllReduce(config, wire)
-        self.exchange = Exchange(self.options, wire, config.train.seed)
+        self.exchange = EncodedSums(self.options, wire, config.train.seed)
         self.neighbours = wire.neighbours(self.options.group_size) if self.options.group_size else wire
         self.shared: list[Shared] = []  # none where a sync is the plain mean of the parameters
         self.travelling: list[Journey] = []
@@ -189,8 +189,8 @@ class Local(Sync):
         """The parameters once in a period; for an outer rule they and its momentum are held."""
         every = period_of(config.strategy).steps or math.inf
         held = 2 * sizes.nbytes if cls.has_outer(config.strategy) else 0
-        held += Exchange.bytes_held(config.strategy, sizes)
-        sent = Exchange.bytes_sent(config.strategy, sizes) / every
+        held += EncodedSums.bytes_held(config.strategy, sizes)
+        sent = EncodedSums.bytes_sent(config.strategy, sizes) / every
         return Cost(sent=sent, held=held, staleness=config.strategy.overlap_steps or 0)
 
     @classmethod
@@ -233,14 +233,11 @@ class Local(Sync):
         if not (self.period.due(done, step.labels) or everyone):
             return
         wire = self.wire if everyone else self.neighbours
-        before = wire.bytes_sent
         means = mean(replica, wire)
         own = [read(bucket) for bucket in replica.buckets]
         self.drift = apart([a - b for a, b in zip(own, means, strict=True)], means)
         for bucket, flat in zip(replica.buckets, means, strict=True):
             write(bucket, flat)
-        if wire is not self.wire:
-            self.wire.bytes_sent += wire.bytes_sent - before
 
     def _sync_shared(self, done: int, step: Step) -> None:
         """Send the fragments that are due on their way, and take in those that arrive."""

@@ -7,10 +7,9 @@ import torch
 from cases import SHAPES, values
 from torch import Tensor
 
-from shoal.codecs.exchange import Exchange
+from shoal.codecs.sums import EncodedSums
 from shoal.config import StrategyConfig
 from shoal.wire.mesh import Mesh
-from shoal.wire.wire import Wire
 
 PADDING = 3.5
 NUMEL = 354
@@ -47,8 +46,8 @@ def sum_steps(
     poisoned: int | None = None,
 ) -> Summed:
     """Sum the gradients of each step, a tensor for each of `numels`, as a strategy does: start all, then end all."""
-    wire = Wire(mesh.group)
-    exchange = Exchange(options, wire)
+    wire = mesh.wire("world")
+    exchange = EncodedSums(options, wire)
     if states is not None:
         exchange.load_state_dict(states)
     sums, sent = [], []

@@ -11,19 +11,19 @@ from shoal.codecs.channel import Channel
 from shoal.config import StrategyConfig
 from shoal.cost import Sizes
 from shoal.data.order import derive_seed
-from shoal.wire.wire import Wire, Work
+from shoal.wire.wire import Exchange, Wire
 
 Shapes = Sequence[torch.Size]
 
 
-class Sum:
+class EncodedSum:
     """A sum on its way: `advance` ends one exchange and starts the next, `wait` ends them all."""
 
-    def __init__(self, exchanges: Iterator[Work]) -> None:
+    def __init__(self, exchanges: Iterator[Exchange]) -> None:
         self._exchanges = exchanges
         self._work = next(exchanges, None)
 
-    def advance(self) -> "Sum":
+    def advance(self) -> "EncodedSum":
         """Wait for the exchange that was started, and start the one that needs it."""
         if self._work is not None:
             self._work.wait()
@@ -36,10 +36,10 @@ class Sum:
             self.advance()
 
 
-Finish = Callable[[], Sum]
+Finish = Callable[[], EncodedSum]
 
 
-class Exchange:
+class EncodedSums:
     """The sums of one strategy. Each tensor has a key, by which its codecs remember it from one sum to the next."""
 
     def __init__(self, options: StrategyConfig, wire: Wire, seed: int = 0) -> None:
@@ -61,7 +61,7 @@ class Exchange:
             channel = Channel(self.options, self._subject(key, tensor, shapes), self.wire.world_size)
             self._channels[key] = channel
             channel.load_state_dict(self._take(key, tensor.device))
-        return Sum(self._channels[key].sum(tensor, self.wire)).advance
+        return EncodedSum(self._channels[key].sum(tensor, self.wire)).advance
 
     def rounds(self, key: str) -> int:
         """How many exchanges the last sum of `key` takes, each of which needs the one before."""

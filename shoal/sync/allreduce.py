@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from shoal.codecs.exchange import Exchange, Sum
+from shoal.codecs.sums import EncodedSum, EncodedSums
 from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
 from shoal.optim.optimizers import OneBitAdam
@@ -27,9 +27,9 @@ class AllReduce(Sync):
     def __init__(self, config: RunConfig, wire: Wire) -> None:
         super().__init__(config, wire)
         self.options = config.strategy
-        self.exchange = Exchange(self.options, wire, config.train.seed)
+        self.exchange = EncodedSums(self.options, wire, config.train.seed)
         self.keys: dict[Bucket, str] = {}  # the names of the buckets
-        self.pending: list[Callable[[], Work | Sum]] = []  # called, each waits for its first exchange
+        self.pending: list[Callable[[], Work | EncodedSum]] = []  # called, each waits for its first exchange
         self.changes_own = bool(self.options.clip_each) or self.options.normalize == "each"
 
     def attach(self, replica: Replica) -> None:
@@ -70,7 +70,7 @@ class AllReduce(Sync):
     def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
         """The gradients, encoded; uncoded and in exact mode a reduce-scatter and an all-gather of them."""
         options = config.strategy
-        return Cost(Exchange.bytes_sent(options, sizes), Exchange.bytes_held(options, sizes))
+        return Cost(EncodedSums.bytes_sent(options, sizes), EncodedSums.bytes_held(options, sizes))
 
     def _start(self, bucket: Bucket) -> None:
         self.pending.append(self.exchange.start_sum(self.keys[bucket], bucket.flat, bucket.shapes))

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from shoal.codecs import Subject, make
-from shoal.codecs.exchange import Exchange, warm
+from shoal.codecs.sums import EncodedSums, warm
 from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
 from shoal.errors import UserError
@@ -53,7 +53,7 @@ class Central(Sync):
         self.count = min(servers, workers)
         self.config = config
         self.options = config.strategy
-        self.exchange = Exchange(self.options, wire, config.train.seed)
+        self.exchange = EncodedSums(self.options, wire, config.train.seed)
         self.host: Host | None = None
         self.begun = self.finished = False
         self.done = 0  # steps, by this worker

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from shoal.codecs.exchange import Exchange, Finish
+from shoal.codecs.sums import Advance, EncodedSums
 from shoal.config import RunConfig
 from shoal.config.strategy import StrategyConfig
 from shoal.cost import Cost, Sizes
@@ -68,7 +68,7 @@ class Journey:
     departs: int
     arrives: int
     deltas: list[Tensor]
-    finish: list[Finish]
+    finish: list[Advance]
     rounds: list[int]
 
     def travel(self, done: int) -> None:
@@ -101,7 +101,7 @@ class Local(Sync):
         self.period = period_of(self.options)
         self.halvings = 0  # of the period, when the guard asked for it
         self.synchronous = AllReduce(config, wire)
-        self.exchange = Exchange(self.options, wire, config.train.seed)
+        self.exchange = EncodedSums(self.options, wire, config.train.seed)
         self.neighbours = wire.neighbours(self.options.group_size) if self.options.group_size else wire
         self.shared: list[Shared] = []  # none where a sync is the plain mean of the parameters
         self.travelling: list[Journey] = []
@@ -189,8 +189,8 @@ class Local(Sync):
         """The parameters once in a period; for an outer rule they and its momentum are held."""
         every = period_of(config.strategy).steps or math.inf
         held = 2 * sizes.nbytes if cls.has_outer(config.strategy) else 0
-        held += Exchange.bytes_held(config.strategy, sizes)
-        sent = Exchange.bytes_sent(config.strategy, sizes) / every
+        held += EncodedSums.bytes_held(config.strategy, sizes)
+        sent = EncodedSums.bytes_sent(config.strategy, sizes) / every
         return Cost(sent=sent, held=held, staleness=config.strategy.overlap_steps or 0)
 
     @classmethod

@@ -8,7 +8,7 @@ from cases import values
 from laws.pool import Pool
 from torch import Tensor
 
-from shoal.codecs.exchange import Exchange
+from shoal.codecs.sums import EncodedSums
 from shoal.config import StrategyConfig
 from shoal.wire.mesh import Mesh
 from shoal.wire.wire import Wire
@@ -43,7 +43,7 @@ def both(mesh: Mesh, rank: int) -> float:
     from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as torchs
 
     state = torchs.PowerSGDState(mesh.group, rank, start_powerSGD_iter=EXACT, random_seed=3)
-    exchange = Exchange(StrategyConfig(codec="powersgd", rank=rank), Wire(mesh.group))
+    exchange = EncodedSums(StrategyConfig(codec="powersgd", rank=rank), Wire(mesh.group))
     worst = 0.0
     for step in range(STEPS):
         own = values(NUMEL, step, mesh.rank)

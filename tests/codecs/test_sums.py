@@ -13,7 +13,7 @@ from sums import NUMEL, Summed, gradient, many, shapes_of, sum_steps, waiting
 
 from shoal.codecs import build
 from shoal.codecs.channel import Channel
-from shoal.codecs.exchange import Exchange, refit
+from shoal.codecs.sums import EncodedSums, refit
 from shoal.cost import Sizes
 from shoal.wire.mesh import Mesh
 from shoal.wire.wire import Wire
@@ -59,15 +59,15 @@ def test_all_ranks_end_in_the_same_bits(summed: Any, ranks: int, dtype: torch.dt
 def test_the_bytes_are_those_predicted(summed: Any, ranks: int) -> None:
     sizes = Sizes(tuple(shapes_of(NUMEL)), ranks, itemsize=8)
     for case, on_ranks in summed(ranks).items():
-        dense = Exchange.bytes_sent(options_of("none"), sizes)
+        dense = EncodedSums.bytes_sent(options_of("none"), sizes)
         for found in on_ranks:
             for step in STEPS[CASES[case].codec_warmup :]:
                 padding = found.sent[step] - dense if CASES[case].codec == "none" else 0
-                assert found.sent[step] - padding == Exchange.bytes_sent(CASES[case], sizes), case
+                assert found.sent[step] - padding == EncodedSums.bytes_sent(CASES[case], sizes), case
                 assert 0 <= padding <= 2 * 2 * 8
         channel = Channel(CASES[case], subject(), ranks)
         held = sum(t.nbytes for t in found.state.values() if t.is_floating_point())
-        assert held == Exchange.bytes_held(CASES[case], sizes) == channel.held(), case
+        assert held == EncodedSums.bytes_held(CASES[case], sizes) == channel.held(), case
 
 
 @worlds
@@ -177,7 +177,7 @@ def test_sizes_that_divide_by_nothing(pool: Pool, ranks: int) -> None:
     found = pool.world(ranks, many, cases)
     for i, (case, options) in enumerate(CASES.items()):
         predicted = [
-            Exchange.bytes_sent(options, Sizes(tuple(shapes_of(n)), ranks, itemsize=8)) for n in numels
+            EncodedSums.bytes_sent(options, Sizes(tuple(shapes_of(n)), ranks, itemsize=8)) for n in numels
         ]
         for step in range(2):
             assert all(torch.equal(found[0][i].sums[step], each[i].sums[step]) for each in found), case
@@ -213,6 +213,20 @@ def test_interrupted_is_uninterrupted(pool: Pool, summed: Any) -> None:
             assert all(torch.equal(whole.state[name], rest[i].state[name]) for name in whole.state), case
 
 
+@worlds
+def test_a_sum_that_was_rolled_back_leaves_no_trace(pool: Pool, summed: Any, ranks: int) -> None:
+    """A step that is taken again must not feed an error back twice: sums and states are those of one sum."""
+    steps = STEPS[:5]
+    cases = [((options, steps), {}) for options in CASES.values()]
+    once = pool.world(ranks, many, cases)
+    again = pool.world(ranks, many, [(given, {"undone": True}) for given, _ in cases])
+    for i, case in enumerate(CASES):
+        for expected, found in zip(once, again, strict=True):
+            assert all(map(torch.equal, expected[i].sums, found[i].sums)), case
+            assert expected[i].state.keys() == found[i].state.keys()
+            assert all(torch.equal(expected[i].state[name], t) for name, t in found[i].state.items()), case
+
+
 @pytest.mark.parametrize(("ranks", "later"), [(3, 2), (2, 3), (4, 1), (1, 4)])
 def test_nothing_is_lost_when_the_ranks_change(pool: Pool, summed: Any, ranks: int, later: int) -> None:
     """What waited on the ranks that were is sent by those that are."""
@@ -243,7 +257,7 @@ def hand_on(mesh: Mesh, cases: list[str]) -> list[Any]:
     wire, found = Wire(mesh.group), []
     after, before = (mesh.rank + 1) % mesh.world_size, (mesh.rank - 1) % mesh.world_size
     for case in cases:
-        exchange = Exchange(CASES[case], wire)
+        exchange = EncodedSums(CASES[case], wire)
         for step in range(3):
             like = gradient(mesh.rank, step)
             payload = exchange.encode_for("a", like, shapes_of(NUMEL))
@@ -269,13 +283,13 @@ def test_what_one_rank_encodes_another_decodes(pool: Pool, ranks: int) -> None:
 def test_codecs_shrink_what_is_sent() -> None:
     """On tensors of the size that one meets, the shares of float32 that the docstrings say; 4 ranks."""
     sizes = Sizes((torch.Size((1024, 1024)),), 4)
-    dense = Exchange.bytes_sent(options_of("none"), sizes)
+    dense = EncodedSums.bytes_sent(options_of("none"), sizes)
     shares = {"bf16": 1 / 2, "int8": 0.252, "int4": 0.127, "sign": 1 / 30, "topk": 0.04, "randomk": 0.01,
               "powersgd": 8 / 1024}  # fmt: skip
     assert OPTIONS.keys() == shares.keys() | {"none", "fp16"}
     for codec, share in shares.items():
         options = options_of(codec, block=None, density=None, rank=None)
-        assert Exchange.bytes_sent(options, sizes) / dense == pytest.approx(share, rel=0.02), codec
+        assert EncodedSums.bytes_sent(options, sizes) / dense == pytest.approx(share, rel=0.02), codec
 
 
 def test_values_of_ranks_and_steps_differ() -> None:

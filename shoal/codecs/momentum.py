@@ -74,7 +74,7 @@ class SharedMomentum:
             tensor.add_(self.momentum, alpha=self.factor / self.world_size)
 
     def after(self, total: Tensor, *, encoded: bool) -> None:
-        """Compute m from the sum over the ranks. A sum that is not finite leaves it unchanged: the step is skipped."""
+        """Compute m from the sum over the ranks. A sum that is not finite leaves it: the step is skipped."""
         if not torch.isfinite(total).all():
             return
         if encoded:

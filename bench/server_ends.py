@@ -22,8 +22,8 @@ from shoal.servers.push_format import PushFormat
 from shoal.servers.stubs import RemoteStub
 from shoal.servers.update_rules import Arrivals
 from shoal.wire.mesh import join
+from shoal.wire.pairs import Visitor
 from shoal.wire.rendezvous import Rendezvous
-from shoal.wire.wire import Visitor
 
 NUMEL = 1_000_000
 PARCELS = PushFormat.plain(NUMEL, torch.float32)  # 4 MB

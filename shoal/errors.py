@@ -51,6 +51,19 @@ class UserError(ShoalError):
         super().__init__(f"{asked}: {found}; {change}")
 
 
+class PeerLost(ConnectionError):
+    """The other side of the exchange `what` is gone or silent. `rank` is None where all ranks take part."""
+
+    def __init__(self, rank: int | None, what: str, how: str) -> None:
+        self.rank, self.what, self.how = rank, what, how
+        super().__init__(f"{what}{'' if rank is None else f' with rank {rank}'}: {how}")
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the other side may still be there: it did not answer in time."""
+        return "timed out" in self.how.lower()
+
+
 class Preempted(ShoalError):
     """The run was asked to stop, saved its state, and can go on from there."""
 

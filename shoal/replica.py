@@ -19,6 +19,7 @@ from shoal.tensors.loss_scale import Scaler
 from shoal.tensors.piece import Piece, named
 from shoal.tensors.precision import Policy
 from shoal.wire.island import Island
+from shoal.wire.mesh import Mesh
 
 TINY = 1e-6  # beside a norm that divides, as in torch's clipping
 
@@ -83,12 +84,11 @@ class Replica:
     """A model with its gradients in buckets and its optimizers. `gradients` and `update` are the only doors."""
 
     placed: PlacedModel
-    island: Island
+    mesh: Mesh
     buckets: Buckets
     optimizers: list[torch.optim.Optimizer]
     updated: list[Piece]  # what these change: the trained pieces, or copies of them
     policy: Policy
-    device: torch.device
     seed: int
     schedule: Callable[[int], float]  # step -> learning rate
     max_grad_norm: float
@@ -98,6 +98,7 @@ class Replica:
     now: int = 0  # the number of the step whose gradients are being computed, or were last
 
     def __post_init__(self) -> None:
+        self.island = Island(self.mesh)
         self.scaler = Scaler(self.policy)
         self._shares_before_pause: Shares | None = None
 
@@ -143,7 +144,7 @@ class Replica:
             taken = [self._micro_batch(batch, v) for v in turn]
             step.seconds.data += time.perf_counter() - started
 
-            started, waited = time.perf_counter(), self.placed.waited()
+            started, waited = time.perf_counter(), self.mesh.seconds_waited
             last = turn is turns[-1]
             self.buckets.begin(turn[0] or 0, first=turn is turns[0], last=last)
             self.buckets.scale = self.scaler.scale
@@ -154,18 +155,18 @@ class Replica:
                 if v is not None:
                     losses[v] = loss
             self.buckets.end()
-            waited = self.placed.waited() - waited
+            waited = self.mesh.seconds_waited - waited
             step.seconds.compute += time.perf_counter() - started - waited
             step.seconds.communication += waited
         return step
 
     def _micro_batch(self, batch: Batch, v: int | None) -> MicroBatch:
         taken = batch.nothing() if v is None else batch.micro_batch(v)
-        inputs = {name: tensor.to(self.device) for name, tensor in taken.items()}
+        inputs = {name: tensor.to(self.mesh.device) for name, tensor in taken.items()}
         return MicroBatch(inputs, derive_seed(self.seed, "dropout", batch.step, v or 0))
 
     def _arithmetic(self) -> AbstractContextManager[object]:
-        return self.policy.autocast(self.device)
+        return self.policy.autocast(self.mesh.device)
 
     def update(self, step: Step, fraction: float = 1.0) -> None:
         """Clip the summed gradients by their one global norm, set the rate of `step`, and step the optimizers.
@@ -213,7 +214,7 @@ class Replica:
     @property
     def rank(self) -> int:
         """Which of the ranks that hold this replica together this one is."""
-        return self.island.place
+        return self.island.rank
 
     def norm(self, own: Tensor) -> Tensor:
         """The norm over all pieces of the replica, of which this rank's have the norm `own`."""

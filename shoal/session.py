@@ -23,10 +23,8 @@ from shoal.sync.allreduce import AllReduce
 from shoal.tensors import precision
 from shoal.tensors.buckets import Buckets
 from shoal.tensors.piece import take_wide_gradients
-from shoal.wire.island import Island
 from shoal.wire.mesh import join
 from shoal.wire.rendezvous import Rendezvous
-from shoal.wire.wire import Wire
 
 
 class Session:
@@ -71,7 +69,7 @@ class Session:
         if self.mesh.world_size > self.micro_batches:
             found = f"{self.micro_batches} micro-batches a step, {self.mesh.world_size} workers"
             raise UserError("shoal.Session", found, "give at least one micro-batch to each worker")
-        self.wire = Wire(self.mesh.group)
+        self.wire = self.mesh.wire("world")
         self._sums = torch.zeros(2, dtype=torch.float64)  # loss and labels of this worker's micro-batches
         return self
 
@@ -112,7 +110,7 @@ class Session:
         _hand_over_rounded(optimizer)
         self._replica = Replica(
             placed=placed,
-            island=Island(self.mesh),
+            mesh=self.mesh,
             buckets=Buckets(
                 placed.trained,
                 bucket_bytes=25_000_000,
@@ -122,7 +120,6 @@ class Session:
             optimizers=[optimizer],
             updated=placed.trained,
             policy=policy,
-            device=self.mesh.device,
             seed=self.seed,
             schedule=lambda step: float(optimizer.param_groups[0]["lr"]),
             max_grad_norm=self.max_grad_norm,

@@ -26,7 +26,7 @@ from shoal.codecs.momentum import SharedMomentum
 from shoal.codecs.sparse import Sparse
 from shoal.config import StrategyConfig
 from shoal.data.order import derive_seed
-from shoal.wire.wire import Wire, Work
+from shoal.wire.wire import Exchange, Wire
 
 
 class Reduction:
@@ -39,7 +39,7 @@ class Reduction:
         self.feeding = feeding  # `codec` with error feedback, where there is one
         self.numel = numel
 
-    def sum(self, tensor: Tensor, wire: Wire) -> Iterator[Work]:
+    def sum(self, tensor: Tensor, wire: Wire) -> Iterator[Exchange]:
         """Sum `tensor` [numel] in place: yields the exchanges as it starts them, and goes on when they are done."""
         yield wire.start_all_reduce(tensor)
 
@@ -72,7 +72,7 @@ class ChunkReduction(Reduction):
         of_sums = replace(subject, seed=derive_seed(subject.seed, "server"))
         self.server = fed_back(make(options, of_sums), options)
 
-    def sum(self, tensor: Tensor, wire: Wire) -> Iterator[Work]:
+    def sum(self, tensor: Tensor, wire: Wire) -> Iterator[Exchange]:
         sent = self.feeding.encode(tensor)
         received = torch.empty_like(sent)
         yield wire.start_exchange(received, [self.codec.nbytes(self.chunk)] * wire.world_size, sent)
@@ -107,7 +107,7 @@ class GatherReduction(Reduction):
         super().__init__(codec, fed_back(codec, options), numel)
         self.add = codec.add
 
-    def sum(self, tensor: Tensor, wire: Wire) -> Iterator[Work]:
+    def sum(self, tensor: Tensor, wire: Wire) -> Iterator[Exchange]:
         part = self.feeding.encode(tensor)
         whole = part.new_empty(wire.world_size * part.numel())
         yield wire.start_all_gather(whole, part)
@@ -131,7 +131,7 @@ class LinearReduction(Reduction):
         """Exchanges one after the other."""
         return len(self.linear.round_bytes(self.numel))
 
-    def sum(self, tensor: Tensor, wire: Wire) -> Iterator[Work]:
+    def sum(self, tensor: Tensor, wire: Wire) -> Iterator[Exchange]:
         feedback = self.feeding if isinstance(self.feeding, ErrorFeedback) else None
         for part in self._fed_back(tensor, feedback) if feedback else self.linear.rounds(tensor):
             yield wire.start_all_reduce(part)
@@ -169,7 +169,7 @@ class Channel:
         self.sums = 0
         self.encoded = False  # the last sum
 
-    def sum(self, tensor: Tensor, wire: Wire) -> Iterator[Work]:
+    def sum(self, tensor: Tensor, wire: Wire) -> Iterator[Exchange]:
         """Sum `tensor` in place: yields the exchanges as it starts them, and goes on when they are done."""
         encoded = self.encoded = self.sums >= self.warmup and type(self.reduction) is not Reduction
         self.sums += 1

@@ -16,7 +16,7 @@ from shoal.codecs.channel import Channel
 from shoal.config import StrategyConfig
 from shoal.cost import Sizes
 from shoal.data.order import derive_seed
-from shoal.wire.wire import Wire, Work
+from shoal.wire.wire import Exchange, Wire
 
 Shapes = Sequence[torch.Size]
 
@@ -24,20 +24,20 @@ Shapes = Sequence[torch.Size]
 class EncodedSum:
     """A sum under way: `advance` ends one exchange and starts the next, `wait` ends them all."""
 
-    def __init__(self, exchanges: Iterator[Work]) -> None:
+    def __init__(self, exchanges: Iterator[Exchange]) -> None:
         self._exchanges = exchanges
-        self._work = next(exchanges, None)
+        self._exchange = next(exchanges, None)
 
     def advance(self) -> "EncodedSum":
         """Wait for the exchange that was started, and start the one that needs it."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = next(self._exchanges, None)
+        if self._exchange is not None:
+            self._exchange.wait()
+            self._exchange = next(self._exchanges, None)
         return self
 
     def wait(self) -> None:
         """Wait until the tensor is the sum."""
-        while self._work is not None:
+        while self._exchange is not None:
             self.advance()
 
 

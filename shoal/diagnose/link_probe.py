@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from shoal.wire.wire import Wire
 
+
 PAYLOAD_BYTES = 16 * 2**20
 
 
@@ -76,12 +77,11 @@ def _work(rank: int, port: int, store: int) -> None:
 
     from shoal.wire.mesh import join
     from shoal.wire.rendezvous import Rendezvous
-    from shoal.wire.wire import Wire
 
     # On the cores, where two workers can meet on every machine.
     place = Rendezvous(rank, 2, rank, port=port, store_fd=store if rank == 0 else None)
     with join(place, "cpu") as mesh:
-        wire = Wire(mesh.group)
+        wire = mesh.wire("world")
         latency = _seconds(wire, torch.zeros(1), repeats=50)
         bandwidth = PAYLOAD_BYTES / _seconds(wire, torch.zeros(PAYLOAD_BYTES // 4), repeats=5)
     if rank == 0:

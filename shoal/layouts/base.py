@@ -106,14 +106,6 @@ class PlacedModel:
         if self.inner is not None:
             self.inner.release()
 
-    def bytes_sent(self) -> int:
-        """By this rank, within the island, so far."""
-        return 0 if self.inner is None else self.inner.bytes_sent()
-
-    def waited(self) -> float:
-        """The seconds that this rank has waited for the others of its island, so far."""
-        return 0.0 if self.inner is None else self.inner.waited()
-
     @property
     def reduced(self) -> set[torch.dtype]:
         """The dtypes in which gradients were summed within the island, so far."""

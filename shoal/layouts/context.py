@@ -17,7 +17,6 @@ each layer's keys and values all T. Weights are whole on every rank: ZeRO (`shar
 and sums their gradients.
 """
 
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -37,7 +36,6 @@ from shoal.models.loss import IGNORED
 from shoal.models.proof import trial
 from shoal.tensors.precision import Policy
 from shoal.wire.mesh import Mesh
-from shoal.wire.wire import Wire, Work
 
 NAME = "shoal-context"
 SENT = "shoal_sent"  # of an attention: how many elements the keys and values of a token have
@@ -54,8 +52,7 @@ class Context(PlacedModel):
         super().__init__(inner.model, inner.pieces, self._loss, inner)
         axis = mesh.axes["context"]
         self.ranks, self.rank = axis.size, axis.index
-        self.wire = Wire(axis.group)
-        self.seconds = 0.0
+        self.wire = mesh.wire("context")
         self._dropout: _DropoutOfPart  # of the forward pass that runs
         self._loss_of_part = inner.loss
         self._itemsize = policy.compute.itemsize
@@ -120,19 +117,14 @@ class Context(PlacedModel):
     def gather(self, part: Tensor) -> Tensor:
         """Every rank's `part`, [ranks, ...]."""
         whole = part.new_empty(self.ranks, *part.shape)
-        self._wait(self.wire.start_all_gather(whole.view(-1), part.contiguous().view(-1)))
+        self.wire.start_all_gather(whole.view(-1), part.contiguous().view(-1)).wait()
         return whole
 
     def scatter(self, whole: Tensor) -> Tensor:
         """The sum over the ranks of this rank's part of `whole` [ranks, ...]."""
         part = torch.empty_like(whole[0])
-        self._wait(self.wire.start_reduce_scatter(part.view(-1), whole.view(-1)))
+        self.wire.start_reduce_scatter(part.view(-1), whole.view(-1)).wait()
         return part
-
-    def _wait(self, work: Work) -> None:
-        started = time.perf_counter()
-        work.wait()
-        self.seconds += time.perf_counter() - started
 
     def _prove(self, model: PreTrainedModel) -> None:
         """From now on attention is ours. Raises UserError unless hidden states, dropped out, stay what they were."""
@@ -166,14 +158,6 @@ class Context(PlacedModel):
             raise UserError(
                 f"--cp {self.ranks}", f"{kind} makes other hidden states of a window that is cut", FITS
             )
-
-    def bytes_sent(self) -> int:
-        """By gathering keys and values, and scattering their gradients."""
-        return super().bytes_sent() + self.wire.bytes_sent
-
-    def waited(self) -> float:
-        """For the keys and values of others, and the gradients of one's own."""
-        return super().waited() + self.seconds
 
     def cost(self, turns: int, shape: tuple[int, int]) -> float:
         """As the head of this file has it, of windows filled up to whole chunks."""

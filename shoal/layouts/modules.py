@@ -8,12 +8,12 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from shoal.errors import UserError
-from shoal.layouts.tokens import Columns, Enter, Gather, Leave, Line, Scatter, Share, Sum, Tokens
+from shoal.layouts.tokens import Columns, Enter, Gather, Leave, Scatter, Share, Sum, TensorAxis, Tokens
 
 ENCODED = "encoder_hidden_states"  # what the models of Hugging Face call it
 
 
-def cut_tokens_within(layers: list[nn.Module], line: Line) -> None:
+def cut_tokens_within(layers: list[nn.Module], line: TensorAxis) -> None:
     """Have each rank with a part of the tokens from the first of the layers to the last."""
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -30,7 +30,7 @@ def cut_tokens_within(layers: list[nn.Module], line: Line) -> None:
     layers[-1].register_forward_hook(leave)
 
 
-def share_encoded(module: nn.Module, line: Line) -> None:
+def share_encoded(module: nn.Module, line: TensorAxis) -> None:
     """Have the layers within a module each attend, with the heads that are here, to what an encoder has found.
 
     The gradient is summed over the layers first, and then once over the ranks.
@@ -45,7 +45,7 @@ def share_encoded(module: nn.Module, line: Line) -> None:
     module.register_forward_pre_hook(share, with_kwargs=True)
 
 
-def gather_for(module: nn.Module, line: Line) -> None:
+def gather_for(module: nn.Module, line: TensorAxis) -> None:
     """Have a module see all tokens: one exchange, whatever it computes of them."""
 
     def gather(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -65,7 +65,7 @@ def _with_hidden(hidden: Tensor, args: Any, kwargs: Any) -> Any:
 class SummedUp:
     """A linear layer with a part of the inputs: for its part of the tokens, what all ranks find together."""
 
-    def __init__(self, module: Any, line: Line) -> None:
+    def __init__(self, module: Any, line: TensorAxis) -> None:
         self.module, self.line = module, line
 
     def __call__(self, inputs: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class SummedUp:
 class Dropout:
     """Dropout over a part of the tokens, as one process would draw it for all."""
 
-    def __init__(self, module: nn.Dropout, line: Line) -> None:
+    def __init__(self, module: nn.Dropout, line: TensorAxis) -> None:
         self.module, self.line = module, line
 
     def __call__(self, part: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class Common:
     During the layer's forward pass they stand in their modules as what `Share` made of them.
     """
 
-    def __init__(self, layer: nn.Module, names: list[str], line: Line) -> None:
+    def __init__(self, layer: nn.Module, names: list[str], line: TensorAxis) -> None:
         self.line = line
         self.places = [
             (layer.get_submodule(path), name) for path, _, name in (n.rpartition(".") for n in names)
@@ -147,7 +147,7 @@ class Common:
 class Rows:
     """The rows of the vocabulary that this rank has, for a loss taken of the hidden states."""
 
-    def __init__(self, line: Line, first: int) -> None:
+    def __init__(self, line: TensorAxis, first: int) -> None:
         self.line, self.first = line, first
 
     def gather(self, numbers: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ class Rows:
 class Embedding:
     """An embedding with a part of the rows: what the others have is zero here, and the sum is whole."""
 
-    def __init__(self, module: Any, line: Line, first: int) -> None:
+    def __init__(self, module: Any, line: TensorAxis, first: int) -> None:
         self.module, self.line, self.first = module, line, first
         self.own = type(module).forward
         padding = module.padding_idx
@@ -180,7 +180,7 @@ class Embedding:
 class Head:
     """An output embedding with a part of the rows, for a loss that wants all logits."""
 
-    def __init__(self, module: Any, line: Line, first: int, rows: int) -> None:
+    def __init__(self, module: Any, line: TensorAxis, first: int, rows: int) -> None:
         self.module, self.line, self.rows = module, line, rows
         self.own = type(module).forward
         module.vocabulary = Rows(line, first)

@@ -24,7 +24,6 @@ sends its gradient: as many bytes as an all-reduce between the two, and the copi
 """
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -39,7 +38,7 @@ from shoal.layouts.schedule import Stage
 from shoal.layouts.stages import Stages
 from shoal.tensors.piece import Piece
 from shoal.wire.mesh import Mesh
-from shoal.wire.wire import Wire, Work
+from shoal.wire.wire import Exchange
 
 
 class Pipelined(PlacedModel):
@@ -50,21 +49,19 @@ class Pipelined(PlacedModel):
     def __init__(self, inner: PlacedModel, stages: Stages, mesh: Mesh, options: LayoutConfig) -> None:
         super().__init__(inner.model, inner.pieces, self._evaluated, inner)
         logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)  # else an error is pages
-        axis = mesh.axes["pipeline"]
         self.stages = stages
         self.schedule = options.schedule
-        self.wire = Wire(axis.group)
+        self.wire = mesh.wire("pipeline")
         self.wire.barrier()  # NCCL wants the first exchange of a group to be one of all its ranks
         self.own = [
-            Stage(stages, index, axis.group, self._compute, lambda last: inner.begin(last=last))
+            Stage(stages, index, self.wire, self._compute, lambda last: inner.begin(last=last))
             for index in stages.mine
         ]
         self._schedules: dict[int, Any] = {}  # by the count of micro-batches
         self._tied = [piece for piece in self.pieces if piece.name in stages.tied]
         self._arithmetic: Arithmetic
         self._losses: list[Tensor] = []  # of a step, where the last stage is
-        self._sending: list[Work] = []
-        self._seconds = 0.0
+        self._sending: list[Exchange] = []
 
     @property
     def reports(self) -> bool:
@@ -80,13 +77,11 @@ class Pipelined(PlacedModel):
             stage.begin([*taken, *[taken[-1]] * more])
         if count not in self._schedules:
             self._schedules[count] = schedule.make(self.schedule, self.own, count)
-        began = time.perf_counter()
         # Not its `step`, which would cut one batch into micro-batches of one shape.
         self._schedules[count]._step_microbatches(
             target_mbs=[scale] * len(taken) + [0.0] * more, return_outputs=False
         )
         self._return_gradients()
-        self._seconds += time.perf_counter() - began - sum(stage.seconds for stage in self.own)
         return [loss.item() for loss in self._losses[: len(taken)]] if self.reports else [0.0] * len(taken)
 
     def _filled(self, count: int) -> int:
@@ -144,10 +139,8 @@ class Pipelined(PlacedModel):
     def refresh(self) -> None:
         """Have the last stage's copy of tied embeddings follow those of the first one."""
         super().refresh()
-        began = time.perf_counter()
         for piece in self._tied:
             self._move(_values(piece), to_first=False)
-        self._seconds += time.perf_counter() - began
 
     def _return_gradients(self) -> None:
         """Add what the last stage has found for tied embeddings to what the first one has."""
@@ -171,14 +164,6 @@ class Pipelined(PlacedModel):
             self.wire.start_send(tensor.contiguous(), self.stages.owners[0 if to_first else -1]).wait()
         else:
             self.wire.start_receive(tensor, self.stages.owners[-1 if to_first else 0]).wait()
-
-    def bytes_sent(self) -> int:
-        """Hidden states, their gradients, and tied embeddings."""
-        return super().bytes_sent() + self.wire.bytes_sent + sum(stage.bytes_sent for stage in self.own)
-
-    def waited(self) -> float:
-        """The time of schedules in which none of its stages computed."""
-        return super().waited() + self._seconds
 
     def cost(self, turns: int, shape: tuple[int, int]) -> float:
         """As the head of this file has it."""

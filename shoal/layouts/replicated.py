@@ -7,7 +7,6 @@ from shoal.layouts.base import Loss, PlacedModel
 from shoal.models.on_disk import cast, into_memory
 from shoal.tensors.precision import Policy
 from shoal.wire.mesh import Mesh
-from shoal.wire.wire import Wire
 
 
 def place(model: nn.Module, loss: Loss, mesh: Mesh, policy: Policy) -> PlacedModel:
@@ -27,7 +26,7 @@ def place(model: nn.Module, loss: Loss, mesh: Mesh, policy: Policy) -> PlacedMod
 
 def share(placed: PlacedModel, mesh: Mesh) -> None:
     """Give every replica the parameters and buffers of the first one; each rank hears of its own pieces alone."""
-    wire = Wire(mesh.replicate.group)
+    wire = mesh.wire("replicate")
     into_memory(placed.model)
     for tensor in (*(piece.local for piece in placed.pieces), *placed.model.buffers()):
         if tensor.numel():

@@ -4,9 +4,7 @@ Of torch's stages it takes the forward and backward passes, whole or split into 
 has its own buffer and shape for each micro-batch: torch's would have one shape for all, told by pickle.
 """
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -16,6 +14,7 @@ from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from shoal.layouts.base import MicroBatch, shape_of
 from shoal.layouts.stages import Stages
+from shoal.wire.wire import Exchange, Wire
 
 SCHEDULES: dict[str, Any] = {
     "gpipe": schedules.ScheduleGPipe,
@@ -26,6 +25,32 @@ SCHEDULES: dict[str, Any] = {
     "zbv-zero-bubble": schedules.ScheduleZBVZeroBubble,
     "dualpipev": schedules.ScheduleDualPipeV,
 }
+
+
+class _Message(dist.P2POp):
+    """A message between two stages, which is to go over a wire."""
+
+    def __init__(self, wire: Wire, kind: Any, tensor: Tensor, rank: int) -> None:
+        super().__init__(kind, tensor, group=wire.group, group_peer=rank)
+        self.wire = wire
+
+    def __new__(cls, wire: Wire, kind: Any, tensor: Tensor, rank: int) -> "_Message":
+        return object.__new__(cls)
+
+    def start(self) -> Exchange:
+        """Begin to send or to receive it alone."""
+        start = self.wire.start_send if self.op is dist.isend else self.wire.start_receive
+        return start(self.tensor, self.group_peer)
+
+
+def _start(messages: list[_Message], desc: str | None = None) -> list[Exchange]:
+    """Begin to exchange: one by one what goes one way, at once what goes both ways, as torch does."""
+    if len({message.op for message in messages}) > 1:
+        return [messages[0].wire.start_batch("hidden states and gradients", messages)]
+    return [message.start() for message in messages]
+
+
+schedules._batch_p2p = _start  # type: ignore[assignment]  # torch's would pass by the wire; it asks them to wait
 # (stage, what came, micro-batch) -> what goes on to the next stage, or the loss
 Compute = Callable[[int, Sequence[Tensor], MicroBatch], Any]
 
@@ -57,15 +82,16 @@ class Stage(_PipelineStageBase):
         self,
         stages: Stages,
         index: int,
-        group: dist.ProcessGroup,
+        wire: Wire,
         compute: Compute,
         before_backward: Callable[[bool], None],
     ) -> None:
-        super().__init__(_Part(stages.model, index, compute), index, len(stages.owners), stages.device, group)
+        super().__init__(
+            _Part(stages.model, index, compute), index, len(stages.owners), stages.device, wire.group
+        )
+        self.wire = wire
         self.stages = stages
         self.before_backward = before_backward
-        self.bytes_sent = 0
-        self.seconds = 0.0  # of this step in which it computed
         self._stage_meta.inputs = (None,)  # type: ignore[assignment]  # how many of them have a gradient
         self.args_recv_info = {0: ()}  # where torch looks for stages that are no neighbours
         self._taken: Sequence[MicroBatch] = ()
@@ -74,7 +100,7 @@ class Stage(_PipelineStageBase):
 
     def begin(self, taken: Sequence[MicroBatch]) -> None:
         """A step on these micro-batches."""
-        self._taken, self.chunks, self.seconds = taken, len(taken), 0.0
+        self._taken, self.chunks = taken, len(taken)
         self.has_backward = True
         self.clear_runtime_states()
 
@@ -125,8 +151,7 @@ class Stage(_PipelineStageBase):
         return self.stages.room(stage, *shape_of(self._taken[chunk].inputs))
 
     def _op(self, kind: Any, tensor: Tensor, stage: int) -> dist.P2POp:
-        self.bytes_sent += tensor.nbytes if kind is dist.isend else 0
-        return dist.P2POp(kind, tensor.contiguous(), group=self.group, group_peer=self.stages.owners[stage])
+        return _Message(self.wire, kind, tensor.contiguous(), self.stages.owners[stage])
 
     def set_local_fwd_input(self, made: Any, chunk: int) -> None:
         """Take hidden states from the stage before, which is this worker's too."""
@@ -148,27 +173,14 @@ class Stage(_PipelineStageBase):
         self, chunk: int, args: Any = (), kwargs: Any = None, save_forward_output: bool = False
     ) -> Any:
         """The forward pass of a micro-batch."""
-        with self._timed():
-            return super().forward_one_chunk(chunk, (), {"taken": self._taken[chunk]}, save_forward_output)
+        return super().forward_one_chunk(chunk, (), {"taken": self._taken[chunk]}, save_forward_output)
 
     def backward_one_chunk(
         self, chunk: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
         """The backward pass of a micro-batch, or the part of it that the stage before waits for."""
-        with self._timed():
-            self.before_backward(last_backward)
-            super().backward_one_chunk(chunk, loss, full_backward, last_backward)
-
-    def backward_weight_one_chunk(self, chunk: int, last_backward: bool = False) -> None:
-        """The other part of it."""
-        with self._timed():
-            super().backward_weight_one_chunk(chunk, last_backward)
-
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds += time.perf_counter() - began
+        self.before_backward(last_backward)
+        super().backward_one_chunk(chunk, loss, full_backward, last_backward)
 
 
 class _Part(nn.Module):

@@ -13,7 +13,6 @@ block in stage 3, all parameters in stage 2, all parameters and gradients in sta
 pass reads the weights' bf16 copies, which autograd keeps from the forward pass: P / 2 more in stage 3.
 """
 
-import time
 from collections.abc import Container, Iterator
 from functools import partial
 from typing import Any
@@ -38,7 +37,7 @@ from shoal.models.blocks import blocks
 from shoal.tensors.piece import Piece
 from shoal.tensors.precision import Policy
 from shoal.wire.mesh import Mesh
-from shoal.wire.wire import Wire, Work
+from shoal.wire.wire import Exchange, Wire
 
 
 class Whole(nn.Module):
@@ -64,7 +63,7 @@ class Sharded(PlacedModel):
         layers = [layer for layer in blocks(model) if any(True for _ in layer.parameters())]
         _check(model, layers, mesh)
         self.stage = stage
-        self.wire = Wire(axis.group)
+        self.wire = mesh.wire("zero")
         self.root = Whole(model, inner.loss)
         self._parts = [_part_bytes(module, axis.size) for module in layers]
         below = {id(p) for module in layers for p in module.parameters()}
@@ -84,7 +83,7 @@ class Sharded(PlacedModel):
         # The backward pass of what is outside the blocks comes at once.
         cut(self.root, reshard_after_forward=False)
         self.parts = [module for module in self.root.modules() if isinstance(module, FSDPModule)]
-        gather, scatter = self._exchanges = (Gather(self.wire), Scatter(self.wire))
+        gather, scatter = Gather(self.wire), Scatter(self.wire)
         self._reduced = scatter.dtypes
         for part in self.parts:
             part.set_gradient_divide_factor(1.0)  # losses are divided by the labels of the step already
@@ -128,14 +127,6 @@ class Sharded(PlacedModel):
         super().release()
         for part in self.parts:
             part.reshard()
-
-    def bytes_sent(self) -> int:
-        """By gathering and scattering."""
-        return super().bytes_sent() + self.wire.bytes_sent
-
-    def waited(self) -> float:
-        """For gathering and scattering."""
-        return super().waited() + sum(exchange.seconds for exchange in self._exchanges)
 
     def gathered(self) -> Iterator[Tensor]:
         """What FSDP gathers parameters into: freed and allocated again in one place."""
@@ -251,42 +242,39 @@ def _cut(piece: Piece, source: nn.Parameter, rank: int) -> Piece:
     )
 
 
-class _Exchange:
-    """An exchange of FSDP over a wire, which counts its bytes; `seconds` is how long ranks waited for it."""
+class _OverWire:
+    """An exchange of FSDP over a wire."""
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
-        self.seconds = 0.0
         self.dtypes: set[torch.dtype] = set()  # of what was exchanged
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A buffer for what is exchanged."""
         return torch.empty(*size, dtype=dtype, device=device)
 
-    def finish(self, work: Work, async_op: bool) -> Work | None:
-        """Wait for it, unless FSDP wants to do so itself."""
+    def finish(self, exchange: Exchange, async_op: bool) -> Any:
+        """Wait for it, unless FSDP wants to do so itself: what it asks of a `Work` is to wait."""
         if async_op:
-            return work
-        started = time.perf_counter()
-        work.wait()
-        self.seconds += time.perf_counter() - started
+            return exchange
+        exchange.wait()
         return None
 
 
-class Gather(_Exchange, AllGather):
+class Gather(_OverWire, AllGather):
     """Of all ranks' parts of the parameters of a block."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
-    ) -> Work | None:
+    ) -> Any:
         return self.finish(self.wire.start_all_gather(output_tensor, input_tensor), async_op)
 
 
-class Scatter(_Exchange, ReduceScatter):
+class Scatter(_OverWire, ReduceScatter):
     """Of the sums of all ranks' gradients of a block."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
-    ) -> Work | None:
+    ) -> Any:
         self.dtypes.add(input_tensor.dtype)
         return self.finish(self.wire.start_reduce_scatter(output_tensor, input_tensor), async_op)

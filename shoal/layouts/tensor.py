@@ -48,14 +48,13 @@ from shoal.layouts.modules import (
     gather_for,
     share_encoded,
 )
-from shoal.layouts.tokens import Line, Tokens
+from shoal.layouts.tokens import TensorAxis, Tokens
 from shoal.models import attention, plans
 from shoal.models.blocks import blocks, stacks
 from shoal.models.heads import has_plain_head
 from shoal.tensors.piece import Block, Piece, empty
 from shoal.tensors.precision import Policy
 from shoal.wire.mesh import Axis, Mesh
-from shoal.wire.wire import Wire
 
 Styles = dict[nn.Module, plans.Style]
 
@@ -65,7 +64,7 @@ class TensorParallel(PlacedModel):
 
     def __init__(self, inner: PlacedModel, mesh: Mesh, policy: Policy) -> None:
         axis, model = mesh.axes["tensor"], inner.model
-        self.line = Line(Wire(axis.group))
+        self.line = TensorAxis(mesh.wire("tensor"))
         self.is_first = axis.index == 0
         layers = list(blocks(model))
         styles = _styles(model, layers, axis.size)
@@ -130,14 +129,6 @@ class TensorParallel(PlacedModel):
                 own.copy_(told.view_as(own))
                 p.grad = None
 
-    def bytes_sent(self) -> int:
-        """By gathering, scattering and summing."""
-        return super().bytes_sent() + self.line.wire.bytes_sent
-
-    def waited(self) -> float:
-        """For all of these."""
-        return super().waited() + self.line.seconds
-
     def cost(self, turns: int, shape: tuple[int, int]) -> float:
         """As the head of this file has it. Encoder and decoder are taken to read as many tokens, those of `shape`."""
         told = sum(_local(p).nbytes for p in self._common_here())
@@ -201,7 +192,7 @@ def _local(p: Tensor) -> Tensor:
     return p.to_local().detach() if isinstance(p, DTensor) else p.detach()
 
 
-def _share(model: Any, layers: list[nn.Module], cuts: dict[Tensor, _Cut], line: Line) -> None:
+def _share(model: Any, layers: list[nn.Module], cuts: dict[Tensor, _Cut], line: TensorAxis) -> None:
     """Have what layers hold whole, and their dropout, be as of one process."""
     between = plans.BETWEEN.get(model.config.model_type, ())
     for layer in layers:
@@ -213,7 +204,7 @@ def _share(model: Any, layers: list[nn.Module], cuts: dict[Tensor, _Cut], line: 
             dropout.forward = (DropoutBetween if name.endswith(between) else Dropout)(dropout, line)
 
 
-def _compute_in_part(model: Any, styles: Styles, line: Line) -> None:
+def _compute_in_part(model: Any, styles: Styles, line: TensorAxis) -> None:
     """Have linear layers, and the modules around them, compute with a part of heads and widths."""
     for module, style in styles.items():
         if style.side == "in":
@@ -242,7 +233,7 @@ def _parents(model: nn.Module) -> dict[nn.Module, nn.Module]:
     return {child: parent for parent in model.modules() for child in parent.children()}
 
 
-def _cut_vocabulary(model: Any, rows: int, axis: Axis, line: Line) -> None:
+def _cut_vocabulary(model: Any, rows: int, axis: Axis, line: TensorAxis) -> None:
     first, _ = _span(rows, axis)
     weight, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     embeddings: list[Any] = [module for module in model.modules() if isinstance(module, nn.Embedding)]

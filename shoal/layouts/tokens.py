@@ -3,9 +3,6 @@
 Each function here is what its backward pass is not: where one gathers the other sums up and scatters.
 """
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -17,20 +14,18 @@ from torch.nn import functional as F
 from shoal.wire.wire import Wire
 
 
-class Line:
-    """The ranks that compute a layer together; `seconds` is how long this one has waited for the others."""
+class TensorAxis:
+    """The ranks that compute a layer together, and the tokens of the forward pass that runs."""
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
         self.size, self.index = wire.world_size, wire.rank
-        self.seconds = 0.0
-        self.tokens = Tokens(self, 0, 0)  # those of the forward pass that runs
+        self.tokens = Tokens(self, 0, 0)
 
     def gather(self, part: Tensor) -> Tensor:
         """The ranks' parts [n, ...] one after the other: [size * n, ...]."""
         whole = part.new_empty(self.size * len(part), *part.shape[1:])
-        with self._waiting():
-            self.wire.start_all_gather(whole.view(-1), part.contiguous().view(-1)).wait()
+        self.wire.start_all_gather(whole.view(-1), part.contiguous().view(-1)).wait()
         return whole
 
     def scatter(self, whole: Tensor) -> Tensor:
@@ -40,26 +35,17 @@ class Line:
         """
         sent = whole.contiguous()
         received = torch.empty_like(sent)
-        with self._waiting():
-            part = sent.numel() // self.size
-            self.wire.start_exchange(received.view(-1), [part] * self.size, sent.view(-1)).wait()
+        part = sent.numel() // self.size
+        self.wire.start_exchange(received.view(-1), [part] * self.size, sent.view(-1)).wait()
         return reduce(torch.add, received.chunk(self.size))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over the ranks, in place."""
-        with self._waiting():
-            return self.wire.sum(tensor)
+        return self.wire.sum(tensor)
 
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite `tensor` with the one of the first rank."""
-        with self._waiting():
-            self.wire.broadcast(tensor)
-
-    @contextmanager
-    def _waiting(self) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds += time.perf_counter() - started
+        self.wire.broadcast(tensor)
 
 
 @dataclass(frozen=True)
@@ -69,7 +55,7 @@ class Tokens:
     Hidden states are [1, share, H] in part, the last ones filled up with zeros, and [rows, length, H] whole.
     """
 
-    line: Line
+    line: TensorAxis
     rows: int
     length: int
 
@@ -159,7 +145,7 @@ class Sum(torch.autograd.Function):
     """From what each rank adds to the sum, with which all of them do the same."""
 
     @staticmethod
-    def forward(ctx: Any, addend: Tensor, line: Line) -> Tensor:
+    def forward(ctx: Any, addend: Tensor, line: TensorAxis) -> Tensor:
         """The sum."""
         return line.sum(addend.clone())
 
@@ -173,7 +159,7 @@ class Share(torch.autograd.Function):
     """From what all ranks have alike to the same, with which each of them does something else."""
 
     @staticmethod
-    def forward(ctx: Any, line: Line, *alike: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, line: TensorAxis, *alike: Tensor) -> tuple[Tensor, ...]:
         """As they are."""
         ctx.line = line
         return tuple(each.view_as(each) for each in alike)
@@ -194,7 +180,7 @@ class Columns(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, line: Line, count: int) -> Tensor:
+    def forward(ctx: Any, own: Tensor, line: TensorAxis, count: int) -> Tensor:
         """All columns."""
         most = -(-count // line.size)
         ctx.own = slice(line.index * most, line.index * most + own.shape[-1])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from shoal.servers.messages import HEADER_BYTES
-from shoal.wire.wire import Pair, Work
+from shoal.wire.pairs import Pair, Work
 
 SHARED_FOLDER = Path("/dev/shm")
 HEADER, NUMBERS, PAYLOAD, STATE = range(4)  # channels
@@ -112,7 +112,7 @@ def describe(tensors: dict[str, Tensor]) -> str:
 
 
 def accept(pair: Pair, up: int, down: int, *, share_memory: bool) -> Connection:
-    """The server's end, for payloads of `up` bytes from the worker and `down` bytes to it. Raises ConnectionError."""
+    """The server's end, for payloads of `up` bytes from the worker and `down` bytes to it. Raises PeerLost."""
     theirs = torch.empty(HEADER_BYTES, dtype=torch.uint8)
     pair.receive(theirs)
     path = _reserve(_aligned(up) + down) if share_memory and _text(theirs) == _machine() else None
@@ -129,7 +129,7 @@ def accept(pair: Pair, up: int, down: int, *, share_memory: bool) -> Connection:
 
 
 def connect(pair: Pair, up: int, down: int) -> Connection:
-    """The worker's end. Raises ConnectionError."""
+    """The worker's end. Raises PeerLost."""
     pair.send(_header(_machine()))
     theirs = torch.empty(HEADER_BYTES, dtype=torch.uint8)
     pair.receive(theirs)

@@ -8,12 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from shoal.errors import PeerLost
 from shoal.optim.optimizers import NamedParams
 from shoal.servers.connections import Connection, accept, describe
 from shoal.servers.core import END, Halted, ParameterServer, Push, norm_of
 from shoal.servers.messages import PULLS, PUSHES, Kind, Reply, Request
 from shoal.servers.push_format import PushFormat
-from shoal.wire.wire import Bell, Door, Guest
+from shoal.wire.pairs import Bell, Door, Guest
 
 NOTHING = torch.empty(0, dtype=torch.float64)
 EMPTY = Reply(
@@ -156,7 +157,7 @@ class Host:
             self._changed.wait_for(lambda: not self.connections)
 
     def _stop_all(self, bell: Bell, more: int) -> None:
-        with suppress(ConnectionError, Halted):  # the run has ended
+        with suppress(PeerLost, Halted):  # the run has ended
             bell.wait()
             with self._changed:
                 self._wait(lambda: self._begun)
@@ -190,7 +191,7 @@ class Host:
 
     def _accept_all(self, door: Door, share_memory: bool) -> None:
         """Accept workers for as long as the process lives."""
-        with suppress(ConnectionError):  # the store is gone
+        with suppress(PeerLost):  # the store is gone
             while True:
                 args = (door.wait(), share_memory)
                 threading.Thread(target=self._serve, args=args, name=door.name, daemon=True).start()
@@ -209,8 +210,8 @@ class Host:
             while (request := Request.unpack(connection.receive_header())).kind != Kind.LEAVE:
                 self._answer(request, connection)
                 connection.expect_payload()
-        except ConnectionError as error:
-            cause = str(error)
+        except PeerLost as error:
+            cause = error.how
         except Exception as error:  # no other thread would notice, and all workers would wait
             self._fail(f"the parameter server failed: {type(error).__name__}: {error}")
             raise
@@ -240,7 +241,7 @@ class Host:
             self.say(f"worker {worker} is back")
 
     def _answer(self, request: Request, connection: Connection) -> None:
-        """Answer one request. Raises ConnectionError."""
+        """Answer one request. Raises PeerLost."""
         numbers = connection.receive_numbers(request.numbers)
         gradient, signals = None, []
         waiting = lambda: signals.extend(connection.send(STILL_HERE.pack()))  # noqa: E731

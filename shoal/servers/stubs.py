@@ -8,12 +8,13 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
+from shoal.errors import PeerLost
 from shoal.servers.connections import Connection
 from shoal.servers.core import Halted
 from shoal.servers.host import NOTHING, Host
 from shoal.servers.messages import PULLS, PUSHES, Kind, Reply, Request
 from shoal.servers.push_format import PushFormat
-from shoal.wire.wire import Work
+from shoal.wire.pairs import Work
 
 
 class ServerStub(ABC):
@@ -126,19 +127,19 @@ class RemoteStub(ServerStub):
             self._push_format.wrap(self._gradient, self._connection.outgoing)
         try:
             self._send()
-        except ConnectionError:
+        except PeerLost:
             self._works = []  # `answer` fails too, and connects again
 
     def answer(self) -> tuple[Reply, Tensor]:
         try:
             return self._receive()
-        except ConnectionError as error:
+        except PeerLost as error:
             try:
                 self._reconnect()
                 self._send()
                 return self._receive()
-            except ConnectionError:
-                raise Halted(f"{self._server} is gone: {error}") from error
+            except PeerLost:
+                raise Halted(f"{self._server} is gone: {error.how}") from error
 
     def state(self) -> dict[str, Tensor]:
         self._connection.finish(self._connection.send(Request(Kind.STATE, 0).pack()))
@@ -146,7 +147,7 @@ class RemoteStub(ServerStub):
         return self._connection.receive_tensors(self._connection.receive_text(reply.text))
 
     def leave(self) -> None:
-        with suppress(ConnectionError):  # it has left before us
+        with suppress(PeerLost):  # it has left before us
             self._connection.finish(self._connection.send(Request(Kind.LEAVE, 0).pack()))
 
     def _send(self) -> None:

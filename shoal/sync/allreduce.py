@@ -12,7 +12,7 @@ from shoal.replica import TINY, Replica, Step
 from shoal.sync.base import State, Sync
 from shoal.sync.exact import start_exact_sum
 from shoal.tensors.buckets import Bucket
-from shoal.wire.wire import Wire, Work
+from shoal.wire.wire import Exchange, Wire
 
 
 class AllReduce(Sync):
@@ -29,7 +29,7 @@ class AllReduce(Sync):
         self.sums = EncodedSums(self.options, wire, config.train.seed)
         self.keys: dict[Bucket, str] = {}  # the names of the buckets
         self.pending: list[
-            Callable[[], Work | EncodedSum]
+            Callable[[], Exchange | EncodedSum]
         ] = []  # each, when called, waits for its first exchange
         self.changes_own = bool(self.options.clip_each) or self.options.normalize == "each"
 

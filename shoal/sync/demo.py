@@ -38,7 +38,7 @@ from shoal.cost import Cost, Sizes
 from shoal.replica import TINY, Replica, Step
 from shoal.sync.base import State, Sync, mean_of
 from shoal.tensors.buckets import Bucket
-from shoal.wire.wire import Wire, Work
+from shoal.wire.wire import Exchange, Wire
 
 
 class DeMo(Sync):
@@ -110,13 +110,13 @@ class DeMo(Sync):
         each = sizes.itemsize + _index_dtype(chunk).itemsize
         return Cost(sent=(sizes.world_size - 1) * sent * each, held=sizes.nbytes)
 
-    def _start_gather(self, part: Tensor) -> tuple[Tensor, Work]:
+    def _start_gather(self, part: Tensor) -> tuple[Tensor, Exchange]:
         whole = part.new_empty(self.wire.world_size * part.numel())
         return whole, self.wire.start_all_gather(whole, part)
 
-    def _finish(self, step: Step, whole: Tensor, work: Work) -> Tensor:
+    def _finish(self, step: Step, whole: Tensor, exchange: Exchange) -> Tensor:
         with step.timed("communication"):
-            work.wait()
+            exchange.wait()
         return whole.view(self.wire.world_size, -1)
 
 

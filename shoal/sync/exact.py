@@ -8,10 +8,10 @@ import torch
 from shoal.replica import Shares
 from shoal.tensors.buckets import Bucket
 from shoal.tensors.tree_sum import Node, TreeSum, roots
-from shoal.wire.wire import Wire, Work
+from shoal.wire.wire import Exchange, Wire
 
 
-def start_exact_sum(wire: Wire, bucket: Bucket, shares: Shares) -> Callable[[], Work]:
+def start_exact_sum(wire: Wire, bucket: Bucket, shares: Shares) -> Callable[[], Exchange]:
     """Begin to sum a bucket in the order of the tree of `shoal.tensors.tree_sum`, whatever the shares.
 
     Each rank receives all ranks' roots of one part of the bucket and finishes the tree for it; then all ranks gather
@@ -26,7 +26,7 @@ def start_exact_sum(wire: Wire, bucket: Bucket, shares: Shares) -> Callable[[], 
     counts = [part * len(held) for held in nodes]
     work = wire.start_exchange(received.view(-1), counts, sent.reshape(-1))
 
-    def finish() -> Work:
+    def finish() -> Exchange:
         work.wait()
         tree = TreeSum()
         for node, tensor in zip(chain(*nodes), received, strict=True):

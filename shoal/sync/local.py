@@ -228,14 +228,11 @@ class Local(Sync, Guardable):
         if not (self.period.due(done, step.labels) or everyone):
             return
         wire = self.wire if everyone else self.neighbours
-        before = wire.bytes_sent
         means = mean(replica, wire)
         own = [read(bucket) for bucket in replica.buckets]
         self.drift = apart([a - b for a, b in zip(own, means, strict=True)], means)
         for bucket, flat in zip(replica.buckets, means, strict=True):
             write(bucket, flat)
-        if wire is not self.wire:
-            self.wire.bytes_sent += wire.bytes_sent - before
 
     def _sync_shared(self, done: int, step: Step) -> None:
         """Start the sums of the fragments that are due, and apply those whose time has come."""

@@ -93,6 +93,5 @@ class NoLoCo(Local):
         if other == self.wire.rank:
             return own
         theirs = [torch.empty_like(tensor) for tensor in own]
-        for work in self.wire.start_swap(own, theirs, other):
-            work.wait()
+        self.wire.start_swap(own, theirs, other).wait()
         return [(a + b).div_(2) for a, b in zip(own, theirs, strict=True)]

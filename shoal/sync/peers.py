@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from shoal.errors import PeerLost
 from shoal.sync.members import Members, say
-from shoal.wire.wire import Wire, Work
+from shoal.wire.wire import Exchange, Wire
 
 Message = tuple[int, Tensor]  # the other rank, and what is sent to it or received from it
-Posted = list[tuple[int, Work]]
+Posted = list[tuple[int, Exchange]]
 Result = TypeVar("Result")
 
 
@@ -34,12 +35,12 @@ class Peers(Members):
             (peer, self._try(peer, self.wire.start_receive, tensor, peer)) for peer, tensor in received
         ]
         sendings = [(peer, self._try(peer, self.wire.start_send, tensor, peer)) for peer, tensor in sent]
-        return [(peer, work) for peer, work in receipts + sendings if work is not None]
+        return [(peer, exchange) for peer, exchange in receipts + sendings if exchange is not None]
 
     def wait(self, posted: Posted) -> None:
         """Wait until all of it is done. What came from a rank that is not among `alive` afterwards is void."""
-        for peer, work in posted:
-            self._try(peer, work.wait)
+        for peer, exchange in posted:
+            self._try(peer, exchange.wait)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """The `tensor` of every rank that answers, this one's included, in the order of the ranks.
@@ -65,8 +66,8 @@ class Peers(Members):
             return None
         try:
             return act(*args)
-        except RuntimeError as error:
-            if "timed out" in str(error).lower():
+        except PeerLost as error:
+            if error.is_silent:
                 raise
             self.alive.remove(peer)
             if self.wire.rank < min(self.alive, default=self.wire.world_size):  # only one of them says it

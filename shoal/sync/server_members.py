@@ -8,7 +8,8 @@ from shoal.replica import Replica
 from shoal.servers.client import ServerClient
 from shoal.servers.host import NOTHING, Host
 from shoal.sync.members import Members, say
-from shoal.wire.wire import Bell, Wire
+from shoal.wire.pairs import Bell
+from shoal.wire.wire import Wire
 
 CATCH_UP = 4  # the most steps that a worker takes, once all stop, to reach the foremost
 

@@ -35,7 +35,8 @@ from shoal.servers.stubs import LocalStub, RemoteStub, ServerStub
 from shoal.sync.base import State, Sync
 from shoal.sync.members import say
 from shoal.sync.server_members import ServerMembers
-from shoal.wire.wire import Bell, Visitor, Wire
+from shoal.wire.pairs import Bell, Visitor
+from shoal.wire.wire import Wire
 
 _DOORS = itertools.count()  # for the names of doors: every rank attaches equally often
 
@@ -103,7 +104,7 @@ class ServerStrategy(Sync):
 
     def _count_bytes(self) -> None:
         sent = self.servers.bytes_sent + (self.host.bytes_sent if self.host else 0)
-        self.wire.bytes_sent += sent - self._sent_before
+        self.wire.count(sent - self._sent_before)
         self._sent_before = sent
 
     def _leave(self, replica: Replica) -> None:

@@ -47,8 +47,7 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
     """
     offload.check(config.layout.offload, mesh.device)
     mesh = mesh.cut(resolve_grid(config, mesh.world_size))
-    everyone = Wire(mesh.group)
-    wire = Wire(mesh.replicate.group) if mesh.size("island") > 1 else everyone
+    everyone, wire = mesh.wire("world"), mesh.wire("replicate")
     _check_same_data(everyone, data)
     task = choose("--task", config.train.task, TASKS)(config, data)
     found = checkpoint_of(config, everyone, screen)
@@ -83,8 +82,6 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
         config,
         folder,
         mesh,
-        everyone,
-        wire,
         screen,
         task,
         batches,
@@ -126,12 +123,11 @@ def _replica(
         placed.learnt = _compiled(placed.loss)
     return Replica(
         placed=placed,
-        island=Island(mesh),
+        mesh=mesh,
         buckets=buckets,
         optimizers=optimizers,
         updated=updated,
         policy=policy,
-        device=mesh.device,
         seed=config.train.seed,
         schedule=partial(
             optimizing.learning_rate,

@@ -46,7 +46,7 @@ def train_job(resolved: Resolved, mesh: Mesh, data: Path, stop: Stop) -> None:
     run = assemble(resolved.config, mesh, data, screen)
     if mesh.is_first:
         _begin_folder(run, resolved, place)
-    run.everyone.wait_for_first()
+    run.mesh.wire("world").wait_for_first()
     if mesh.is_first:  # it may ask the hub
         screen.banner("Running training", _facts(run))
     stop.hold(lambda: run.sync.members.wish())

@@ -161,5 +161,5 @@ def _check_policy(run: Run) -> None:
 def _ledger(run: Run) -> Ledger:
     """This rank's ledger, under a number that is higher at each start of the run and the same on all ranks."""
     attempt = torch.tensor([time.time_ns()])
-    run.everyone.broadcast(attempt)
+    run.mesh.wire("world").broadcast(attempt)
     return Ledger(run.folder / "ledger", run.mesh.rank, int(attempt), run.batches)

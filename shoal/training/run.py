@@ -22,7 +22,6 @@ from shoal.tensors.tensor_files import Places
 from shoal.training.balance import Balancer
 from shoal.training.evaluate import Evaluators, evaluate
 from shoal.wire.mesh import Mesh
-from shoal.wire.wire import Wire
 
 Memory = dict[str, dict[str, int | None]]  # part -> "bytes" measured, "formula"
 
@@ -34,8 +33,6 @@ class Run:
     config: RunConfig
     folder: Path
     mesh: Mesh
-    everyone: Wire  # all ranks
-    wire: Wire  # those with the same pieces in other replicas; `everyone` where each rank is one
     screen: Screen
     task: Task
     batches: Batches
@@ -48,6 +45,9 @@ class Run:
     memory: Memory | None = None  # by part, once a step was watched
     saving: bool = False  # whether parameters may still be read for a save, here or on rank 0
     shared: checkpoint.Tensors | None = None  # `tensors()` after the steps done, once they were asked for
+
+    def __post_init__(self) -> None:
+        self._sent_before = self.mesh.bytes_sent  # to start the run
 
     def tensors(self) -> checkpoint.Tensors:
         """What this rank saves of the one model: live tensors, but copies where the replicas differ."""
@@ -76,8 +76,8 @@ class Run:
 
     @property
     def bytes_sent(self) -> int:
-        """By this rank so far: to other replicas, and within its own."""
-        return self.wire.bytes_sent + self.replica.placed.bytes_sent()
+        """By this rank in training so far: to other replicas, and within its own."""
+        return self.mesh.bytes_sent - self._sent_before
 
     def agree(self, numbers: Tensor) -> Tensor:
         """The sum of `numbers` over the ranks, as far as the strategy hears of them."""
@@ -157,7 +157,7 @@ class Run:
         """Do `work`, which may be rank 0's alone, and wait for rank 0: an exchange would not wait for long."""
         work()
         if not self.sync.members.evaluates_alone:
-            self.everyone.wait_for_first()
+            self.mesh.wire("world").wait_for_first()
 
     @property
     def _places(self) -> Places | None:

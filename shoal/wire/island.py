@@ -5,7 +5,6 @@ from collections.abc import Callable
 from torch import Tensor
 
 from shoal.wire.mesh import Mesh
-from shoal.wire.wire import Wire
 
 
 class Island:
@@ -22,11 +21,11 @@ class Island:
         self.teams = range(first // mesh.size("team"), (first + size) // mesh.size("team"))
         self.team = mesh.team
         self._rank = mesh.rank
-        self._wire = Wire(mesh.axes["island"].group) if size > 1 else None
+        self._wire = mesh.wire("island") if size > 1 else None
 
     @property
-    def place(self) -> int:
-        """Which of them this rank is: those with the same place hold the same pieces of their replicas."""
+    def rank(self) -> int:
+        """Which of them this one is: ranks with the same number hold the same pieces of their replicas."""
         return self._rank - self.ranks.start
 
     def __len__(self) -> int:
@@ -41,6 +40,6 @@ class Island:
         return self.sum(own.square()).sqrt() if self._wire else own
 
     def agree(self, with_others: Callable[[Tensor], Tensor], numbers: Tensor) -> Tensor:
-        """The sum of `numbers` over this island, and `with_others` over what is told of all; alike on its ranks."""
-        told = with_others(self.sum(numbers))
-        return self.sum(told if self.is_first else told.zero_()) if self._wire else told
+        """The sum of `numbers` over this island, then `with_others` of it: the first rank's result, on each rank."""
+        found = with_others(self.sum(numbers))
+        return self.sum(found if self.is_first else found.zero_()) if self._wire else found

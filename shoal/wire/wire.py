@@ -1,83 +1,143 @@
-"""The wire: every exchange between replicas goes through here, and every byte of it is counted.
+"""The wire: every exchange between ranks goes through here, is listed while it is open, and is counted.
 
 Bytes are what the algorithm has a rank send (the payload of a ring or of direct exchanges), without the
 headers of the transport.
 """
 
+import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Callable, Iterable, Sequence
 
 import torch.distributed as dist
 from torch import Tensor
 
-from shoal.wire import mesh
+from shoal.wire import meeting
+from shoal.wire.lost import peer_lost
 
-Work = dist.Work  # a started exchange: done after its `.wait()`
 # Renamed in torch 2.13.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
-
 _texts: Counter[str] = Counter()  # by group, whose ranks all count alike
 
 
-class Wire:
-    """One rank's end of the exchanges over one axis of the mesh."""
+class Exchange:
+    """An exchange that was started. Its tensors must not be touched before `wait`.
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    Its start and `wait` raise PeerLost when the other side is gone, or silent for as long as `meeting.TIMEOUT`.
+    `rank` is the other side in the wire's group; None: all of them.
+    """
+
+    def __init__(
+        self, wire: "Wire", what: str, start: Callable[[], Iterable[dist.Work]], nbytes: int, rank: int | None
+    ) -> None:
+        self.what = what
+        self.rank = rank
+        self._wire = wire.counter
+        self._nbytes = nbytes  # that this rank sends
+        with peer_lost(what, rank):
+            self._works = list(start())
+        self._wire.pending[self] = None
+
+    def wait(self) -> None:
+        """End it: count its bytes and the seconds waited. Again: do nothing."""
+        if self not in self._wire.pending:
+            return
+        started = time.perf_counter()
+        try:
+            with peer_lost(self.what, self.rank):
+                for work in self._works:
+                    work.wait()
+        finally:
+            del self._wire.pending[self]
+            self._wire.seconds_waited += time.perf_counter() - started
+        self._wire.bytes_sent += self._nbytes
+
+    def __str__(self) -> str:
+        return self.what if self.rank is None else f"{self.what} with rank {self.rank}"
+
+
+class Wire:
+    """One rank's end of the exchanges over one axis of the mesh. `Mesh.wire` makes it."""
+
+    def __init__(self, group: dist.ProcessGroup, counter: "Wire | None" = None) -> None:
         self.group = group
+        self.counter = counter or self  # the wire whose counts and list the exchanges stand in
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
+        self.pending: dict[Exchange, None] = {}  # those that are open, the oldest first
         self.bytes_sent = 0
+        self.seconds_waited = 0.0
+
+    def count(self, nbytes: int) -> None:
+        """Add bytes that went to these ranks beside the wire: over pairs."""
+        self.bytes_sent += nbytes
 
     def neighbours(self, size: int) -> "Wire":
-        """A wire to the ranks that stand in the same run of `size` ranks; it counts for itself."""
-        return Wire(mesh.neighbours(self.group, size))
+        """A wire to the ranks in the same run of `size` ranks. This one counts for it. Every rank must call it."""
+        ranks = dist.get_process_group_ranks(self.group)
+        first = self.rank // size * size
+        return Wire(meeting.new_group(ranks[first : first + size]), self.counter)
 
-    def start_all_reduce(self, tensor: Tensor) -> Work:
-        """Begin to sum `tensor` in place over the ranks; the result is there after `.wait()`."""
-        self.bytes_sent += 2 * self._others_part(tensor)
-        return dist.all_reduce(tensor, group=self.group, async_op=True)
+    def start_all_reduce(self, tensor: Tensor) -> Exchange:
+        """Begin to sum `tensor` in place over the ranks."""
+        return self._start(
+            "all-reduce",
+            lambda: dist.all_reduce(tensor, group=self.group, async_op=True),
+            2 * self._others_part(tensor),
+        )
 
-    def start_exchange(self, received: Tensor, counts: list[int], sent: Tensor) -> Work:
+    def start_exchange(self, received: Tensor, counts: list[int], sent: Tensor) -> Exchange:
         """Begin to send the r-th of `world_size` equal parts of `sent` to rank r.
 
         What rank q sends, `counts[q]` elements, lands in `received` in the order of the ranks.
         """
-        self.bytes_sent += self._others_part(sent)
         parts = [sent.numel() // self.world_size] * self.world_size
-        return dist.all_to_all_single(received, sent, counts, parts, group=self.group, async_op=True)
 
-    def start_all_gather(self, whole: Tensor, part: Tensor) -> Work:
+        def start() -> dist.Work:
+            return dist.all_to_all_single(received, sent, counts, parts, group=self.group, async_op=True)
+
+        return self._start("all-to-all", start, self._others_part(sent))
+
+    def start_all_gather(self, whole: Tensor, part: Tensor) -> Exchange:
         """Begin to fill `whole` [world_size * n] with every rank's `part` [n], in the order of the ranks."""
-        self.bytes_sent += (self.world_size - 1) * part.nbytes
-        return _all_gather(whole, part, group=self.group, async_op=True)
+        nbytes = (self.world_size - 1) * part.nbytes
+        return self._start(
+            "all-gather", lambda: _all_gather(whole, part, group=self.group, async_op=True), nbytes
+        )
 
-    def start_reduce_scatter(self, part: Tensor, whole: Tensor) -> Work:
+    def start_reduce_scatter(self, part: Tensor, whole: Tensor) -> Exchange:
         """Begin to fill `part` [n] with the sum over the ranks of this rank's part of `whole` [world_size * n]."""
-        self.bytes_sent += self._others_part(whole)
-        return _reduce_scatter(part, whole, group=self.group, async_op=True)
+        return self._start(
+            "reduce-scatter",
+            lambda: _reduce_scatter(part, whole, group=self.group, async_op=True),
+            self._others_part(whole),
+        )
 
-    def start_send(self, tensor: Tensor, rank: int) -> Work:
-        """Begin to send `tensor` to `rank`. It must not change before `.wait()`."""
-        self.bytes_sent += tensor.nbytes
-        return _started(dist.isend(tensor, group=self.group, group_dst=rank))
+    def start_send(self, tensor: Tensor, rank: int) -> Exchange:
+        """Begin to send `tensor` to `rank`. It must not change before `wait`."""
+        return self._start(
+            "send", lambda: dist.isend(tensor, group=self.group, group_dst=rank), tensor.nbytes, rank
+        )
 
-    def start_receive(self, tensor: Tensor, rank: int) -> Work:
+    def start_receive(self, tensor: Tensor, rank: int) -> Exchange:
         """Begin to overwrite `tensor` with what `rank` sends: of this size, in the order in which it was sent."""
-        return _started(dist.irecv(tensor, group=self.group, group_src=rank))
+        return self._start("receive", lambda: dist.irecv(tensor, group=self.group, group_src=rank), 0, rank)
 
-    def start_swap(self, sent: list[Tensor], received: list[Tensor], rank: int) -> list[Work]:
-        """Begin to exchange tensors with `rank`, which calls this too. All at once: NCCL runs one after the other."""
-        self.bytes_sent += sum(tensor.nbytes for tensor in sent)
+    def start_swap(self, sent: Sequence[Tensor], received: Sequence[Tensor], rank: int) -> Exchange:
+        """Begin to exchange tensors with `rank`, which calls this too."""
         ways = ((dist.irecv, received), (dist.isend, sent))
-        posted = [
-            dist.P2POp(way, t, group=self.group, group_peer=rank) for way, tensors in ways for t in tensors
-        ]
-        return dist.batch_isend_irecv(posted)
+        return self.start_batch(
+            "swap", [dist.P2POp(way, t, group=self.group, group_peer=rank) for way, ts in ways for t in ts]
+        )
+
+    def start_batch(self, what: str, posted: Sequence[dist.P2POp]) -> Exchange:
+        """Begin to send and to receive at once. NCCL would run one after the other, and so both ranks wait."""
+        nbytes = sum(each.tensor.nbytes for each in posted if each.op is dist.isend)
+        (rank, *others) = {each.group_peer for each in posted}
+        return Exchange(
+            self, what, lambda: dist.batch_isend_irecv(list(posted)), nbytes, None if others else rank
+        )
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of `tensor` over the ranks, in place, at once. For numbers, not for gradients."""
@@ -86,23 +146,24 @@ class Wire:
 
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite `tensor` with the one of rank 0."""
-        self.bytes_sent += tensor.nbytes if self.rank == 0 else 0
-        dist.broadcast(tensor, group=self.group, group_src=0)
+        nbytes = tensor.nbytes if self.rank == 0 else 0
+        start = lambda: dist.broadcast(tensor, group=self.group, group_src=0, async_op=True)  # noqa: E731
+        self._start("broadcast", start, nbytes).wait()
 
     def share_text(self, text: str) -> str:
         """The text that rank 0 gives, on every rank. Rank 0 may come as late as it likes.
 
-        The other ranks poll the store: a collective would have a deadline. Raises ConnectionError when the process
-        that keeps the store is gone. (Torch's own way would unpickle.)
+        The other ranks poll the store: a collective would have a deadline. Raises PeerLost when the process that
+        keeps the store is gone. (Torch's own way would unpickle.)
         """
         _texts[self.group.group_name] += 1
         key = f"text/{self.group.group_name}/{_texts[self.group.group_name]}"
-        with _as_connection_error():
-            store = mesh.shared_store()
+        with peer_lost("a text of rank 0", 0):
+            store = meeting.shared_store()
             if self.rank == 0:
                 store.set(key, text)
                 return text
-            for _ in mesh.looks(lambda: store.check([key])):
+            for _ in meeting.looks(lambda: store.check([key])):
                 pass
             return str(store.get(key).decode())
 
@@ -112,125 +173,17 @@ class Wire:
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        dist.barrier(self.group)
+        self._start("barrier", lambda: dist.barrier(self.group, async_op=True), 0).wait()
+
+    def _start(
+        self, what: str, start: Callable[[], dist.Work | None], nbytes: int, rank: int | None = None
+    ) -> Exchange:
+        def works() -> list[dist.Work]:
+            work = start()
+            assert work is not None, "only ranks of the group hold a wire"
+            return [work]
+
+        return Exchange(self, what, works, nbytes, rank)
 
     def _others_part(self, tensor: Tensor) -> int:
         return tensor.nbytes * (self.world_size - 1) // self.world_size
-
-
-def _started(work: Work | None) -> Work:
-    assert work is not None, "only ranks of the group hold a wire"
-    return work
-
-
-FOREVER = timedelta(days=365)
-MEET = timedelta(seconds=20)  # how long who opens a door waits for the guest that has knocked
-
-
-class Pair:
-    """Two processes that talk to each other alone, beside the collectives of all: for one thread at each end.
-
-    What one sends on a channel the other receives, in order. Raises ConnectionError when the other is gone, or silent
-    for as long as a collective may take; the pair is of no use then.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, number: int) -> None:
-        self._group = group
-        self._other = 1 - number
-
-    def start_send(self, tensor: Tensor, channel: int = 0) -> Work:
-        """Begin to send `tensor`, which must stay as it is until `finish(work)`."""
-        with _as_connection_error():
-            return self._group.send([tensor], self._other, channel)
-
-    def finish(self, work: Work) -> None:
-        """Wait until it has been sent, or received."""
-        with _as_connection_error():
-            work.wait(mesh.TIMEOUT)
-
-    def send(self, tensor: Tensor, channel: int = 0) -> None:
-        """Send `tensor`."""
-        self.finish(self.start_send(tensor, channel))
-
-    def start_receive(self, tensor: Tensor, channel: int = 0) -> Work:
-        """Begin to fill `tensor`, which is as large as the one that is sent; it is full after `finish(work)`."""
-        with _as_connection_error():
-            return self._group.recv([tensor], self._other, channel)
-
-    def receive(self, tensor: Tensor, channel: int = 0) -> None:
-        """Fill `tensor`."""
-        self.finish(self.start_receive(tensor, channel))
-
-
-@dataclass(frozen=True)
-class Guest:
-    """Another process that has come to a door."""
-
-    number: int
-    store: dist.Store
-    key: str
-
-    def meet(self) -> Pair:
-        """The pair with it. Raises ConnectionError when it does not come in."""
-        with _as_connection_error():
-            return Pair(mesh.pair(self.store, self.key, 0, MEET), 0)
-
-
-class Door:
-    """Where other processes may come at any time to be talked to alone."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._store = mesh.own_store()
-        self._count = 0
-
-    def wait(self) -> Guest:
-        """The next guest, whenever it comes. Raises ConnectionError when nobody can come any more."""
-        self._count += 1
-        key = f"{self.name}/{self._count}"
-        with _as_connection_error():
-            self._store.wait([key], FOREVER)
-            return Guest(int(self._store.get(key)), mesh.own_store(), f"{key}/pair")
-
-
-class Visitor:
-    """One process that comes to the doors of others, as guest `number`."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self._store = mesh.own_store()
-
-    def knock(self, door: str, patience: timedelta = mesh.TIMEOUT) -> Pair:
-        """The pair with whoever opens. Raises ConnectionError when nobody does for so long."""
-        with _as_connection_error():
-            key = f"{door}/{self._store.add(f'{door}/count', 1)}"
-            self._store.set(key, str(self.number))
-            return Pair(mesh.pair(self._store, f"{key}/pair", 1, patience), 1)
-
-
-class Bell:
-    """A signal from one process to another, through the store: whatever exchanges either of them is in."""
-
-    def __init__(self, name: str) -> None:
-        self._key = f"bell/{name}"
-        self._store = mesh.own_store()
-
-    def ring(self) -> None:
-        """Wake the process that waits, now or later. Does nothing once the store is gone."""
-        with suppress(ConnectionError), _as_connection_error():
-            self._store.set(self._key, "rung")
-
-    def wait(self) -> None:
-        """Return once it is rung. One process may wait. Raises ConnectionError once the store is gone."""
-        with _as_connection_error():
-            self._store.wait([self._key], FOREVER)
-
-
-@contextmanager
-def _as_connection_error() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        said = said.partition("] ")[2] if said.startswith("[") else said  # where in gloo's source
-        raise ConnectionError(said.split(". ")[0]) from error

@@ -10,7 +10,6 @@ from torch import Tensor
 from shoal.codecs.sums import EncodedSums
 from shoal.config import StrategyConfig
 from shoal.wire.mesh import Mesh
-from shoal.wire.wire import Wire
 
 PADDING = 3.5
 NUMEL = 354
@@ -51,7 +50,7 @@ def sum_steps(
 
     With `undone` every sum is formed twice, and rolled back in between.
     """
-    wire = Wire(mesh.group)
+    wire = mesh.wire("world")
     exchange = EncodedSums(options, wire)
     if states is not None:
         exchange.load_state_dict(states)

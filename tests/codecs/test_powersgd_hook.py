@@ -11,7 +11,6 @@ from torch import Tensor
 from shoal.codecs.sums import EncodedSums
 from shoal.config import StrategyConfig
 from shoal.wire.mesh import Mesh
-from shoal.wire.wire import Wire
 
 SHAPES = [torch.Size((20, 12)), torch.Size((7,)), torch.Size((9, 30)), torch.Size((4, 4))]
 NUMEL = sum(shape.numel() for shape in SHAPES)
@@ -43,7 +42,7 @@ def both(mesh: Mesh, rank: int) -> float:
     from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as torchs
 
     state = torchs.PowerSGDState(mesh.group, rank, start_powerSGD_iter=EXACT, random_seed=3)
-    exchange = EncodedSums(StrategyConfig(codec="powersgd", rank=rank), Wire(mesh.group))
+    exchange = EncodedSums(StrategyConfig(codec="powersgd", rank=rank), mesh.wire("world"))
     worst = 0.0
     for step in range(STEPS):
         own = values(NUMEL, step, mesh.rank)

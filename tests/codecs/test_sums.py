@@ -16,7 +16,6 @@ from shoal.codecs.channel import Channel
 from shoal.codecs.sums import EncodedSums, refit
 from shoal.cost import Sizes
 from shoal.wire.mesh import Mesh
-from shoal.wire.wire import Wire
 
 STEPS = range(12)
 FED_BACK = [  # and nothing of it fades away
@@ -254,7 +253,7 @@ def test_a_state_that_was_not_used_yet_is_saved_again(pool: Pool, summed: Any) -
 
 def hand_on(mesh: Mesh, cases: list[str]) -> list[Any]:
     """Each rank sends to the next one what it encoded; returns what came, what was given, and the bytes."""
-    wire, found = Wire(mesh.group), []
+    wire, found = mesh.wire("world"), []
     after, before = (mesh.rank + 1) % mesh.world_size, (mesh.rank - 1) % mesh.world_size
     for case in cases:
         exchange = EncodedSums(CASES[case], wire)

@@ -9,7 +9,7 @@ import pytest
 from laws.models import ModelTask
 from laws.pool import Pool
 from laws.rows import RowsTask
-from laws.worlds import Arrays, after, as_array, first_difference, follow, run_of
+from laws.worlds import Arrays, after, as_array, first_difference, follow, run_of, sent_within
 
 from shoal.layouts.base import shape_of
 from shoal.tensors.piece import Block
@@ -46,7 +46,7 @@ def follow_in_pieces(
     losses: list[float] = []
     held: list[Pieces] = []
     after(run, "commit", lambda *_: held.append(pieces_of(run)))
-    after(run, "commit", lambda batch, loss: losses.append(loss))
+    after(run, "commit", lambda batch, step, loss: losses.append(loss))
     metrics = train(run, lambda: False)
     return losses, held, metrics
 
@@ -131,12 +131,12 @@ def sent_and_predicted(mesh: Mesh, task: RowsTask, **settings: Any) -> list[tupl
     run = run_of(mesh, "allreduce", task, **settings)
     found = []
     for step in range(3):
-        before = run.replica.placed.bytes_sent()
+        before = sent_within(run)
         batch = run.batches.at(step)
         taken = run.replica.gradients(batch)
         run.sync.step(run.replica, taken)
         predicted = run.replica.placed.cost(run.replica.turns, shape_of(batch.micro_batch(0)))
-        found.append((run.replica.placed.bytes_sent() - before, predicted))
+        found.append((sent_within(run) - before, predicted))
     return found
 
 

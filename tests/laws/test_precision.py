@@ -10,7 +10,7 @@ from laws.models import ModelTask
 from laws.pool import Pool
 from laws.rows import RowsTask
 from laws.test_layouts import LAYOUTS, Pieces, follow_in_pieces, together
-from laws.worlds import Arrays, as_array, first_difference, follow, run_of
+from laws.worlds import Arrays, as_array, first_difference, follow, run_of, sent_within
 from torch import nn
 
 from shoal.errors import ShoalError
@@ -103,11 +103,11 @@ def of_many(mesh: Mesh, task: RowsTask, **settings: Any) -> Run:
 def summed_over_many(mesh: Mesh, task: RowsTask, **settings: Any) -> Pieces:
     """The gradient of a step, as this rank hands it to the optimizer; what it sends for it is what is predicted."""
     run = of_many(mesh, task, precision="bf16-true", **settings)
-    batch, placed, before = run.batches.at(0), run.replica.placed, run.replica.placed.bytes_sent()
+    batch, placed, before = run.batches.at(0), run.replica.placed, sent_within(run)
     taken = run.replica.gradients(batch)
     run.sync.step(run.replica, taken)
     predicted = placed.cost(run.replica.turns, shape_of(batch.micro_batch(0)))
-    assert placed.bytes_sent() - before == predicted
+    assert sent_within(run) - before == predicted
     assert {bucket.flat.dtype for bucket in run.replica.buckets} == {torch.float32}
     assert run.replica.placed.reduced <= {torch.float32}
     return {

@@ -133,15 +133,15 @@ class Sent:
 def bytes_of_a_period(mesh: Mesh, strategy: str, **settings: Any) -> Sent:
     run = run_of(mesh, strategy, RowsTask(), **SETTINGS | settings)
     padded = tuple(bucket.flat.shape for bucket in run.replica.buckets)
-    run.wire.barrier()
-    run.wire.bytes_sent, before = 0, sent_by_this_process()
+    run.mesh.wire("replicate").barrier()
+    run.mesh.wire("replicate").bytes_sent, before = 0, sent_by_this_process()
     period = STRATEGIES[strategy].period
     for step in range(period):
         taken = run.replica.gradients(run.batches.at(step))
         run.sync.step(run.replica, taken)
     run.sync.state_dict()  # what still travels has to arrive first
-    counted, measured = run.wire.bytes_sent, sent_by_this_process() - before
-    run.wire.barrier()
+    counted, measured = run.mesh.wire("replicate").bytes_sent, sent_by_this_process() - before
+    run.mesh.wire("replicate").barrier()
     cost = run.sync.cost(run.config, Sizes(padded, mesh.world_size, itemsize=8))
     predicted = period * cost.sent
     return Sent(predicted, counted, measured, len(run.replica.buckets.all))

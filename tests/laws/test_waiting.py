@@ -28,10 +28,9 @@ from shoal.errors import ShoalError
 from shoal.sync.server_strategy import ServerStrategy
 from shoal.tensors.precision import resolve
 from shoal.training.evaluate import ASK_EVERY, Evaluators, evaluate
-from shoal.wire import mesh
+from shoal.wire import meeting
 from shoal.wire.mesh import Axis, Mesh, join
 from shoal.wire.rendezvous import Rendezvous
-from shoal.wire.wire import Wire
 
 DEADLINE, LONGER = timedelta(seconds=3), 5.0
 TASK = RowsTask("tied")
@@ -39,8 +38,8 @@ TASK = RowsTask("tied")
 
 def hurried(made: Mesh) -> Mesh:
     """The same ranks, of whom each collective waits for the DEADLINE only."""
-    mesh.TIMEOUT = DEADLINE
-    group = mesh.neighbours(made.group, made.world_size)
+    meeting.TIMEOUT = DEADLINE
+    group = meeting.new_group(list(range(made.world_size)))
     return replace(made, group=group, axes={"replicate": Axis(made.world_size, made.rank, group)})
 
 
@@ -80,7 +79,7 @@ def test_writing_and_choosing_a_checkpoint_may_take_longer_than_a_collective(
 
 
 def finish_late(made: Mesh, late: int) -> int:
-    mesh.TIMEOUT = DEADLINE / 2  # a line that has broken is made again, once
+    meeting.TIMEOUT = DEADLINE / 2  # a line that has broken is made again, once
     if made.rank == late:
         slow(ServerStrategy, "finish")
     settings = {"global_batch_size": 4, "per_device_train_batch_size": 2, "max_steps": 3}
@@ -99,7 +98,7 @@ def test_a_worker_waits_for_the_others_of_its_servers_longer_than_for_an_exchang
 def wait_for_the_dead(made: Mesh) -> None:
     if made.is_first:
         os.kill(os.getpid(), signal.SIGKILL)
-    Wire(made.group).wait_for_first()
+    made.wire("world").wait_for_first()
 
 
 def test_that_rank_0_has_died_is_noticed(pool: Pool) -> None:
@@ -108,16 +107,16 @@ def test_that_rank_0_has_died_is_noticed(pool: Pool) -> None:
 
 
 def come(rank: int, port: int, late: int) -> int:
-    mesh.TIMEOUT, mesh.WORD = DEADLINE, timedelta(seconds=1)
+    meeting.TIMEOUT, meeting.WORD = DEADLINE, timedelta(seconds=1)
     if rank == late:
         time.sleep(LONGER)
     with join(Rendezvous(rank, 2, port=port)) as made:
-        return int(Wire(made.group).sum(torch.tensor([rank + 1])))
+        return int(made.wire("world").sum(torch.tensor([rank + 1])))
 
 
 def hear_late(made: Mesh) -> str:
     time.sleep(made.rank)
-    return Wire(made.group).share_text("the last word")
+    return made.wire("world").share_text("the last word")
 
 
 def test_who_reads_late_still_reads_what_rank_0_wrote_last(pool: Pool) -> None:
@@ -153,7 +152,7 @@ class Few:
 
 def measure(made: Mesh, stopped_at: int, count: int) -> tuple[Any, int, int]:
     """Evaluate, with a wish to stop on rank 1 after so many micro-batches; the result, and what each has done."""
-    wire, done = Wire(made.group), [0, 0]
+    wire, done = made.wire("world"), [0, 0]
 
     def loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         done[0] += 1

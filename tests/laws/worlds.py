@@ -56,13 +56,18 @@ def as_array(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)).numpy().copy()
 
 
+def sent_within(run: Run) -> int:
+    """The bytes that this rank has sent to the others of its island."""
+    return run.mesh.bytes_sent - run.mesh.wire("replicate").bytes_sent
+
+
 def gradient(run: Run, step: int = 0) -> tuple[Arrays, float]:
     """The gradients after the replicas have agreed on them, and the loss of the whole step."""
     batch = run.batches.at(step)
     taken = run.replica.gradients(batch)
     run.sync.step(run.replica, taken)
     grads = {name: p.grad.numpy().copy() for name, p in run.replica.params}
-    return grads, run.wire.sum(taken.losses).sum().item() / batch.labels
+    return grads, run.mesh.wire("replicate").sum(taken.losses).sum().item() / batch.labels
 
 
 def gradients(

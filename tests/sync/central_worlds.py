@@ -60,16 +60,16 @@ def steps_of(
             os.kill(os.getpid(), signal.SIGKILL)
         if held_up and step == at:
             _hold_up(mesh.rank, held_up)
-        before = run.wire.bytes_sent
+        before = run.mesh.wire("replicate").bytes_sent
         run.sync.step(run.replica, taken)
-        sent.append(run.wire.bytes_sent - before)
+        sent.append(run.mesh.wire("replicate").bytes_sent - before)
         numbers.append(run.sync.members.agree(torch.tensor([1.0, 0.0], dtype=torch.float64))[0].item())
         staleness.append(run.sync.metrics().get("sync/staleness", 0.0))
     if held_up and mesh.rank == 0:
         (held_up / "rank 0 is done").touch()
-    before = run.wire.bytes_sent
+    before = run.mesh.wire("replicate").bytes_sent
     run.sync.members.finish(run.replica)
-    sent.append(run.wire.bytes_sent - before)
+    sent.append(run.mesh.wire("replicate").bytes_sent - before)
     sizes = Sizes(tuple(p.shape for _, p in run.replica.params), mesh.world_size, itemsize=8)
     traffic = Traffic.of(run.config, sizes)
     predicted = traffic.sent(mesh.rank, mesh.world_size)

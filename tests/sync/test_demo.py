@@ -261,10 +261,10 @@ def test_where_one_gradient_is_not_finite_nothing_changes_anywhere(pool: Pool) -
 
 def bytes_of_a_step(mesh: Mesh, **settings: Any) -> tuple[float, int, int]:
     run = run_with(mesh, **settings)
-    run.wire.bytes_sent = 0
+    run.mesh.wire("replicate").bytes_sent = 0
     take(run, 0)
     sizes = Sizes(tuple(p.shape for _, p in run.replica.params), mesh.world_size, itemsize=8)
-    return run.sync.cost(run.config, sizes).sent, run.wire.bytes_sent, sizes.nbytes
+    return run.sync.cost(run.config, sizes).sent, run.mesh.wire("replicate").bytes_sent, sizes.nbytes
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

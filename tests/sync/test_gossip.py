@@ -358,15 +358,15 @@ def first_metric(mesh: Mesh, **settings: Any) -> tuple[np.ndarray, float]:
 
 def bytes_of(mesh: Mesh, steps: int, unpadded: bool = False, **settings: Any) -> tuple[float, int]:
     run = started(mesh, **settings)
-    run.wire.bytes_sent = 0
+    run.mesh.wire("replicate").bytes_sent = 0
     for step in range(steps):
         take(run, step)
     shapes = tuple(bucket.flat.shape for bucket in run.replica.buckets)
     if unpadded:
         shapes = tuple(shape for bucket in run.replica.buckets for shape in bucket.shapes)
-    return steps * run.sync.cost(
-        run.config, Sizes(shapes, mesh.world_size, itemsize=8)
-    ).sent, run.wire.bytes_sent
+    return steps * run.sync.cost(run.config, Sizes(shapes, mesh.world_size, itemsize=8)).sent, run.mesh.wire(
+        "replicate"
+    ).bytes_sent
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -418,9 +418,9 @@ def guarded(mesh: Mesh) -> tuple[list[Arrays], list[int]]:
                 run.sync.watch(1.0)
             run.sync.watch(math.inf)
             history[-1] = parameters(run)
-        before = run.wire.bytes_sent
+        before = run.mesh.wire("replicate").bytes_sent
         take(run, step)
-        sent.append(run.wire.bytes_sent - before)
+        sent.append(run.mesh.wire("replicate").bytes_sent - before)
         history.append(parameters(run))
     return history, sent
 

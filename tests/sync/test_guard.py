@@ -72,7 +72,8 @@ def stale_run(mesh: Mesh, guarded: bool) -> tuple[list[float], list[str]]:
     server = serve(Arrivals(lambda step: RATE), "sgd")
     simulator = Simulator(server, gradient, [1] * WORKERS, ahead=True)
     config = load_config(None, [], {}, strategy="async", guard=0.2).config
-    guard = Guard(config, run.wire, Stale(simulator, run.wire), said.append)
+    wire = run.mesh.wire("replicate")
+    guard = Guard(config, wire, Stale(simulator, wire), said.append)
     simulator.run(STEPS)
     return losses, said
 

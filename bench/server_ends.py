@@ -14,19 +14,19 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from shoal.servers.connections import Line, approach
+from shoal.servers.connections import Connection, connect
 from shoal.servers.core import ParameterServer
 from shoal.servers.host import Host
-from shoal.servers.links import Remote
 from shoal.servers.messages import Kind, Request
-from shoal.servers.parcels import Parcels
+from shoal.servers.push_format import PushFormat
+from shoal.servers.stubs import RemoteStub
 from shoal.servers.update_rules import Arrivals
 from shoal.wire.mesh import join
 from shoal.wire.pairs import Visitor
 from shoal.wire.rendezvous import Rendezvous
 
 NUMEL = 1_000_000
-PARCELS = Parcels.plain(NUMEL, torch.float32)  # 4 MB
+PARCELS = PushFormat.plain(NUMEL, torch.float32)  # 4 MB
 WARM_UP, TIMED = 10, 60  # rounds, in which each way has one turn
 RAW = "raw"
 SERVERS = {"shared memory": True, "network": False}  # how tensors travel
@@ -53,9 +53,9 @@ def work() -> dict[str, list[float]]:
     visitor = Visitor(1)
     exchanges: dict[str, Callable[[int], None]] = {RAW: partial(_swap, torch.zeros(NUMEL))}
     for door in SERVERS:
-        link = Remote(partial(_approach, visitor, door), "the server", PARCELS)
-        link.gradient.fill_(1e-6)
-        exchanges[door] = partial(_push_and_pull, link)
+        stub = RemoteStub(partial(_connect, visitor, door), "the server", PARCELS)
+        stub.gradient.fill_(1e-6)
+        exchanges[door] = partial(_push_and_pull, stub)
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     for step in range(WARM_UP + TIMED):
         for way in WAYS:
@@ -70,13 +70,13 @@ def _swap(tensor: torch.Tensor, step: int) -> None:
     dist.recv(tensor, 0)
 
 
-def _push_and_pull(link: Remote, step: int) -> None:
-    link.ask(Request(Kind.EXCHANGE, 1, step, needed=step + 1, version=step, labels=1, step_labels=1))
-    link.answer()
+def _push_and_pull(stub: RemoteStub, step: int) -> None:
+    stub.ask(Request(Kind.EXCHANGE, 1, step, needed=step + 1, version=step, labels=1, step_labels=1))
+    stub.answer()
 
 
-def _approach(visitor: Visitor, door: str, **knocking: timedelta) -> Line:
-    return approach(visitor.knock(door, **knocking), PARCELS.nbytes, PARCELS.nbytes)
+def _connect(visitor: Visitor, door: str, **knocking: timedelta) -> Connection:
+    return connect(visitor.knock(door, **knocking), PARCELS.nbytes, PARCELS.nbytes)
 
 
 def _sgd(params: list[tuple[str, torch.nn.Parameter]]) -> list[torch.optim.Optimizer]:

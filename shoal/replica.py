@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -45,6 +45,11 @@ class Seconds:
     communication: float = 0.0  # exposed: waited for, while nothing was computed
     optimizer: float = 0.0
 
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.data + self.compute + self.communication + self.optimizer
+
 
 @dataclass
 class Step:
@@ -59,6 +64,14 @@ class Step:
     grad_norm: float = 0.0
     learning_rate: float = 0.0
     skipped: bool = False  # nothing was updated: the gradient was not finite
+
+    @contextmanager
+    def timed(self, kind: str) -> Iterator[None]:
+        """Add the seconds that the block takes to those of `kind`, without those timed as another kind within it."""
+        started, inner = time.perf_counter(), self.seconds.total
+        yield
+        taken = time.perf_counter() - started - (self.seconds.total - inner)
+        setattr(self.seconds, kind, getattr(self.seconds, kind) + taken)
 
     @property
     def own_fraction(self) -> float:
@@ -191,6 +204,24 @@ class Replica:
         elif not can_lower:
             self.nonfinite_steps += 1
         return not step.skipped
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this rank holds all pieces of the replica."""
+        return len(self.island) == 1
+
+    @property
+    def rank(self) -> int:
+        """Which of the ranks that hold this replica together this one is."""
+        return self.island.rank
+
+    def norm(self, own: Tensor) -> Tensor:
+        """The norm over all pieces of the replica, of which this rank's have the norm `own`."""
+        return self.island.norm(own)
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """The sum of `numbers` over the ranks that hold this replica together, in place."""
+        return self.island.sum(numbers)
 
     def replace_optimizers(self, made: list[torch.optim.Optimizer]) -> None:
         """Have a strategy's own optimizers update the parameters, by gradients that are not clipped."""

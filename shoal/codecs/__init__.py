@@ -1,13 +1,13 @@
-"""Codecs: what compression does to a tensor on the wire.
+"""Codecs: how tensors are compressed for the wire.
 
 A codec is one file here, one line in `CODECS`, and its name in `shoal.config.strategy.Codec`.
 
-To add one: a class with `combine`, `encode`, `decode` and `nbytes` (see `shoal.codecs.base.Codec`), and a
-`biased` that says whether its error has to be fed back; in its docstring the update rule, its source, its bytes
-and its cost, and when to use it. `combine` decides how sums are formed (see `shoal.codecs.sums`): a
-"linear" one also has `rounds` and `round_bytes`. What it remembers goes into `state_dict`. Then a line in
-`CODECS` that makes one from the options, each option with the codec's own default where it is empty. The laws
-of tests/codecs/ run on every entry.
+To add one: a subclass of `ChunkCodec`, `GatherCodec` or `LinearCodec` (see `shoal.codecs.base`; the class decides how
+sums over the ranks are formed, see `shoal.codecs.channel`) with `encode`, `decode` and `nbytes`, a linear one with
+`rounds` and `round_bytes`; and with `biased`, which says whether its error has to be fed back. The docstring states
+the update rule, its source, its bytes and cost, and when to use it. State goes into `state_dict`. Then a line in
+`CODECS` that makes one from the options, each option with the codec's own default where it is empty. The laws of
+tests/codecs/ run on every entry.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,20 +48,20 @@ def make(options: StrategyConfig, subject: Subject) -> Codec:
 
 
 def fed_back(codec: Codec, options: StrategyConfig) -> Codec:
-    """With the momentum or the error feedback that the options ask for; by default with feedback if it is biased."""
+    """`codec` with the momentum or the error feedback of the options; by default with feedback if it is biased."""
     if options.codec_momentum and isinstance(codec, Sparse):
         return MomentumCorrection(codec, options.codec_momentum)
     wanted = codec.biased if options.error_feedback is None else options.error_feedback
-    return ErrorFeedback(codec, options.error_decay) if wanted and codec.combine != "dense" else codec
+    return ErrorFeedback(codec, options.error_decay) if wanted and not isinstance(codec, Plain) else codec
 
 
 def build(options: StrategyConfig, subject: Subject) -> Codec:
-    """What encodes a tensor that is sent from one rank to another, again and again."""
+    """A codec, with feedback, for a tensor that one rank sends to another again and again."""
     return fed_back(make(options, subject), options)
 
 
 def check(options: StrategyConfig, shapes: Sequence[torch.Size]) -> None:
-    """Refuse, before anything is launched, what makes no sense for a model of parameters with these shapes."""
+    """Raise UserError where the options make no sense for parameters of these shapes. Called before the launch."""
     if options.codec_momentum and options.error_feedback is False and options.codec in ("topk", "randomk"):
         found = "momentum before a sparse codec is a kind of error feedback"
         raise UserError("--codec-momentum without --error-feedback", found, "leave one of the two out")

@@ -1,4 +1,4 @@
-"""Momentum that is taken before the codec: of each rank for itself (`topk`, `randomk`), or of all (`sign`)."""
+"""Momentum that is applied before the codec: by each rank on its own (`topk`, `randomk`), or by all (`sign`)."""
 
 import torch
 from torch import Tensor
@@ -12,13 +12,13 @@ class MomentumCorrection(ErrorFeedback):
 
         u = m u + g; v = v + u; send C(v); v = v - C(v); and where something was sent, u = 0 (factor masking)
 
-    A sparse codec delays most elements; momentum taken after it would forget how long they have waited. The
-    optimizer must then take no momentum of its own: `--optim sgd` with momentum 0. At density 1 and without
+    A sparse codec delays most elements; momentum applied after it would ignore how long they have waited. The
+    optimizer must have no momentum of its own then: `--optim sgd` with momentum 0. At density 1 and without
     masking it is SGD with momentum. With masking an element that was sent starts anew: stale momentum does not
     carry it past its aim.
 
     The paper clips each rank's gradient at N^-1/2 of the norm beforehand: that is the strategies' `clip_each`.
-    Costs one tensor more than error feedback; u is shared out like v where the number of ranks changes.
+    Costs one tensor more than error feedback. Where the number of ranks changes, u is treated like v.
     """
 
     def __init__(self, codec: Codec, momentum: float, *, masking: bool = True) -> None:
@@ -28,26 +28,23 @@ class MomentumCorrection(ErrorFeedback):
         self.velocity: Tensor | None = None
 
     def held(self, numel: int) -> int:
-        """u and v, and what the codec holds."""
         return numel * self.dtype.itemsize + super().held(numel)
 
     def state_dict(self) -> State:
-        """u beside what error feedback remembers, which is v."""
         velocity = {} if self.velocity is None else {"velocity": self.velocity}
         return velocity | super().state_dict()
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what `state_dict` gave."""
         self.velocity = state.get("velocity")
         super().load_state_dict(state)
 
-    def _pending(self, tensor: Tensor) -> Tensor:
-        if self.velocity is None:
-            self.velocity = torch.zeros_like(tensor)
-        return super()._pending(self.velocity.mul_(self.momentum).add_(tensor))
+    def pending(self, tensor: Tensor) -> Tensor:
+        before = torch.zeros_like(tensor) if self.velocity is None else self.velocity
+        self.velocity = before.mul(self.momentum).add_(tensor)
+        return super().pending(self.velocity)
 
-    def _sent(self, own: Tensor) -> None:
-        super()._sent(own)
+    def sent(self, own: Tensor) -> None:
+        super().sent(own)
         assert self.velocity is not None
         if self.masking:
             self.velocity.masked_fill_(own != 0, 0.0)
@@ -55,14 +52,14 @@ class MomentumCorrection(ErrorFeedback):
 
 
 class SharedMomentum:
-    """1-bit Adam (Tang et al. 2021, algorithm 1): what the N ranks encode and sum is not g but
+    """1-bit Adam (Tang et al. 2021, algorithm 1). In place of g the N ranks encode and sum
 
         x_i = b m / N + (1 - b) g_i; m = sum_i C(x_i)        g = sum_i g_i, and m is the same on all ranks
 
     (The paper writes means where here the gradients of the ranks add up to the mean.) In the warm-up, while
-    nothing is encoded, m follows the exact sums and g is handed on; afterwards m is handed on in the place of
-    g. The optimizer then must take no momentum of its own, and an Adam must leave its second moment as the
-    warm-up ended: it varies little by then, and could not be had from one bit. Costs one tensor of memory.
+    nothing is encoded, m follows the exact sums and the optimizer gets g; afterwards it gets m in place of g. It
+    must have no momentum of its own then, and an Adam must leave its second moment as it was when the warm-up
+    ended: it varies little by then, and cannot be computed from one bit. Costs one tensor of memory.
     """
 
     def __init__(self, factor: float, world_size: int) -> None:
@@ -77,12 +74,11 @@ class SharedMomentum:
             tensor.add_(self.momentum, alpha=self.factor / self.world_size)
 
     def after(self, total: Tensor, *, encoded: bool) -> None:
-        """Remember m, given the sum over the ranks; a sum that is not finite, which no step follows, leaves it."""
+        """Compute m from the sum over the ranks. A sum that is not finite leaves it: the step is skipped."""
         if not torch.isfinite(total).all():
             return
-        if self.momentum is None:
-            self.momentum = torch.zeros_like(total)
         if encoded:
-            self.momentum.copy_(total)
+            self.momentum = total.clone()
         else:
-            self.momentum.lerp_(total, 1 - self.factor)
+            before = torch.zeros_like(total) if self.momentum is None else self.momentum
+            self.momentum = before.lerp(total, 1 - self.factor)

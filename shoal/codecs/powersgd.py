@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shoal.codecs.base import Codec, State, Subject
+from shoal.codecs.base import LinearCodec, State, Subject
 from shoal.codecs.bits import from_bytes, to_bytes
 from shoal.data.order import derive_seed
 
@@ -16,7 +16,7 @@ SAVING = 2.0  # a matrix must shrink to less than half: as torch's own hook has 
 
 @dataclass(frozen=True)
 class Part:
-    """A parameter in the flat tensor: the elements [start, stop), as a matrix of `rows`; `rank` 0: sent as it is."""
+    """A parameter in the flat tensor: the elements [start, stop), as a matrix of `rows`; `rank` 0: not factored."""
 
     start: int
     stop: int
@@ -49,7 +49,7 @@ def parts_of(shapes: tuple[torch.Size, ...], rank: int, saving: float) -> list[P
     return parts
 
 
-class PowerSGD(Codec):
+class PowerSGD(LinearCodec):
     """Each matrix M [n, m], summed over the ranks i, in the best r columns that one power iteration finds:
 
         P = sum_i M_i Q; P^ = orthonormal columns of P; Q = sum_i M_i^T P^; M' = P^ Q^T
@@ -60,18 +60,16 @@ class PowerSGD(Codec):
     ranks, and so the same results, but theirs grow without bound where ranks differ, until rounding tells. Full
     rank is exact.
 
-    Only matrices that shrink to less than half are factored (`SAVING`); vectors and the rest are summed as they
-    are, with P. Orthonormal columns come from Householder QR, which needs no epsilon and no care for zeros. A
+    Only matrices that shrink to less than half are factored (`SAVING`); vectors and the rest are summed
+    unfactored, with P. Orthonormal columns come from Householder QR, which needs no epsilon and copes with zeros. A
     column of Q that is zero or not finite starts anew at random: else it would stay so for ever.
 
     Bytes: two all-reduces, together r (n + m) of n m elements for a matrix. Costs three products of n m r, and
-    a QR. It sums in the wire, so it does not grow with the ranks: the one to use with many of them, ranks 1 to
-    4 for slow links. Ranks end in the same bits where their processors round products alike (machines of one
-    kind); others may differ in the last bit. Point to point, each side has its own Q, and the payload is both
-    factors.
+    a QR. It is summed by all-reduce, so its bytes do not grow with the number of workers: use it where they are
+    many, with ranks 1 to 4 on slow links. Workers end in the same bits where their processors round products
+    alike (machines of one kind); others may differ in the last bit. Point to point, each side has its own Q, and
+    the payload is both factors.
     """
-
-    combine = "linear"
 
     def __init__(self, subject: Subject, rank: int, saving: float = SAVING) -> None:
         super().__init__(subject.dtype)
@@ -82,25 +80,19 @@ class PowerSGD(Codec):
         self.factors: Tensor | None = None  # every Q [m, r], one after the other
 
     def encode(self, tensor: Tensor) -> Tensor:
-        """Float [n] to uint8: every P^, what is raw, every Q."""
+        # Every P^, what is sent unfactored, every Q.
         columns = [_orthonormal(part.of(tensor) @ q) for part, q in self._starts(tensor)]
         self.factors = self._project(tensor, columns)
         raw = [part.of(tensor) for part in self.raw]
         return to_bytes(_joined([*columns, *raw, self.factors], tensor))
 
     def decode(self, payload: Tensor, numel: int) -> Tensor:
-        """Uint8 to float [numel], which must be the elements of the subject."""
         numbers = from_bytes(payload, self.dtype)
         cut = self._first_numel()
         columns, raw = self._split_first(numbers[:cut])
         return self._whole(columns, raw, numbers[cut:], numel)
 
-    def nbytes(self, numel: int) -> int:
-        """Both factors of every matrix, and what is raw."""
-        return sum(self.round_bytes(numel))
-
     def rounds(self, tensor: Tensor) -> Generator[Tensor, None, Tensor]:
-        """P and what is raw, then Q."""
         products = [part.of(tensor) @ q for part, q in self._starts(tensor)]
         own_raw = [part.of(tensor).clone() for part in self.raw]
         first = _joined([*products, *own_raw], tensor)
@@ -115,20 +107,16 @@ class PowerSGD(Codec):
         return self._whole(columns, own_raw, own_factors, tensor.numel())
 
     def round_bytes(self, numel: int) -> list[int]:
-        """P and what is raw, then Q."""
         second = sum(part.columns * part.rank for part in self.matrices)
         return [each * self.dtype.itemsize for each in (self._first_numel(), second) if each]
 
     def held(self, numel: int) -> int:
-        """Every Q."""
         return sum(part.columns * part.rank for part in self.matrices) * self.dtype.itemsize
 
     def state_dict(self) -> State:
-        """Every Q, the same on all ranks after a sum."""
         return {} if self.factors is None else {"factors": self.factors}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what `state_dict` gave."""
         self.factors = state.get("factors")
 
     def _starts(self, tensor: Tensor) -> list[tuple[Part, Tensor]]:

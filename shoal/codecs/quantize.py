@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from shoal.codecs.base import Codec, State, Subject
+from shoal.codecs.base import ChunkCodec, Subject
 from shoal.codecs.bits import from_bytes, pack_nibbles, to_bytes, unpack_nibbles
 from shoal.data.order import derive_seed
 
@@ -18,7 +18,7 @@ def blocked(tensor: Tensor, block: int) -> Tensor:
     return (pad(tensor, (0, short)) if short else tensor).unflatten(-1, (-1, block))
 
 
-class Quantizer(Codec):
+class Quantizer(ChunkCodec):
     """Whole numbers q in [-L, L], and for each block of `block` elements a scale s, its largest magnitude over L:
 
         q = round(x / s), x' = q s        nearest, biased: error feedback is on unless refused
@@ -27,23 +27,21 @@ class Quantizer(Codec):
     L is 127 for int8 and 7 for int4. Blocks of 512 and unbiased rounding are those of QSGD (Alistarh et al.
     2017; the block size from memory), the scale by the largest magnitude is what ZeRO++ and others use.
 
-    Bytes: 1 (int8) or 1/2 (int4) for an element, and 4/block for its scale. Costs about ten passes. int8 loses
-    nothing one would notice; int4 is for slow links and for outer gradients (Streaming DiLoCo). Smaller blocks
-    follow uneven tensors better.
+    Bytes: 1 (int8) or 1/2 (int4) for an element, and 4/block for its scale. Costs about ten passes. The loss of
+    int8 does not show in training; int4 is for slow links and for outer gradients (Streaming DiLoCo). Smaller
+    blocks follow uneven tensors better.
 
-    Scales travel in float32, everything else is in the precision of the tensor. A block that holds a number
-    that is not finite, or one beyond float32, is NaN after decoding; one all below float32 is zero.
+    Scales travel in float32, everything else is in the precision of the tensor. A block that holds a number that
+    is not finite, or one too large for float32, decodes to NaN; a block of numbers too small for float32 decodes
+    to zero.
     """
 
-    combine = "chunks"
-
     def __init__(self, subject: Subject, bits: int, block: int, stochastic: bool) -> None:
-        super().__init__(subject.dtype)
+        super().__init__(subject.dtype, counts=stochastic)
         self.bits = bits
         self.block = block
         self.biased = not stochastic
         self.seed = derive_seed(subject.seed, "rounding", subject.rank)
-        self.calls = 0
 
     @property
     def levels(self) -> int:
@@ -51,7 +49,7 @@ class Quantizer(Codec):
         return (1 << self.bits - 1) - 1
 
     def encode(self, tensor: Tensor) -> Tensor:
-        """Float [..., n] to uint8 [..., nbytes(n)]: the scales, then the numbers."""
+        # The scales, then the numbers.
         blocks = blocked(tensor, self.block)
         scales = blocks.abs().amax(-1).div_(self.levels).to(SCALE)
         numbers = blocks / scales.to(self.dtype).unsqueeze(-1)
@@ -61,23 +59,13 @@ class Quantizer(Codec):
         return torch.cat([to_bytes(scales), self._pack(numbers.flatten(-2)[..., : tensor.shape[-1]])], -1)
 
     def decode(self, payload: Tensor, numel: int) -> Tensor:
-        """Uint8 [..., nbytes(numel)] to float [..., numel]."""
         cut = self._scale_bytes(numel)
         scales = from_bytes(payload[..., :cut], SCALE).to(self.dtype)
         blocks = blocked(self._unpack(payload[..., cut:], numel), self.block)
         return blocks.mul_(scales.unsqueeze(-1)).flatten(-2)[..., :numel]
 
     def nbytes(self, numel: int) -> int:
-        """The scales and the numbers."""
         return self._scale_bytes(numel) + -(-numel * self.bits // 8)
-
-    def state_dict(self) -> State:
-        """How often it has drawn noise."""
-        return {} if self.biased else {"calls": torch.tensor(self.calls)}
-
-    def load_state_dict(self, state: State) -> None:
-        """Go on drawing where `state_dict` was."""
-        self.calls = int(state.get("calls", 0))
 
     def _noise(self, like: Tensor) -> Tensor:
         """In [0, 1), a function of (seed, rank, call) alone; made on the CPU, so that no device matters."""

@@ -3,33 +3,31 @@
 import torch
 from torch import Tensor
 
-from shoal.codecs.base import Codec, Subject
+from shoal.codecs.base import ChunkCodec, Subject
 from shoal.codecs.bits import from_bytes, pack_bits, to_bytes, unpack_bits
 from shoal.codecs.quantize import SCALE, blocked
 
 
-class Sign(Codec):
+class Sign(ChunkCodec):
     """The sign of every element, and for each block of d elements their mean magnitude:
 
         x' = (||x||_1 / d) sign(x)        sign(0) is +1: there is no third value in a bit
 
-    With error feedback, the default, this is EF-signSGD (Karimireddy et al. 2019, algorithm 1), and in the
-    exchange, where the sum of a chunk is encoded again with a feedback of its own, the compression of 1-bit
+    With error feedback, the default, this is EF-signSGD (Karimireddy et al. 2019, algorithm 1). In a sum over the
+    ranks, where the sum of a chunk is encoded again with a feedback of its own, it is the compression of 1-bit
     Adam (Tang et al. 2021, algorithm 1; `codec_momentum` and `codec_warmup` add its momentum and its warm-up,
-    see `shoal.codecs.momentum`). The scale of a block rather than of a whole layer is ours: a bucket holds
-    parameters of unlike size.
+    see `shoal.codecs.momentum`). The papers scale a whole layer; here each block has a scale of its own, since a
+    bucket holds parameters of unlike size.
 
     Without error feedback (`vote`) it is signSGD with majority vote (Bernstein et al. 2018, algorithm 1, from
     memory): the sign of a sum is the one that most ranks sent. The paper sends no scale and steps by the sign
-    alone; here the votes of a block are scaled by the sum of its scales, which keeps learning rates as they are
-    and makes NaN visible. Votes that stand even are decided by the ranks' scales.
+    alone. Here the votes of a block are scaled by the sum of its scales: the learning rate then means what it
+    means elsewhere, and NaN shows. A tie is decided by the ranks' scales.
 
     Bytes: 1/8 for an element, and 4/block for its scale: 1/30 of float32 with blocks of 512. Costs about ten
     passes. Use it with error feedback on slow links; the vote is for many ranks, some of which may send
     anything.
     """
-
-    combine = "chunks"
 
     def __init__(self, subject: Subject, block: int, vote: bool) -> None:
         super().__init__(subject.dtype)
@@ -37,21 +35,19 @@ class Sign(Codec):
         self.vote = vote
 
     def encode(self, tensor: Tensor) -> Tensor:
-        """Float [..., n] to uint8 [..., nbytes(n)]: the scales, then the bits."""
+        # The scales, then the bits.
         numel = tensor.shape[-1]
         sums = blocked(tensor.abs(), self.block).sum(-1, dtype=torch.float64)
         scales = (sums / self._counts(numel).to(sums.device)).to(SCALE)
         return torch.cat([to_bytes(scales), pack_bits(tensor >= 0)], -1)
 
     def decode(self, payload: Tensor, numel: int) -> Tensor:
-        """Uint8 [..., nbytes(numel)] to float [..., numel]."""
         cut = self._scale_bytes(numel)
         scales = from_bytes(payload[..., :cut], SCALE).to(self.dtype)
         signs = unpack_bits(payload[..., cut:], numel).to(self.dtype).mul_(2).sub_(1)
         return blocked(signs, self.block).mul_(scales.unsqueeze(-1)).flatten(-2)[..., :numel]
 
     def merge(self, parts: Tensor) -> Tensor:
-        """The sum, or the majority of its signs."""
         total = parts.sum(0)
         if not self.vote:
             return total
@@ -59,7 +55,6 @@ class Sign(Codec):
         return torch.where(votes == 0, total, votes).sign() * parts.abs().sum(0)
 
     def nbytes(self, numel: int) -> int:
-        """The scales and the bits."""
         return self._scale_bytes(numel) + -(-numel // 8)
 
     def _counts(self, numel: int) -> Tensor:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.codecs.base import Codec, State, Subject
+from shoal.codecs.base import Codec, GatherCodec, LinearCodec, Subject
 from shoal.codecs.bits import from_bytes, pack_bits, to_bytes, unpack_bits
 from shoal.data.order import derive_seed
 
@@ -18,10 +18,10 @@ NUMBER = torch.int64
 
 @dataclass(frozen=True)
 class Density:
-    """The share of the elements that is sent: `final`, after `warmup` calls in which it falls evenly, as a power.
+    """The share of the elements that is sent: `final`, after `warmup` calls in which it falls geometrically.
 
     In DGC's own warm-up four epochs send 25, 6.25, 1.6 and 0.4 %, then 0.1 % is sent: the powers 1/5 to 5/5 of
-    the final density; so here, call by call.
+    the final density. Here the power rises with each call.
     """
 
     final: float
@@ -34,66 +34,50 @@ class Density:
 
 
 class Sparse(Codec):
-    """What both have in common: how many elements are sent, and how often it was done."""
-
-    ramps = True
+    """What sends a share of the elements that depends on the number of calls, which is saved."""
 
     def __init__(self, subject: Subject, density: Density) -> None:
-        super().__init__(subject.dtype)
+        super().__init__(subject.dtype, counts=True)
         self.density = density
-        self.calls = 0
-
-    def state_dict(self) -> State:
-        """How often something was sent: it decides how many elements are, and which are drawn."""
-        return {"calls": torch.tensor(self.calls)}
-
-    def load_state_dict(self, state: State) -> None:
-        """Take back what `state_dict` gave."""
-        self.calls = int(state.get("calls", 0))
 
 
-class TopK(Sparse):
+class TopK(Sparse, GatherCodec):
     """The k elements of largest magnitude of a bucket, as they are, with their places in int32.
 
         x' = x at the k places, 0 elsewhere        k = density times the number of elements, 0.01 by default
 
-    With `chunk` they are chosen in each run of so many elements for itself, so that a large layer does not take all.
-    With error feedback as Stich et al. 2018 ("Sparsified SGD with Memory"); with `codec_momentum` it is Deep
-    Gradient Compression (see `shoal.codecs.momentum`), with `codec_warmup` including its warm-up. NaN counts as
-    largest.
+    With `chunk` they are chosen in each run of that many elements on its own, so that a large layer does not get all.
+    With error feedback it is Stich et al. 2018 ("Sparsified SGD with Memory"); with `codec_momentum` it is Deep
+    Gradient Compression (see `shoal.codecs.momentum`), and `codec_warmup` adds its warm-up. NaN counts as largest.
 
     Bytes: (b + 4) k, all-gathered: (N - 1)(b + 4) k sent. It beats the ring of an all-reduce, 2 (N - 1)/N of b
-    an element, only where density < 2 b / (N (b + 4)): in float32 below 1/N. Costs a selection, the dearest
-    part of all codecs on a CPU, and a pass. Use it on slow links with few ranks, and for the outer gradients of
+    an element, only where density < 2 b / (N (b + 4)): in float32 below 1/N. Costs a pass and a selection, on a
+    CPU the slowest part of all codecs. Use it on slow links with few ranks, and for the outer gradients of
     local training.
     """
-
-    combine = "gather"
 
     def __init__(self, subject: Subject, density: Density, chunk: int = 0) -> None:
         super().__init__(subject, density)
         self.chunk = chunk  # 0: the whole tensor
 
     def encode(self, tensor: Tensor) -> Tensor:
-        """Float [n] to uint8 [(b + 4) k]: the values, then their places."""
+        # The values, then their places.
         assert tensor.numel() <= torch.iinfo(INDEX).max, "places are sent in int32: make buckets smaller"
         places = self._largest(tensor)
         self.calls += 1
         return torch.cat([to_bytes(tensor[places]), to_bytes(places.to(INDEX))])
 
     def decode(self, payload: Tensor, numel: int) -> Tensor:
-        """Uint8 [(b + 4) k] to float [numel]; k follows from the length, which the warm-up changes."""
         total = torch.zeros(numel, dtype=self.dtype, device=payload.device)
         self.add(payload, total)
         return total
 
     def add(self, payload: Tensor, total: Tensor) -> None:
-        """Without a dense tensor between; the places of one payload differ, so the order cannot matter."""
+        # Without a dense tensor in between; the places of one payload differ, so the order cannot matter.
         values, places = self._parted(payload)
         total.index_add_(0, places, values)
 
     def nbytes(self, numel: int) -> int:
-        """A value and a place for each element sent."""
         return self._count(numel) * (self.dtype.itemsize + INDEX.itemsize)
 
     def _count(self, numel: int) -> int:
@@ -131,7 +115,7 @@ class TwoBits(TopK):
     """
 
     def encode(self, tensor: Tensor) -> Tensor:
-        """Float [n] to uint8: the two magnitudes, a bit a sign, a bit a magnitude, the places."""
+        # The two magnitudes, a bit a sign, a bit a magnitude, the places.
         whole = super().encode(tensor)
         values, places = self._parted(whole)
         sizes = values.abs().double()  # whose sum stays finite
@@ -141,7 +125,6 @@ class TwoBits(TopK):
         return torch.cat([to_bytes(torch.stack(means).to(self.dtype)), *bits, to_bytes(places)])
 
     def add(self, payload: Tensor, total: Tensor) -> None:
-        """As `topk` does."""
         head = 2 * self.dtype.itemsize
         count = self._count_in(payload.numel() - head)
         packed = -(-count // 8)
@@ -151,7 +134,6 @@ class TwoBits(TopK):
         total.index_add_(0, from_bytes(payload[head + 2 * packed :], INDEX), values)
 
     def nbytes(self, numel: int) -> int:
-        """Two magnitudes; for each element two bits and a place."""
         count = self._count(numel)
         return 2 * self.dtype.itemsize + 2 * -(-count // 8) + count * INDEX.itemsize
 
@@ -162,18 +144,16 @@ class TwoBits(TopK):
         return int(8 * eights + max(0, rest - 2) // INDEX.itemsize)
 
 
-class RandomK(Sparse):
+class RandomK(Sparse, LinearCodec):
     """k elements of a bucket, drawn anew each time, the same on all ranks: so that values can be summed as they are.
 
         x' = x at the k places, 0 elsewhere                  with error feedback, the default
         x' = (n / k) x at the k places, 0 elsewhere          without: x' is x on average, at n/k times the variance
 
     (Stich et al. 2018; Wangni et al. 2018.) Bytes: an all-reduce of b k, no places; point to point 8 more, for
-    the number of the draw. Costs little. Use it as the plain thing that `topk` has to beat, or with many ranks,
-    where gathering would cost more than it saves; it needs more steps than `topk` at the same density.
+    the number of the draw. Costs little. Use it as the baseline that `topk` has to beat, or with many ranks,
+    where gathering would cost more than it saves. It needs more steps than `topk` at the same density.
     """
-
-    combine = "linear"
 
     def __init__(self, subject: Subject, density: Density, unbiased: bool) -> None:
         super().__init__(subject, density)
@@ -181,20 +161,18 @@ class RandomK(Sparse):
         self.seed = derive_seed(subject.seed, "randomk")
 
     def encode(self, tensor: Tensor) -> Tensor:
-        """Float [n] to uint8 [8 + b k]: the number of the draw, then the values."""
+        # The number of the draw, then the values.
         places = self._draw(tensor.numel(), self.density.count(tensor.numel(), self.calls), self.calls)
         number = torch.tensor([self.calls], dtype=NUMBER, device=tensor.device)
         self.calls += 1
         return torch.cat([to_bytes(number), to_bytes(_chosen(tensor, places))])
 
     def decode(self, payload: Tensor, numel: int) -> Tensor:
-        """Uint8 [8 + b k] to float [numel]."""
         number = int(from_bytes(payload[: NUMBER.itemsize], NUMBER))
         values = from_bytes(payload[NUMBER.itemsize :], self.dtype)
         return self._placed(values, self._draw(numel, values.numel(), number), numel)
 
     def rounds(self, tensor: Tensor) -> Generator[Tensor, None, Tensor]:
-        """One round: the values."""
         numel = tensor.numel()
         places = self._draw(numel, self.density.count(numel, self.calls), self.calls)
         self.calls += 1
@@ -205,12 +183,10 @@ class RandomK(Sparse):
         return own
 
     def round_bytes(self, numel: int) -> list[int]:
-        """The values."""
         return [self.density.count(numel, self.calls) * self.dtype.itemsize]
 
     def nbytes(self, numel: int) -> int:
-        """The number of the draw, and the values."""
-        return NUMBER.itemsize + sum(self.round_bytes(numel))
+        return NUMBER.itemsize + super().nbytes(numel)
 
     def _draw(self, numel: int, count: int, number: int) -> Tensor:
         """The places of draw `number`. NumPy draws them without a permutation of all."""

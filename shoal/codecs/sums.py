@@ -1,4 +1,9 @@
-"""The sums of a strategy over the ranks, encoded, and started while others are still being computed."""
+"""The sums of a strategy over the ranks, encoded, and started while others are still being computed.
+
+A sum changes the state of its codec: what was left out is added to the next tensor. So that a step can be taken
+again after an exchange has failed, the state from before is kept until `commit`, and `rollback` restores it. That
+costs a reference only, since codecs replace the tensors of their state.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -17,30 +22,30 @@ Shapes = Sequence[torch.Size]
 
 
 class EncodedSum:
-    """A sum on its way: `advance` ends one exchange and starts the next, `wait` ends them all."""
+    """A sum under way: `advance` ends one exchange and starts the next, `wait` ends them all."""
 
     def __init__(self, exchanges: Iterator[Exchange]) -> None:
         self._exchanges = exchanges
-        self._work = next(exchanges, None)
+        self._exchange = next(exchanges, None)
 
     def advance(self) -> "EncodedSum":
         """Wait for the exchange that was started, and start the one that needs it."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = next(self._exchanges, None)
+        if self._exchange is not None:
+            self._exchange.wait()
+            self._exchange = next(self._exchanges, None)
         return self
 
     def wait(self) -> None:
-        """Have the sum."""
-        while self._work is not None:
+        """Wait until the tensor is the sum."""
+        while self._exchange is not None:
             self.advance()
 
 
-Finish = Callable[[], EncodedSum]
+Advance = Callable[[], EncodedSum]
 
 
 class EncodedSums:
-    """The sums of one strategy. Each tensor has a key, by which its codecs remember it from one sum to the next."""
+    """The sums of one strategy. Each tensor has a key, under which its codecs keep their state between two sums."""
 
     def __init__(self, options: StrategyConfig, wire: Wire, seed: int = 0) -> None:
         self.options = options
@@ -48,20 +53,34 @@ class EncodedSums:
         self.seed = seed
         self._channels: dict[str, Channel] = {}
         self._encoders: dict[str, Codec] = {}
+        self._before: dict[str, State] = {}  # of the channels whose last sums are not committed
         self._loaded: State = {}  # of keys that were not used yet
 
-    def start_sum(self, key: str, tensor: Tensor, shapes: Shapes | None = None) -> Finish:
+    def start_sum(self, key: str, tensor: Tensor, shapes: Shapes | None = None) -> Advance:
         """Begin to sum `tensor` [n] over the ranks in place. Call what it returns, then `.wait()` on that.
 
         The call waits for the first exchange and starts the second: start all tensors, call all, then wait for
-        all. `shapes` are those of the parameters in it, one after the other; padding after them is left as it
-        is, where the tensor is encoded. All ranks must start the same keys in the same order.
+        all, then `commit`. `shapes` are those of the parameters in the tensor, one after the other; padding after
+        them is left unchanged where the tensor is encoded. All ranks must start the same keys in the same order.
         """
         if key not in self._channels:
             channel = Channel(self.options, self._subject(key, tensor, shapes), self.wire.world_size)
             self._channels[key] = channel
             channel.load_state_dict(self._take(key, tensor.device))
-        return EncodedSum(self._channels[key].sum(tensor, self.wire)).advance
+        channel = self._channels[key]
+        self._before.setdefault(key, channel.state_dict())
+        return EncodedSum(channel.sum(tensor, self.wire)).advance
+
+    def commit(self, *keys: str) -> None:
+        """The sums of `keys`, without any of all, count: forget the state from before them."""
+        for key in keys or tuple(self._before):
+            self._before.pop(key, None)
+
+    def rollback(self, *keys: str) -> None:
+        """Undo what the sums of `keys`, without any of all, changed since the last commit, done or not."""
+        for key in keys or tuple(self._before):
+            if key in self._before:
+                self._channels[key].load_state_dict(self._before.pop(key))
 
     def rounds(self, key: str) -> int:
         """How many exchanges the last sum of `key` takes, each of which needs the one before."""
@@ -73,9 +92,9 @@ class EncodedSums:
         return any(channel.encoded for channel in self._channels.values())
 
     def encode_for(self, key: str, tensor: Tensor, shapes: Shapes | None = None) -> Tensor:
-        """What to send of `tensor` [n] from this rank to another: uint8 of the length `payload_bytes` says.
+        """Encode `tensor` [n] for another rank: uint8 of the length that `payload_bytes` returns.
 
-        What is left out goes into the next tensor of this key. There is no warm-up: a receiver must know the
+        What is left out is added to the next tensor of this key. There is no warm-up: a receiver must know the
         length.
         """
         if key not in self._encoders:
@@ -84,7 +103,7 @@ class EncodedSums:
         return self._encoders[key].encode(tensor)
 
     def decode(self, key: str, payload: Tensor, like: Tensor, shapes: Shapes | None = None) -> Tensor:
-        """What another rank's `encode_for` made `payload` of, under this key and with these shapes: as `like`."""
+        """Decode what another rank's `encode_for` made under this key and with these shapes: a tensor as `like`."""
         return make(warm(self.options), self._subject(key, like, shapes)).decode(payload, like.numel())
 
     def payload_bytes(self, like: Tensor, shapes: Shapes | None = None) -> int:
@@ -92,23 +111,24 @@ class EncodedSums:
         return make(warm(self.options), self._subject("", like, shapes)).nbytes(like.numel())
 
     def state_dict(self) -> State:
-        """What is remembered for every key: "codec/KEY/part"."""
+        """The state of every key: "codec/KEY/part"."""
         live: dict[str, Codec | Channel] = {**self._encoders, **self._channels}
         parts = {key: each.state_dict() for key, each in live.items()}
         named = {f"codec/{key}/{part}": t for key, state in parts.items() for part, t in state.items()}
         return self._loaded | named
 
     def load_state_dict(self, states: Sequence[State]) -> None:
-        """Take up what `state_dict` gave on every rank that saved, in their order; other names are passed over.
+        """Load what `state_dict` returned on every rank that saved, in their order; other names are ignored.
 
         For another number of ranks, residuals and velocities are added up and divided by the new number, those
-        of the chunks are cut anew: what was not sent yet still will be. The rest was alike on all, and rank 0's
-        is taken.
+        of the chunks are cut anew: what was not sent yet still will be. The rest was alike on all ranks, and that
+        of rank 0 is loaded.
         """
-        plain = self.options.codec == "none"  # remembers nothing, and a search would read every tensor
-        self._loaded = {} if plain else refit(states, self.wire.rank, self.wire.world_size)
+        stateless = self.options.codec == "none"  # a search would read every tensor
+        self._loaded = {} if stateless else refit(states, self.wire.rank, self.wire.world_size)
         self._channels.clear()
         self._encoders.clear()
+        self._before.clear()
 
     @staticmethod
     def bytes_sent(options: StrategyConfig, sizes: Sizes) -> int:
@@ -134,7 +154,7 @@ class EncodedSums:
 
 
 def refit(states: Sequence[State], rank: int, world_size: int) -> State:
-    """What `rank` of `world_size` goes on with, of what `len(states)` ranks remembered: see `load_state_dict`.
+    """The state that `rank` of `world_size` continues with, from that of `len(states)` ranks: see `load_state_dict`.
 
     Only for another number of ranks is more than this rank's own state read.
     """

@@ -1,8 +1,8 @@
-"""A line between a worker and a server: headers over a pair of processes, tensors too, or through shared memory.
+"""A connection between a worker and a server: headers over a pair of processes; tensors too, or in shared memory.
 
-Shared memory is taken where both ends run on one machine, in one network: that they can see the same files is not
-enough, since hosts may be imitated on one machine to try slow links. It saves a copy through the network stack at
-each end; who is there and who is gone still shows on the pair.
+Shared memory is used where both ends run on one machine, in one network. That both see the same files is not enough:
+hosts may be network namespaces of one machine, to try slow links. It saves a copy through the network stack at each
+end. A lost process still shows on the pair.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ from shoal.servers.messages import HEADER_BYTES
 from shoal.wire.pairs import Pair, Work
 
 SHARED_FOLDER = Path("/dev/shm")
-HEADER, TOLD, PAYLOAD, STATE = range(4)  # channels
+HEADER, NUMBERS, PAYLOAD, STATE = range(4)  # channels
 ALIGNMENT = 64  # bytes: where a tensor of any type may begin
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64, torch.int64)}
 
 
 @dataclass
-class Line:
+class Connection:
     """One end. The caller fills `outgoing` (bytes) before `send(payload=True)`; `receive_payload` fills `incoming`.
 
     Both stay as they are until the other end has answered.
@@ -40,11 +40,11 @@ class Line:
     bytes_sent: int = 0  # of payloads, those through shared memory too
     expected: Work | None = None  # the payload that is being received
 
-    def send(self, header: Tensor, told: Tensor | None = None, *, payload: bool = False) -> list[Work]:
+    def send(self, header: Tensor, numbers: Tensor | None = None, *, payload: bool = False) -> list[Work]:
         """Begin to send a header and what belongs to it."""
         works = [self.pair.start_send(header, HEADER)]
-        if told is not None and told.numel():
-            works.append(self.pair.start_send(told, TOLD))
+        if numbers is not None and numbers.numel():
+            works.append(self.pair.start_send(numbers, NUMBERS))
         if payload:
             self.bytes_sent += self.outgoing.nbytes
             if not self.shared:
@@ -62,37 +62,37 @@ class Line:
         self.pair.receive(header, HEADER)
         return header
 
-    def receive_told(self, count: int) -> Tensor:
+    def receive_numbers(self, count: int) -> Tensor:
         """The numbers that belong to it."""
-        told = torch.empty(count, dtype=torch.float64)
+        numbers = torch.empty(count, dtype=torch.float64)
         if count:
-            self.pair.receive(told, TOLD)
-        return told
+            self.pair.receive(numbers, NUMBERS)
+        return numbers
 
     def expect_payload(self) -> None:
-        """Be ready for a payload before its header is here: what is sent then need not wait for that."""
+        """Begin to receive a payload before its header has come, so that its sender need not wait."""
         if not self.shared and self.expected is None:
             self.expected = self.pair.start_receive(self.incoming, PAYLOAD)
 
     def receive_payload(self) -> None:
-        """The tensor that belongs to it, in `incoming`."""
+        """Receive the tensor that belongs to it into `incoming`."""
         self.expect_payload()
         if self.expected is not None:
             self.pair.finish(self.expected)
             self.expected = None
 
     def send_text(self, text: str) -> None:
-        """Text, whose length in bytes the other end knows."""
-        self.pair.send(torch.tensor([*text.encode()], dtype=torch.uint8), TOLD)
+        """Send text, whose length in bytes the other end knows."""
+        self.pair.send(torch.tensor([*text.encode()], dtype=torch.uint8), NUMBERS)
 
     def receive_text(self, nbytes: int) -> str:
         """The text."""
         text = torch.empty(nbytes, dtype=torch.uint8)
-        self.pair.receive(text, TOLD)
+        self.pair.receive(text, NUMBERS)
         return bytes(text.tolist()).decode()
 
     def send_tensors(self, tensors: Iterable[Tensor]) -> None:
-        """Tensors that `describe` has described."""
+        """Send tensors that `describe` has described."""
         for tensor in tensors:
             self.pair.send(tensor.contiguous().view(-1), STATE)
             self.bytes_sent += tensor.nbytes
@@ -111,7 +111,7 @@ def describe(tensors: dict[str, Tensor]) -> str:
     return json.dumps([[name, list(tensor.shape), str(tensor.dtype)] for name, tensor in tensors.items()])
 
 
-def welcome(pair: Pair, up: int, down: int, *, share_memory: bool) -> Line:
+def accept(pair: Pair, up: int, down: int, *, share_memory: bool) -> Connection:
     """The server's end, for payloads of `up` bytes from the worker and `down` bytes to it. Raises PeerLost."""
     theirs = torch.empty(HEADER_BYTES, dtype=torch.uint8)
     pair.receive(theirs)
@@ -121,14 +121,14 @@ def welcome(pair: Pair, up: int, down: int, *, share_memory: bool) -> Line:
         pair.receive(theirs)
         if path is not None and _text(theirs):
             received, sent = _halves(path, up)
-            return Line(pair, sent, received, shared=True)
+            return Connection(pair, sent, received, shared=True)
     finally:
         if path is not None:
-            path.unlink()  # it lives on as long as it is mapped, and no longer
+            path.unlink()  # its memory lasts as long as it is mapped
     return _by_network(pair, down, up)
 
 
-def approach(pair: Pair, up: int, down: int) -> Line:
+def connect(pair: Pair, up: int, down: int) -> Connection:
     """The worker's end. Raises PeerLost."""
     pair.send(_header(_machine()))
     theirs = torch.empty(HEADER_BYTES, dtype=torch.uint8)
@@ -137,16 +137,16 @@ def approach(pair: Pair, up: int, down: int) -> Line:
     seen = path.is_file()
     mapped = _halves(path, up) if seen else None
     pair.send(_header("seen" if seen else ""))
-    return _by_network(pair, up, down) if mapped is None else Line(pair, *mapped, shared=True)
+    return _by_network(pair, up, down) if mapped is None else Connection(pair, *mapped, shared=True)
 
 
-def _by_network(pair: Pair, sent: int, received: int) -> Line:
+def _by_network(pair: Pair, sent: int, received: int) -> Connection:
     outgoing, incoming = (torch.zeros(size, dtype=torch.uint8) for size in (sent, received))
-    return Line(pair, outgoing, incoming, shared=False)
+    return Connection(pair, outgoing, incoming, shared=False)
 
 
 def _machine() -> str:
-    """What two processes have in common that run on one machine and in one network; else something of one's own."""
+    """A name that two processes share only where they run on one machine and in one network; empty: not known."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
         return hashlib.sha256((boot + os.readlink("/proc/self/ns/net")).encode()).hexdigest()
@@ -155,12 +155,12 @@ def _machine() -> str:
 
 
 def _reserve(size: int) -> Path | None:
-    """A file in memory; None where there is no room."""
+    """A new file in memory; None where there is no room."""
     if not _machine() or not SHARED_FOLDER.is_dir():
         return None
     descriptor, name = tempfile.mkstemp(prefix="shoal-", dir=SHARED_FOLDER)
     try:
-        os.posix_fallocate(descriptor, 0, size)  # a write to a page that cannot be had kills the process
+        os.posix_fallocate(descriptor, 0, size)  # a write to a page that does not exist kills the process
     except OSError:
         Path(name).unlink()
         return None
@@ -170,7 +170,7 @@ def _reserve(size: int) -> Path | None:
 
 
 def _halves(path: Path, up: int) -> tuple[Tensor, Tensor]:
-    """What goes up and what comes down, as bytes."""
+    """The bytes from the worker to the server, and those to the worker."""
     with path.open("r+b") as file:
         whole = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
     return whole[:up], whole[_aligned(up) :]

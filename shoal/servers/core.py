@@ -1,7 +1,7 @@
 """The server itself: one range of the parameters, their optimizers, and what it knows of each worker.
 
-It never waits and starts no thread: whoever calls it does. The same class thus stands behind a lock and real lines
-in `host`, and behind a script of delays in `simulator`.
+It never waits and starts no thread: its callers do. So the same class runs behind a lock and real connections in
+`host`, and under scripted delays in the tests.
 """
 
 import math
@@ -25,7 +25,7 @@ END = 2**62  # the clock of a worker that has taken its last step
 
 
 def norm_of(squares: float) -> float:
-    """Of the sum of squares that a server tells; infinite if it is not finite, NaN if it is not known."""
+    """The norm from the sum of squares in a reply; infinite if that is not finite, NaN if it is not known."""
     if squares < 0:
         return math.nan
     return math.sqrt(squares) if math.isfinite(squares) else math.inf
@@ -33,42 +33,44 @@ def norm_of(squares: float) -> float:
 
 @dataclass(frozen=True)
 class Push:
-    """A worker's gradient for one of its steps; (worker, step) is its identity.
+    """A worker's gradient for one of its steps; (worker, step) identifies it.
 
-    `gradient` [n] is the sum over the worker's share of the loss divided by the labels of the whole step: pushes of
-    all workers add up to the gradient of the step. None: it was not finite, and only the step is to be counted.
+    `gradient` [n] is that of the summed loss of the worker's share, divided by the labels of the whole step: the
+    pushes of all workers add up to the gradient of the step. None: it was not finite, and only the step is counted.
     """
 
     worker: int
     step: int
-    version: int  # of the parameters it was taken at
+    version: int  # of the parameters at which it was computed
     labels: int  # of the worker's share
     step_labels: int
     gradient: Tensor | None
 
     @property
     def share(self) -> float:
-        """The part of the step's labels that it stands for."""
+        """The labels of the worker's share, as a part of those of the step."""
         return self.labels / max(1, self.step_labels)
 
 
-class Policy(ABC):
+class UpdateRule(ABC):
     """When pushes change the parameters, and when a worker may have them."""
 
     staleness = 0  # of the last push, in updates
-    bound = -1  # how many steps a worker may be ahead of the last one, which it sees to; negative: any number
+    bound = (
+        -1
+    )  # how many steps a worker may be ahead of the last one: workers keep to it; negative: any number
 
     def begin(self, server: "ParameterServer", first_step: int) -> None:
-        """Every worker holds the server's parameters, and takes `first_step` next."""
+        """Start: every worker holds the server's parameters, and `first_step` is its next step."""
         return
 
     @abstractmethod
-    def take(self, server: "ParameterServer", push: Push) -> None:
-        """A push that has not come before."""
+    def receive(self, server: "ParameterServer", push: Push) -> None:
+        """Process a push that has not come before."""
 
     @abstractmethod
     def answers(self, server: "ParameterServer", step: int) -> bool:
-        """Whether a worker that pushed for `step` can be told what became of it."""
+        """Whether the outcome of a worker's push for `step` is known."""
 
     @abstractmethod
     def opens(self, server: "ParameterServer", clock: int) -> bool:
@@ -78,32 +80,32 @@ class Policy(ABC):
         """The sum of the squares of the gradient of `step`; negative: it is not known, or not any more."""
         return -1.0
 
-    def settle(self, server: "ParameterServer", clock: int, norm: float) -> None:
-        """A worker that asks for the parameters after all steps before `clock` tells the norm over all servers."""
+    def close_round(self, server: "ParameterServer", clock: int, norm: float) -> None:
+        """A worker asks for the parameters after all steps before `clock`, and knows the norm over all servers."""
         return
 
-    def gave(self, server: "ParameterServer", worker: int) -> None:
-        """The worker has been given the parameters as they are."""
+    def sent(self, server: "ParameterServer", worker: int) -> None:
+        """The current parameters were sent to the worker."""
         return
 
     def lost(self, server: "ParameterServer", worker: int) -> None:
-        """The worker will not push any more, for now at least."""
+        """The worker will not push any more, unless it comes back."""
         return
 
     def clock(self, server: "ParameterServer") -> int:
-        """Before which step nothing is taken any more: a worker that is behind may leave out the steps between."""
+        """The first step whose pushes still count: a worker that is behind may leave out those before it."""
         return 0
 
 
 class ParameterServer:
-    """Holds `params` (copies are taken) flat, and changes them as `policy` says, with optimizers from `build`.
+    """Holds a flat copy of `params`, and changes it as `rule` says, with the optimizers that `build` makes.
 
-    `version` is the number of pushes that its parameters contain. Costs 4 bytes for each of its parameters and for
-    each of their gradients, beside what the optimizers hold (8 with AdamW) and what the policy does.
+    `version` is the number of pushes that its parameters contain. Holds 4 bytes for each of its parameters and for
+    each of their gradients, beside what the optimizers hold (8 with AdamW) and what the rule holds.
     """
 
     def __init__(
-        self, params: NamedParams, build: Callable[[NamedParams], list[Optimizer]], policy: Policy
+        self, params: NamedParams, build: Callable[[NamedParams], list[Optimizer]], rule: UpdateRule
     ) -> None:
         sizes = [p.numel() for _, p in params]
         self.flat = torch.cat([p.detach().reshape(-1).cpu() for _, p in params])
@@ -115,13 +117,13 @@ class ParameterServer:
             own.grad = gradient.view(p.shape)
             self.params.append((name, own))
         self.optimizers = build(self.params)
-        self.policy = policy
+        self.rule = rule
         self.version = 0
         self.rate = 0.0  # of the last update
         self.clocks: dict[int, int] = {}  # the next step of every worker ever known
-        self.parted: set[int] = set()  # those that have left, and said so
-        self.gone: set[int] = set()  # those that have left without a word
-        self.failure = ""  # why nothing can go on, in words
+        self.parted: set[int] = set()  # those that have left in order
+        self.gone: set[int] = set()  # those that were lost
+        self.failure = ""  # why nobody can go on, in words; empty: all can
 
     @property
     def numel(self) -> int:
@@ -139,60 +141,60 @@ class ParameterServer:
         return NamedState(self.optimizers, self.params)
 
     def begin(self, params: NamedParams, workers: Iterable[int], first_step: int) -> None:
-        """Start from these values, with workers that hold the same and take `first_step` next."""
+        """Start from these values, with workers that hold the same, and whose next step is `first_step`."""
         for (_, own), (_, p) in zip(self.params, params, strict=True):
             own.data.copy_(p.detach())
         self.clocks = dict.fromkeys(workers, first_step)
-        self.policy.begin(self, first_step)
+        self.rule.begin(self, first_step)
         for worker in self.gone | self.parted:
-            self.policy.lost(self, worker)
+            self.rule.lost(self, worker)
 
     def join(self, worker: int) -> None:
-        """A worker has come, or come back. A new one stands where the last of the others does."""
+        """A worker has come, or come back. A new one starts at the step of the slowest of the others."""
         if worker not in self.clocks and self.active:
             self.clocks[worker] = min(self.clocks[other] for other in self.active)
         self.parted.discard(worker)
         self.gone.discard(worker)
 
     def leave(self, worker: int, *, parted: bool) -> None:
-        """A worker has `parted` from the others, or is gone without a word."""
+        """A worker has `parted` in order, or was lost."""
         (self.parted if parted else self.gone).add(worker)
-        self.policy.lost(self, worker)
+        self.rule.lost(self, worker)
 
     def push(self, push: Push) -> bool:
-        """Take a push; one that has come before is not taken again. Returns whether it was new."""
+        """Process a push, unless it has come before. Returns whether it was new."""
         if push.step < self.clocks[push.worker]:
             return False
         self.clocks[push.worker] = push.step + 1
-        self.policy.take(self, push)
+        self.rule.receive(self, push)
         return True
 
     def answers(self, step: int) -> bool:
-        """Whether a worker that pushed for `step` can be told what became of it."""
-        return self.policy.answers(self, step)
+        """Whether the outcome of a worker's push for `step` is known."""
+        return self.rule.answers(self, step)
 
     def ask(self, worker: int, clock: int, norm: float) -> None:
-        """The worker wants the parameters after all steps before `clock`; END: after everyone's last.
+        """A worker asks for the parameters after all steps before `clock`; END: after every worker's last.
 
         `norm` is that of the gradient over all servers; NaN: the worker does not know it.
         """
         if clock == END:
             self.clocks[worker] = END
-            self.policy.lost(self, worker)
+            self.rule.lost(self, worker)
         else:
-            self.policy.settle(self, clock, norm)
+            self.rule.close_round(self, clock, norm)
 
     def opens(self, clock: int) -> bool:
         """Whether the parameters contain what is needed of every worker's steps before `clock`."""
-        return not self.active if clock == END else self.policy.opens(self, clock)
+        return not self.active if clock == END else self.rule.opens(self, clock)
 
     def read(self, worker: int, into: Tensor) -> None:
         """Copy the parameters into `into` [n], for the worker to compute with."""
         into.copy_(self.flat)
-        self.policy.gave(self, worker)
+        self.rule.sent(self, worker)
 
     def norm(self) -> float:
-        """Of `gradient`, as everywhere: the norm of the parameters' norms."""
+        """The norm of `gradient`, computed as elsewhere: the norm of the parameters' norms."""
         return get_total_norm([p.grad for _, p in self.params if p.grad is not None]).item()
 
     def update(self, rate: float) -> None:

@@ -1,4 +1,4 @@
-"""Momentum that survives asynchrony."""
+"""Momentum for gradients that are stale: delayed Nesterov."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -32,7 +32,7 @@ class DelayedNesterov(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Take the gradients in `.grad` as one arrival."""
+        """Process the gradients in `.grad` as one arrival."""
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]

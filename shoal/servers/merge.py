@@ -1,7 +1,7 @@
-"""How a synchronous server makes one gradient of those of several workers.
+"""How a synchronous server merges the gradients of several workers into one.
 
-All weigh a worker by its labels. `gradients` [n] are shares of the gradient of the step, as `Push` defines them.
-Costs: the mean is one pass; the robust ones sort, in slices, so that they need little memory beside the gradients.
+All weigh a worker by its labels. Gradients [n] are parts of the gradient of the step, as `Push` defines them. Costs:
+the mean is one pass; the robust ones sort, in slices, so that they need little memory beside the gradients.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ SLICE = 1 << 18  # elements sorted at once
 
 
 def mean(pushes: list[Push], out: Tensor) -> None:
-    """The gradient over the labels that are there: with all workers it is the gradient of the whole step."""
+    """The gradient over the labels of these pushes: of all workers it is the gradient of the whole step."""
     gradients = [push.gradient for push in pushes if push.gradient is not None]
     out.zero_()
     for gradient in gradients:  # in the order of the workers, whatever the order of arrival
@@ -58,7 +58,7 @@ def trimmed_mean(trim: float) -> Merge:
 
 
 def _sorted(pushes: list[Push], out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Slice by slice: the gradients a label sorted over the workers [w, k], their labels, where the result goes."""
+    """Slice by slice: the gradients per label sorted over the workers [w, k], their labels, the slice of `out`."""
     given = [(push.gradient, push) for push in pushes if push.gradient is not None and push.labels]
     if not given:
         out.zero_()

@@ -1,6 +1,6 @@
-"""What a worker and a server say to each other: a header of fixed size, numbers if it tells some, then a tensor.
+"""The messages between a worker and a server: a header of fixed size, then numbers and a tensor, where there are any.
 
-A header is not counted as bytes sent, as those of the transport are not.
+Headers are not counted as bytes sent, as those of the transport are not.
 """
 
 import struct
@@ -17,13 +17,13 @@ HEADER_BYTES = 88
 class Kind(IntEnum):
     """What a worker asks for."""
 
-    PUSH = 1  # to take its gradient, which follows, for its step `clock`
+    PUSH = 1  # to process its gradient, which follows, for its step `clock`
     PULL = 2  # the parameters, once they contain every worker's steps before `needed`
     EXCHANGE = 3  # both
-    SKIP = 4  # both, but to count its step only, whose gradient is not finite
+    SKIP = 4  # both, but only to count its step, whose gradient is not finite
     PEEK = 5  # the parameters as they are, at once
     STATE = 6  # the optimizers' state
-    LEAVE = 7  # nothing more
+    LEAVE = 7  # nothing more: it leaves
 
 
 PUSHES = (Kind.PUSH, Kind.EXCHANGE)
@@ -53,10 +53,10 @@ class Request(_Header):
     worker: int
     clock: int = 0
     needed: int = 0
-    version: int = 0  # of the parameters that a gradient was taken at
+    version: int = 0  # of the parameters at which a gradient was computed
     labels: int = 0  # of the worker's share
     step_labels: int = 0
-    told: int = 0  # how many numbers follow
+    numbers: int = 0  # how many numbers follow
     norm: float = float("nan")  # of the gradient over all servers
 
 
@@ -67,13 +67,13 @@ class Reply(_Header):
     FORMAT: ClassVar[struct.Struct] = struct.Struct("<9q2d")
 
     version: int
-    clock: int  # before which no step is taken any more
-    workers: int  # that have steps to take
+    clock: int  # the first step whose pushes still count
+    workers: int  # that have steps left
     staleness: int  # of the last push, in updates
     bound: int  # how many steps a worker may be ahead of the last one; negative: as many as it likes
-    told: int  # how many numbers follow
+    numbers: int  # how many numbers follow
     text: int  # bytes of text that follow; negative: they say why nothing can go on
-    last: int  # after so many steps all stop; negative: nobody has asked for it
-    waits: int  # 1: this is no answer yet, but the server is there
+    last: int  # the number of steps after which all stop; negative: nobody has asked for it
+    waits: int  # 1: not the answer yet, but a sign that the server is alive
     rate: float  # of the last update
     squares: float  # of this server's part of the gradient; negative: not known any more

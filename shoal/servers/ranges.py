@@ -1,4 +1,4 @@
-"""The parameters cut into ranges of neighbours, one for each server, as even in size as whole parameters allow."""
+"""The parameters cut into contiguous ranges, one for each server, as even in size as whole parameters allow."""
 
 from torch import Tensor, nn
 
@@ -6,7 +6,7 @@ from shoal.optim.optimizers import NamedParams
 
 
 def cut(params: NamedParams, servers: int) -> list[NamedParams]:
-    """`params` in at most `servers` runs, as `runs` says."""
+    """`params` in at most `servers` ranges: see `runs`."""
     return [params[run.start : run.stop] for run in runs([p.numel() for _, p in params], servers)]
 
 

@@ -6,28 +6,28 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from shoal.servers.core import ParameterServer, Policy, Push
+from shoal.servers.core import ParameterServer, Push, UpdateRule
 from shoal.servers.merge import Merge
 
 Schedule = Callable[[int], float]  # step -> learning rate
 CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
-WHOLE = 1e-6  # shares that add up to a step do so up to rounding
+WHOLE = 1e-6  # the shares of a step add up to 1 but for rounding
 
 
 def clip(gradient: Tensor, norm: float, max_norm: float) -> None:
-    """As torch.nn.utils.clip_grad_norm_ does it, to the last bit; `max_norm` 0: not at all."""
+    """Clip as torch.nn.utils.clip_grad_norm_ does, with the same bits; `max_norm` 0: not at all."""
     if max_norm:
         known = torch.tensor(norm, dtype=gradient.dtype)
         gradient.mul_((max_norm / (known + CLIP_EPSILON)).clamp(max=1.0))
 
 
-class Rounds(Policy):
-    """Bulk synchronous: an update a step, of what the first `quorum` workers have pushed for it (None: all of them).
+class Rounds(UpdateRule):
+    """Bulk synchronous: one update a step, from the pushes of the first `quorum` workers (None: all workers).
 
     What comes later for that step is dropped: with K of N, N - K workers are backups (Chen et al. 2016, "Revisiting
     Distributed Synchronous SGD", section 3). Holds the gradients of a round, 4 bytes x parameters x workers.
-    The norm to clip by is that over all servers, so a round is closed in two moves: once it is full, workers are told
-    this server's part of it; the first of them to ask for the next parameters brings the whole.
+    The norm to clip by is that over all servers, so a round is closed in two moves: once it is full, the workers get
+    this server's part of the norm; the first of them to ask for the next parameters brings the whole.
     """
 
     def __init__(self, merge: Merge, schedule: Schedule, *, quorum: int | None, max_norm: float) -> None:
@@ -42,11 +42,9 @@ class Rounds(Policy):
         self.late = 0  # pushes dropped
 
     def begin(self, server: ParameterServer, first_step: int) -> None:
-        """The first round is the first step."""
         self.round = first_step
 
-    def take(self, server: ParameterServer, push: Push) -> None:
-        """Keep it for its round, and merge the round if that makes it full."""
+    def receive(self, server: ParameterServer, push: Push) -> None:
         if push.step < self.round or self.full:
             self.late += 1
             return
@@ -54,15 +52,14 @@ class Rounds(Policy):
         self._merge_if_full(server)
 
     def answers(self, server: ParameterServer, step: int) -> bool:
-        """When the round is full."""
         return step < self.round or self.full
 
     def squares(self, step: int) -> float:
-        """Of a gradient merged last, or just before: the next round may fill while its answer is on the way."""
+        # Of the last two rounds: the next one may fill while the answer about the one before is under way.
         return self.merged.get(step, -1.0)
 
-    def settle(self, server: ParameterServer, clock: int, norm: float) -> None:
-        """Apply the merged gradient, clipped by `norm`; with an infinite one nothing changes."""
+    def close_round(self, server: ParameterServer, clock: int, norm: float) -> None:
+        # Apply the merged gradient, clipped by `norm`; if that is infinite the parameters stay.
         if not self.full or clock != self.round + 1 or math.isnan(norm):
             return
         if math.isfinite(norm):
@@ -74,15 +71,13 @@ class Rounds(Policy):
         self.pushes.clear()
 
     def opens(self, server: ParameterServer, clock: int) -> bool:
-        """When every round before `clock` is over."""
         return self.round >= clock
 
     def lost(self, server: ParameterServer, worker: int) -> None:
-        """The round may be full without it, or never."""
+        # The round may be full without it, or never.
         self._merge_if_full(server)
 
     def clock(self, server: ParameterServer) -> int:
-        """The round."""
         return self.round
 
     def _merge_if_full(self, server: ParameterServer) -> None:
@@ -102,20 +97,21 @@ class Rounds(Policy):
             self.full = True
 
 
-class Arrivals(Policy):
-    """Asynchronous: nobody waits for a slower worker; every `collect` pushes, whoever made them, are an update.
+class Arrivals(UpdateRule):
+    """Asynchronous: nobody waits for a slower worker; every `collect` pushes, of any workers, are an update.
 
-    With 1 each is an update of its own, at once. More are averaged, as FedBuff does (Nguyen et al. 2022,
-    "Federated Learning with Buffered Asynchronous Aggregation", from memory): as many as workers make updates of as
-    many labels as synchronous training, which an adaptive optimizer needs to see its direction.
+    With 1 each push is an update at once. More are averaged, as FedBuff does (Nguyen et al. 2022, "Federated Learning
+    with Buffered Asynchronous Aggregation", from memory): with `collect` equal to the number of workers an update
+    covers as many labels as in synchronous training, which an adaptive optimizer needs to see a direction.
 
-    Pushes of tau updates ago count less with `staleness_lr`: rate / max(1, mean tau) (Zhang et al. 2016,
+    Pushes that are tau updates old count less with `staleness_lr`: rate / max(1, mean tau) (Zhang et al. 2016,
     "Staleness-aware Async-SGD", equation 6; from memory), and are corrected by `delay_compensation`:
-    g + lambda g g (theta - theta that g was taken at) (Zheng et al. 2017, DC-ASGD, equation 10; lambda 0.04 is the
-    published constant), which holds up to two copies of the parameters for each worker, three where it is ahead.
+    g + lambda g g (theta - theta at which g was computed) (Zheng et al. 2017, DC-ASGD, equation 10; lambda 0.04 is
+    the published constant), which holds up to two copies of the parameters for each worker, three where it is ahead.
 
-    The update is made at the rate of the labels seen so far, times share ** `share_power`: as a batch that is so much
-    smaller than the step needs it, 1 for SGD (Goyal et al. 2017), 1/2 for Adam (Malladi et al. 2022).
+    The rate is that of the schedule at the labels seen so far, times share ** `share_power`: the scaling for a batch
+    that is smaller than the step by the factor share, 1 for SGD (Goyal et al. 2017), 1/2 for Adam (Malladi et al.
+    2022).
     """
 
     def __init__(
@@ -134,16 +130,14 @@ class Arrivals(Policy):
         self.share_power = share_power
         self.seen = 0.0  # in steps
         self.waiting: list[tuple[float, int]] = []  # share and staleness of the pushes that are collected
-        self.backups: dict[int, dict[int, Tensor]] = {}  # worker -> version -> the parameters it was given
+        self.backups: dict[int, dict[int, Tensor]] = {}  # worker -> version -> the parameters sent to it
 
     def begin(self, server: ParameterServer, first_step: int) -> None:
-        """The schedule goes on from `first_step`, at which every worker holds the same parameters."""
         self.seen = float(first_step)
         for worker in server.clocks:
-            self.gave(server, worker)
+            self.sent(server, worker)
 
-    def take(self, server: ParameterServer, push: Push) -> None:
-        """Add it to the others that wait, and apply them if they are enough."""
+    def receive(self, server: ParameterServer, push: Push) -> None:
         self.staleness = server.version - push.version
         counts = push.gradient is not None and push.labels > 0
         if counts:
@@ -154,15 +148,14 @@ class Arrivals(Policy):
         self._update_if_enough(server)
 
     def answers(self, server: ParameterServer, step: int) -> bool:
-        """At once."""
         return True
 
     def opens(self, server: ParameterServer, clock: int) -> bool:
-        """When every worker has taken the steps before `clock`."""
+        # When every worker has done the steps before `clock`.
         return all(server.clocks[worker] >= clock for worker in server.active)
 
-    def gave(self, server: ParameterServer, worker: int) -> None:
-        """Keep what the worker was given, until it has pushed what it made of it."""
+    def sent(self, server: ParameterServer, worker: int) -> None:
+        # Keep the parameters until the worker has pushed the gradient that it computes at them.
         if not self.delay_compensation:
             return
         held = [versions[server.version] for versions in self.backups.values() if server.version in versions]
@@ -170,7 +163,7 @@ class Arrivals(Policy):
         self.backups.setdefault(worker, {})[server.version] = copy
 
     def lost(self, server: ParameterServer, worker: int) -> None:
-        """What it was given is of no use any more; what waits may be enough for those that are left."""
+        # The pushes that wait may be enough for an update, now that fewer workers are left.
         self.backups.pop(worker, None)
         self._update_if_enough(server)
 
@@ -187,19 +180,21 @@ class Arrivals(Policy):
         self.waiting.clear()
 
     def _add(self, server: ParameterServer, push: Push) -> None:
-        """Have the server's gradient be the mean over the labels of what is collected."""
+        """Make the server's gradient the mean per label of the collected pushes."""
         assert push.gradient is not None
         before = sum(share for share, _ in self.waiting)
         whole = before + push.share
         if before:
             server.gradient.mul_(before / whole).add_(push.gradient, alpha=1 / whole)
-        else:  # the common case is one pass over memory, which is what a server's time goes to
+        else:  # the common case in one pass over memory, which takes most of a server's time
             torch.div(push.gradient, whole, out=server.gradient)
         backups = self.backups.get(push.worker, {})
-        if not self.delay_compensation or push.version not in backups:  # none for who was thought to be gone
+        if (
+            not self.delay_compensation or push.version not in backups
+        ):  # there is none of a worker that was lost and came back
             return
         drift = server.flat - backups[push.version]
         for version in [version for version in backups if version < push.version]:
             del backups[version]
-        each = self.delay_compensation / push.share  # the rule is that of a gradient a label
+        each = self.delay_compensation / push.share  # the rule is for a gradient per label
         server.gradient.addcmul_(push.gradient.square(), drift, value=each / whole)

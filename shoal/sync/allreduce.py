@@ -1,6 +1,5 @@
 """Synchronous all-reduce: every step all replicas add up their gradients, then update alike."""
 
-import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,56 +16,54 @@ from shoal.wire.wire import Exchange, Wire
 
 
 class AllReduce(Sync):
-    """Sums each bucket over the replicas while the backward pass still makes the next one.
+    """Sums each bucket over the replicas while the backward pass still computes the next one.
 
-    A codec encodes what is sent: right where a step's gradients take longer to send than to compute, and never
-    where the link is faster than the encoding. `clip_each` and `normalize each` change what a rank sends by its own
-    whole gradient, which is only there after the backward pass: then nothing travels beside it.
+    Use a codec where a step's gradients take longer to send than to compute, and never where the link is faster than
+    the encoding. `clip_each` and `normalize each` scale what a rank sends by the norm of its own whole gradient,
+    which is known after the backward pass only: then sums and backward pass do not overlap.
     """
 
     def __init__(self, config: RunConfig, wire: Wire) -> None:
         super().__init__(config, wire)
         self.options = config.strategy
-        self.exchange = EncodedSums(self.options, wire, config.train.seed)
+        self.sums = EncodedSums(self.options, wire, config.train.seed)
         self.keys: dict[Bucket, str] = {}  # the names of the buckets
         self.pending: list[
             Callable[[], Exchange | EncodedSum]
-        ] = []  # called, each waits for its first exchange
+        ] = []  # each, when called, waits for its first exchange
         self.changes_own = bool(self.options.clip_each) or self.options.normalize == "each"
 
     def attach(self, replica: Replica) -> None:
-        """Have every complete bucket sent at once."""
         self.keys = {bucket: str(i) for i, bucket in enumerate(replica.buckets)}
-        if replica.buckets.exact:
-            replica.buckets.on_complete = lambda bucket: self.pending.append(
-                start_exact_sum(self.wire, bucket, replica.shares)
-            )
-        elif not self.changes_own:
-            replica.buckets.on_complete = self._start
+        replica.buckets.listen(on_complete=lambda bucket: self.send(replica, bucket))
         for optimizer in replica.optimizers:
             if isinstance(optimizer, OneBitAdam):
-                optimizer.is_momentum = lambda: self.exchange.encodes
+                optimizer.is_momentum = lambda: self.sums.encodes
+
+    def send(self, replica: Replica, bucket: Bucket) -> None:
+        """Begin to sum a complete bucket, where it is sent as it is."""
+        if replica.buckets.exact:
+            self.pending.append(start_exact_sum(self.wire, bucket, replica.shares))
+        elif not self.changes_own:
+            self._start(bucket)
 
     def step(self, replica: Replica, step: Step) -> None:
-        """Wait for the sums, then update."""
-        started = time.perf_counter()
-        if self.changes_own:
-            self._change_own(replica, step)
-            for bucket in self.keys:
-                self._start(bucket)
-        for work in [finish() for finish in self.pending]:
-            work.wait()
-        self.pending.clear()
-        step.seconds.communication += time.perf_counter() - started
+        with step.timed("communication"):
+            if self.changes_own:
+                self._change_own(replica, step)
+                for bucket in self.keys:
+                    self._start(bucket)
+            for work in [finish() for finish in self.pending]:
+                work.wait()
+            self.pending.clear()
+            self.sums.commit()
         replica.update(step)
 
     def state_dict(self) -> State:
-        """What the codec left out, and what else it remembers."""
-        return self.exchange.state_dict()
+        return self.sums.state_dict()
 
     def load_state_dict(self, states: Sequence[State]) -> None:
-        """By the exchange's rule."""
-        self.exchange.load_state_dict(states)
+        self.sums.load_state_dict(states)
 
     @classmethod
     def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
@@ -75,12 +72,12 @@ class AllReduce(Sync):
         return Cost(EncodedSums.bytes_sent(options, sizes), EncodedSums.bytes_held(options, sizes))
 
     def _start(self, bucket: Bucket) -> None:
-        self.pending.append(self.exchange.start_sum(self.keys[bucket], bucket.flat, bucket.shapes))
+        self.pending.append(self.sums.start_sum(self.keys[bucket], bucket.flat, bucket.shapes))
 
     def _change_own(self, replica: Replica, step: Step) -> None:
-        """Clip or normalise this rank's gradient a label by its own norm. Not the same as doing so to the sum."""
+        """Clip or normalise this replica's gradient per label by its own norm, which differs from that of the sum."""
         own = torch.stack([bucket.flat.norm() for bucket in replica.buckets]).norm()
-        norm = replica.island.norm(own) / (step.own_fraction or 1)
+        norm = replica.norm(own) / (step.own_fraction or 1)
         scale = 1 / (norm + TINY)
         if self.options.clip_each:
             scale = (self.options.clip_each * scale).clamp(max=1.0)

@@ -1,7 +1,7 @@
-"""What every strategy has in common. Most need `attach`, `step` and `cost` only."""
+"""What every strategy has in common. Most override `attach` and `step` only."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,13 +10,14 @@ from torch import Tensor
 from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
 from shoal.replica import Replica, Step
+from shoal.sync.members import Members
 from shoal.wire.wire import Wire
 
 State = dict[str, Tensor]
 
 
 class Changed(Sequence[State]):
-    """The states of all ranks, each changed when it is read, and not read before."""
+    """The states of all ranks, each read only when it is asked for, and changed then."""
 
     def __init__(self, states: Sequence[State], change: Callable[[State], State]) -> None:
         self._states = states
@@ -42,72 +43,28 @@ def mean_of(states: Sequence[State]) -> State:
 
 
 class Sync(ABC):
-    """How one replica agrees with the others. It owns the update, since some strategies update elsewhere."""
+    """How one replica agrees with the others. A strategy performs the update, since some update elsewhere."""
 
-    reached = 0  # where ranks stop that do not wait for each other: the steps that the foremost has taken
-    all_agree = True  # whether `agree` tells every rank the same
     replicas_differ = False  # whether they may, after a step, in parameters or optimizer state
-    drift = 0.0  # how far this replica was from those it last met, as a part of the norm of its parameters
 
     def __init__(self, config: RunConfig, wire: Wire) -> None:
         self.wire = wire
+        self.members = Members(wire)
 
     @abstractmethod
     def attach(self, replica: Replica) -> None:
-        """Once, before the first step: listen to the replica's buckets, take copies."""
+        """Prepare for the first step: listen to the replica's buckets, take copies. Called once, before it."""
 
     @abstractmethod
     def step(self, replica: Replica, step: Step) -> None:
-        """After the gradients of `step`: exchange what the strategy exchanges, and update the replica."""
-
-    def agree(self, numbers: Tensor) -> Tensor:
-        """The sum over the ranks of what the loop tells of a step; of the ranks heard of, without a barrier.
-
-        The last number of a step is positive where this rank wishes to stop. Where ranks do not wait for each other,
-        it comes back as whether this rank stops after this step.
-        """
-        return self.wire.sum(numbers)
+        """Exchange what the strategy exchanges, and update the replica. Called after the gradients of `step`."""
 
     def shared_model(self, replica: Replica) -> AbstractContextManager[None]:
         """Within it the replica holds the one model of all: the one that is evaluated and saved."""
         return nullcontext()
 
-    def finish(self, replica: Replica) -> None:
-        """After the last step that this rank takes, which need not be the others' last: part from them."""
-        return
-
-    def wish(self) -> None:
-        """Tell the ranks that will not ask that this one wishes to stop. May run in a signal handler."""
-        return
-
-    @property
-    def hears_wish(self) -> bool:
-        """Whether this rank already knows that another one wishes to stop."""
-        return False
-
-    @property
-    def evaluates_alone(self) -> bool:
-        """Whether rank 0 evaluates while the others go on: where nobody may wait for somebody who may be gone."""
-        return False
-
-    @property
-    def present(self) -> Container[int]:
-        """The ranks that still take part."""
-        return range(self.wire.world_size)
-
-    def watch(self, loss: float) -> None:
-        """Told the loss a label of each step, once all ranks know it."""
-        return
-
-    def tighten(self) -> str | None:
-        """Agree more closely from now on; says in words what was changed. Empty: it is as close as it can be.
-
-        None: all-reduce is closer.
-        """
-        return None
-
     def metrics(self) -> dict[str, float]:
-        """What the strategy has to tell of the last step, by metric name."""
+        """The strategy's metrics of the last step, by name."""
         return {}
 
     def state_dict(self) -> State:
@@ -115,10 +72,25 @@ class Sync(ABC):
         return {}
 
     def load_state_dict(self, states: Sequence[State]) -> None:
-        """Take back what `state_dict` gave on every rank, in their order. Their number may differ from today's."""
-        assert not any(states), f"{type(self).__name__} keeps nothing, and was given {states[0].keys()}"
+        """Load what `state_dict` returned on every rank, in their order. Their number may differ from today's."""
+        assert not any(states), (
+            f"{type(self).__name__} has no state, but a checkpoint holds {states[0].keys()}"
+        )
 
     @classmethod
     @abstractmethod
     def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
         """What it sends and holds, and how stale it may be."""
+
+
+class Guardable:
+    """What a guard asks of the strategy that it watches. Of others it watches the loss alone."""
+
+    drift = 0.0  # how far this replica was from those it last met, as a part of the norm of its parameters
+
+    def tighten(self) -> str | None:
+        """Agree more closely from now on; returns what was changed, in words. Empty: it is as close as it can be.
+
+        None: all-reduce is closer.
+        """
+        return None

@@ -6,11 +6,11 @@ may change with the steps. c_ij is the copy that i and j hold of x_i, at first t
     c_ij = c_ij + C(x_i - c_ij)                    C(.) is what travels
     x_i = x_i + y (sum_j W_ij c_ji - sum_j W_ji c_ij)
 
-As much enters as leaves, so the mean is conserved whatever the codec C leaves out; and that stays in x - c and is
-sent later, so no error feedback is taken. To encode x itself would not do: its error does not shrink as the replicas
-agree. The part y, `mixing`, must be the smaller the more C leaves out, or copies lag and the replicas run apart.
+As much enters as leaves, so the mean is conserved whatever the codec C leaves out. That stays in x - c and is sent
+later, so error feedback is not needed. Encoding x itself would not work: its error does not shrink as the replicas
+agree. The part y, `mixing`, must be the smaller the more C leaves out, or copies lag and the replicas drift apart.
 
-Held: two copies of the parameters for each edge. Of the one-peer graph a rank has log2 N edges, one in turn.
+Held: two copies of the parameters for each edge. In the one-peer graph a rank has log2 N edges, used in turn.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,19 +28,19 @@ from shoal.tensors.buckets import Bucket
 
 
 def default_mixing(options: StrategyConfig) -> float:
-    """About the y that holds replicas together best whose updates are noise: tried on 4 and 8 ranks of each graph."""
+    """About the y that keeps replicas closest whose updates are noise: tried on 4 and 8 ranks of each graph."""
     density = options.density or DENSITY
     of_codec = {"sign": 0.5, "powersgd": 0.1, "topk": min(1.0, 3 * density), "randomk": density / 2}
     return of_codec.get(options.codec, 1.0)
 
 
 def payload_bytes(options: StrategyConfig, subject: Subject) -> int:
-    """What travels over an edge for parameters of these shapes."""
+    """The bytes sent over an edge for parameters of these shapes."""
     return make(options, subject).nbytes(subject.numel)
 
 
 class Copies:
-    """Of each bucket: what each receiver holds of this replica, and what this one holds of each sender."""
+    """Copies of each bucket: of this replica as each receiver holds it, and of each sender as this rank holds it."""
 
     def __init__(
         self,
@@ -71,19 +71,19 @@ class Copies:
         return sent
 
     def room(self) -> list[Tensor]:
-        """Room for what a sender sends of each bucket."""
+        """Buffers for what a sender sends of each bucket."""
         sizes = [codec.nbytes(numel) for codec, numel in zip(self.decoders, self.sizes, strict=True)]
         return [torch.empty(size, dtype=torch.uint8) for size in sizes]
 
-    def hear(self, sender: int, payloads: Sequence[Tensor]) -> list[Tensor]:
-        """The copy of each bucket of `sender`, after what it has sent."""
+    def receive(self, sender: int, payloads: Sequence[Tensor]) -> list[Tensor]:
+        """The copy of each bucket of `sender`, updated by the `payloads` that it has sent."""
         copies = self.of_other[sender]
         for codec, copy, numel, payload in zip(self.decoders, copies, self.sizes, payloads, strict=False):
             copy[:numel].add_(codec.decode(payload, numel))
         return copies
 
     def state_dict(self) -> State:
-        """All copies, and what the encoders remember."""
+        """All copies, and the encoders' state."""
         state: State = {}
         for way, held in (("own", self.of_own), ("other", self.of_other)):
             state |= {
@@ -95,7 +95,7 @@ class Copies:
         return state
 
     def load_state_dict(self, state: State | None) -> None:
-        """Take back what `state_dict` gave. None: all replicas hold the same parameters, and start from them."""
+        """Load what `state_dict` returned. None: all replicas hold the same parameters, and start from them."""
         for way, held in (("own", self.of_own), ("other", self.of_other)):
             for rank, copies in held.items():
                 for i, (copy, fresh) in enumerate(zip(copies, self._parameters(), strict=True)):

@@ -1,31 +1,30 @@
-"""Decoupled momentum: each replica keeps its own momentum, and shares the strongest waves in it. No other optimizer.
+"""Decoupled momentum: each replica keeps its own momentum, and shares its strongest waves. No other optimizer.
 
 DeMo (Peng et al. 2024, arXiv 2411.19870; the rule is that of the authors' code, github.com/bloc97/DeMo):
 
     d = b d + lr g_i                       the momentum of replica i, from the gradient of its own micro-batches
     q_i = the k largest coefficients of the DCT of each chunk of d
-    d = d - IDCT(q_i)                      what was shared is taken out; what was not waits
+    d = d - IDCT(q_i)                      what was shared is subtracted; the rest waits
     u = IDCT(mean of q_i over the replicas that sent that coefficient)
     p = (1 - lr decay) p - lr sign(u)      decoupled weight decay
 
 Defaults, the authors' own: b 0.999, chunks of 64 x 64 (a vector: 64), k 32. With all coefficients kept nothing waits:
-that is the descent by signs of the mean gradient, without momentum.
+that is sign descent along the mean gradient, without momentum.
 
-Where it departs from that code: an index takes 2 bytes instead of 8. A dim is cut by its largest divisor up to the
-chunk only if that is at least half of it; else into equal parts with zeros behind the last (there a prime dim is cut
-into ones, and nothing is saved). A 0 counts as not sent, since which zeros are the largest is chance. `max_grad_norm`
-clips the gradient of each replica, for no dense sum exists; it is taken N times, as the mean of all such gradients is
-that of the step. Where any replica's gradient is not finite the step changes nothing.
+Differences from that code: an index is sent in 2 bytes instead of 8. A dim is cut by its largest divisor up to the
+chunk only if that is at least half of the chunk; else into equal parts with zeros behind the last (there a prime dim
+is cut into ones, and nothing is saved). A 0 counts as not sent, since it is chance which zeros are the largest.
+`max_grad_norm` clips the gradient of each replica times N, since there is no dense sum, and the mean of these
+gradients is that of the step. Where any replica's gradient is not finite the step changes nothing.
 
 Sent: (N - 1) k (b + 2) bytes for each chunk: of a large float32 matrix 1.2 % of its size to each other replica. It
-grows with N, unlike all-reduce. Held: one copy of the parameters, in the place of AdamW's two. Staleness 0: every
-step shares. Use it where links are the limit and N is small. What is sent travels while the next bucket is
-transformed, and not beside the next step, which the rule does not allow. Replicas end in the same bits on processors
-of one kind; on unlike ones sign(u) may differ where u is as small as a rounding error.
+grows with N, unlike all-reduce. Held: one copy of the parameters, where AdamW holds two. Staleness 0: every step
+shares. Use it where links are the limit and N is small. A bucket's waves travel while the next bucket is transformed;
+they cannot overlap the next step, which needs them. Replicas end in the same bits on processors of one kind; on
+different ones sign(u) may differ where u is as small as a rounding error.
 """
 
 import math
-import time
 from collections.abc import Sequence
 from functools import cache
 
@@ -36,7 +35,7 @@ from torch.nn.utils import get_total_norm
 
 from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
-from shoal.replica import Replica, Step
+from shoal.replica import TINY, Replica, Step
 from shoal.sync.base import State, Sync, mean_of
 from shoal.tensors.buckets import Bucket
 from shoal.wire.wire import Exchange, Wire
@@ -54,10 +53,8 @@ class DeMo(Sync):
         self.names: dict[Tensor, str] = {}
 
     def attach(self, replica: Replica) -> None:
-        """Put plain descent in the place of the optimizers. Of them the weight decay stays.
-
-        SGD adds it to the gradient, which here is a sign already: so it is decoupled.
-        """
+        # Plain descent, with the weight decay of the optimizers that it replaces. SGD adds it to the gradient, which
+        # is a sign by then: so it is decoupled.
         groups = [
             {"params": group["params"], "weight_decay": group["weight_decay"]}
             for optimizer in replica.optimizers
@@ -69,11 +66,16 @@ class DeMo(Sync):
         self.names = {p: name for name, p in replica.params}
 
     def step(self, replica: Replica, step: Step) -> None:
-        """Share the momentum of each bucket, and descend along the signs of what all have shared."""
-        started, waited = time.perf_counter(), step.seconds.communication
-        own = replica.island.norm(get_total_norm([bucket.flat for bucket in replica.buckets]))
+        with step.timed("optimizer"):
+            norm = self._share(replica, step)
+        replica.update(step)
+        step.grad_norm = norm
+
+    def _share(self, replica: Replica, step: Step) -> float:
+        """Leave the signs of the shared waves in the buckets; returns N times the norm of the own gradient."""
+        own = replica.norm(get_total_norm([bucket.flat for bucket in replica.buckets]))
         norm = self.wire.world_size * own.item()
-        clip = min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm else 1.0
+        clip = min(1.0, self.max_grad_norm / (norm + TINY)) if self.max_grad_norm else 1.0
         rate = replica.schedule(step.number) * self.wire.world_size * clip
         gathers = [self._start_gather(momentum.add(rate)) for momentum in self.momenta]
         received = [
@@ -81,24 +83,20 @@ class DeMo(Sync):
             for momentum, gather in zip(self.momenta, gathers, strict=True)
         ]
         broken = sum(not values.isfinite().all() for values, _ in received)
-        finite = not replica.island.sum(torch.tensor(float(broken)))
+        finite = not replica.sum(torch.tensor(float(broken)))
         for momentum, (values, indices) in zip(self.momenta, received, strict=True):
             if finite:
                 momentum.share(values, indices, self.wire.rank)
             else:
                 for _, part in momentum.bucket.parts(momentum.bucket.flat):
-                    part.fill_(math.nan)  # the update sees it, and leaves everything as it was
-        waited = step.seconds.communication - waited
-        step.seconds.optimizer += time.perf_counter() - started - waited
-        replica.update(step)
-        step.grad_norm = norm
+                    part.fill_(math.nan)  # so that the update skips the step
+        return norm
 
     def state_dict(self) -> State:
-        """The momentum, by parameter."""
         return {f"momentum/{self.names[p]}": part for m in self.momenta for p, part in m.bucket.parts(m.flat)}
 
     def load_state_dict(self, states: Sequence[State]) -> None:
-        """By another number of ranks each takes the mean: what is shared is a mean over those that send it."""
+        # With another number of ranks each continues with the mean, as what is shared is a mean over its senders.
         same = len(states) == self.wire.world_size
         state = states[self.wire.rank] if same else mean_of(states)
         for name, part in self.state_dict().items():
@@ -116,15 +114,14 @@ class DeMo(Sync):
         whole = part.new_empty(self.wire.world_size * part.numel())
         return whole, self.wire.start_all_gather(whole, part)
 
-    def _finish(self, step: Step, whole: Tensor, work: Exchange) -> Tensor:
-        started = time.perf_counter()
-        work.wait()
-        step.seconds.communication += time.perf_counter() - started
+    def _finish(self, step: Step, whole: Tensor, exchange: Exchange) -> Tensor:
+        with step.timed("communication"):
+            exchange.wait()
         return whole.view(self.wire.world_size, -1)
 
 
 class Momentum:
-    """The momentum of one bucket on this replica. Of it travel the values of all parameters, then the indices."""
+    """The momentum of one bucket on this replica. It sends the values of all parameters, then their indices."""
 
     def __init__(self, bucket: Bucket, decay: float, chunk: int, topk: int) -> None:
         self.bucket = bucket
@@ -134,7 +131,7 @@ class Momentum:
         self.index = _index_dtype(chunk)
 
     def add(self, rate: float) -> Tensor:
-        """Have b d + `rate` g in the bucket, in the place of g, and return the strongest waves in it, packed."""
+        """Replace g in the bucket by b d + `rate` g, and return its strongest waves, packed."""
         flat = self.bucket.flat.mul_(rate).add_(self.flat, alpha=self.decay)
         strongest = [waves.strongest(part) for waves, part in zip(self.waves, self._parts(flat), strict=True)]
         values = torch.cat([value.flatten() for value, _ in strongest])
@@ -142,9 +139,9 @@ class Momentum:
         return torch.cat([values.view(torch.uint8), indices.view(torch.uint8)])
 
     def unpack(self, of_all: Tensor) -> tuple[Tensor, Tensor]:
-        """Of what every rank sent, uint8 [N, bytes]: values and indices, [N, sent] each.
+        """The values and indices, [N, sent] each, of what every rank sent, uint8 [N, bytes].
 
-        What is not finite in a gradient shows here, in every wave of its chunk, and so to all ranks alike.
+        If a number of a gradient is not finite, every wave of its chunk is not: all ranks see it here alike.
         """
         end = self.flat.itemsize * sum(waves.sent for waves in self.waves)
         values, indices = of_all[:, :end].flatten(), of_all[:, end:].flatten()
@@ -152,7 +149,7 @@ class Momentum:
         return values.view(self.flat.dtype).view(ranks, -1), indices.view(self.index).view(ranks, -1).long()
 
     def share(self, values: Tensor, indices: Tensor, rank: int) -> None:
-        """Keep what `rank`, this one, did not send, and leave the signs of the mean of all in the bucket."""
+        """Keep what `rank`, this one, did not send, and write the signs of the mean of all into the bucket."""
         self.flat.copy_(self.bucket.flat)
         sizes = [waves.sent for waves in self.waves]
         parts = zip(self.waves, self._parts(self.flat), self._parts(self.bucket.flat), strict=True)
@@ -238,7 +235,7 @@ def _basis(size: int) -> Tensor:
     )
     basis = torch.cos(math.pi / size * (place + 0.5) * frequency) * math.sqrt(2 / size)
     basis[0] /= math.sqrt(2)
-    basis[basis.abs() < 1e-12] = 0  # of a rounding error no sign must be made
+    basis[basis.abs() < 1e-12] = 0  # else a rounding error would become a sign
     return basis
 
 

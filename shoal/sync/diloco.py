@@ -1,12 +1,12 @@
 """DiLoCo: replicas train alone for many steps, and an outer Nesterov momentum moves what they share.
 
 Douillard et al. 2023, "DiLoCo: Distributed Low-Communication Training of Language Models", algorithm 1. With
-`fragments` and `overlap_steps` it is Streaming DiLoCo (Douillard et al. 2025), with `--codec int4` its low-bit outer
-gradients. Use it over slow links: bytes fall by the steps between two syncs, H. The defaults are the paper's (outer
-rate 0.7, momentum 0.9), but for H: 30 of Streaming DiLoCo's 30 to 100 steps.
+`fragments` and `overlap_steps` it is Streaming DiLoCo (Douillard et al. 2025), with `--codec int4` also its low-bit
+outer gradients. Use it over slow links: the bytes are those of all-reduce divided by H, the steps between two syncs.
+The defaults are the paper's (outer rate 0.7, momentum 0.9), but for H: 30, of Streaming DiLoCo's 30 to 100 steps.
 
-SparseLoCo (Sarfi et al. 2025, arXiv 2508.15706, algorithm 1) has an error that decays in the place of the momentum.
-With D_i, the way that replica i has come, in each sync
+SparseLoCo (Sarfi et al. 2025, arXiv 2508.15706, algorithm 1) has an error that decays in place of the momentum. With
+D_i, how far replica i has moved, in each sync
 
     e_i = b e_i + D_i; q_i = Q(the k largest of each chunk of e_i); e_i = e_i - q_i; x = x - a mean_i q_i
 
@@ -28,9 +28,7 @@ class DiLoCo(Local):
 
     @classmethod
     def has_outer(cls, options: StrategyConfig) -> bool:
-        """Always: its momentum is what it is."""
         return True
 
     def outer(self) -> Outer:
-        """A new outer momentum."""
-        return self._asked(Nesterov, OUTER_RATE, OUTER_MOMENTUM)
+        return self._rule(Nesterov, OUTER_RATE, OUTER_MOMENTUM)

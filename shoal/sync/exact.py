@@ -14,8 +14,8 @@ from shoal.wire.wire import Exchange, Wire
 def start_exact_sum(wire: Wire, bucket: Bucket, shares: Shares) -> Callable[[], Exchange]:
     """Begin to sum a bucket in the order of the tree of `shoal.tensors.tree_sum`, whatever the shares.
 
-    Each rank gathers every rank's roots of one part of the bucket, finishes the tree for that part, and all gather
-    the parts: the bytes of a ring, as long as a share is one root.
+    Each rank receives all ranks' roots of one part of the bucket and finishes the tree for it; then all ranks gather
+    the parts. The bytes are those of a ring as long as a share is one root.
     """
     part = bucket.flat.numel() // wire.world_size
     nodes = _roots_by_rank(shares)

@@ -1,4 +1,4 @@
-"""Gossip: each replica updates alone and averages its parameters with a neighbour or two. Nobody talks to all.
+"""Gossip: each replica updates alone and averages its parameters with one or two neighbours, never with all.
 
 x_i are the parameters of replica i, g_i the gradient of its own micro-batches times N, so that the mean of all g_i is
 the gradient of the step; Opt is the inner optimizer (any), W_k the mixing matrix of step k.
@@ -16,22 +16,21 @@ average exactly where N is a power of two.
 
 `push-sum` is SGP (Assran et al. 2019, arXiv 1811.10792): the replica holds z_i = x_i / w_i, w_i = 1 at first;
 x_i = sum_j W_ij x_j, w_i = sum_j W_ij w_j, then Opt(x_i, g_i(old z_i)). Columns of W add up to one, rows need not:
-z_i still goes to the mean, where a plain average drifts to those that are heard most. On the whole graph w_i stays 1;
-it earns its 8 bytes when a rank has died. The order is that of the authors' code with `overlap=True`, which likewise
-lets the optimizer step x and not z, over the same graph.
+z_i still goes to the mean, where a plain average drifts towards the replicas that are received most. While all
+ranks are there w_i stays 1; its 8 bytes are of use when a rank has died. The order is that of the authors' code with
+`overlap=True`, which also lets the optimizer step x and not z, over the same graph.
 
 With `overlap_steps` 0 the replicas update first and mix afterwards (adapt-then-combine: SGP as printed in the paper).
-Nothing then travels beside the computation, but two ranks follow all-reduce exactly if the optimizer is linear.
+Communication then does not overlap computation, but two ranks follow all-reduce exactly if the optimizer is linear.
 
-With a codec differences travel, and `mixing` says what part of the average a replica takes: see `shoal.sync.copies`.
+With a codec differences are sent, and a replica moves by the part `mixing` to the average: see `shoal.sync.copies`.
 
-Held: a copy of the parameters to send and one for each neighbour heard. Staleness 0: what is averaged is of one step.
-Use it where links are slow and ranks are many: the bytes of a step do not depend on N, but for the few numbers by
-which all ranks hear of its loss. For few ranks all-reduce sends hardly more (of 4: 1.5 P), and is exact. Buffers of
-the model stay those of each rank.
+Held: a copy of the parameters to send and one for each neighbour received. Staleness 0: the averaged parameters are
+of one step. Use it where links are slow and ranks are many: the bytes of a step do not depend on N, but for the few
+numbers that tell all ranks the loss. For few ranks all-reduce sends hardly more (of 4: 1.5 P), and is exact. Each
+rank keeps its own buffers of the model.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,7 +44,7 @@ from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
 from shoal.errors import choose
 from shoal.replica import Replica, Step
-from shoal.sync.base import State, Sync
+from shoal.sync.base import Guardable, State, Sync
 from shoal.sync.copies import Copies, default_mixing, payload_bytes
 from shoal.sync.parameters import read, write
 from shoal.sync.peers import Peers, Posted
@@ -56,12 +55,12 @@ DEFAULT_TOPOLOGY = "exponential"  # half the bytes of the ring, and it averages 
 
 
 def ring(rank: int, world_size: int, step: int) -> list[int]:
-    """Whom `rank` sends to: the ranks on both sides, once each."""
+    """The ranks that `rank` sends to: those on both sides, once each."""
     return sorted({(rank - 1) % world_size, (rank + 1) % world_size} - {rank})
 
 
 def exponential(rank: int, world_size: int, step: int) -> list[int]:
-    """Whom `rank` sends to: one rank, 1, 2, 4, ... ahead in turn."""
+    """The ranks that `rank` sends to: one, 1, 2, 4, ... ahead in turn."""
     hops = (world_size - 1).bit_length()
     return [(rank + 2 ** (step % hops)) % world_size] if hops else []
 
@@ -74,7 +73,7 @@ TOPOLOGIES: dict[str, Callable[[int, int, int], list[int]]] = {
 
 
 def mixing_matrix(topology: str, world_size: int, step: int) -> Tensor:
-    """W [N, N] in float64: what part of replica j (column) goes to replica i (row). Columns add up to one."""
+    """W [N, N] in float64: the part of replica j (column) that goes to replica i (row). Columns add up to one."""
     matrix = torch.zeros(world_size, world_size, dtype=torch.float64)
     for rank in range(world_size):
         receivers = TOPOLOGIES[topology](rank, world_size, step)
@@ -84,7 +83,7 @@ def mixing_matrix(topology: str, world_size: int, step: int) -> Tensor:
 
 @dataclass
 class Round:
-    """One exchange that was started: W, this replica's x of each bucket, and the letters it sends and receives."""
+    """An exchange under way: W, this replica's x of each bucket, the receivers, and a buffer for each sender."""
 
     matrix: Tensor
     own: list[Tensor]
@@ -93,11 +92,10 @@ class Round:
     posted: Posted
 
 
-class Gossip(Sync):
-    """See the module. A neighbour that dies is left out, its share kept; its micro-batches are not computed again."""
+class Gossip(Sync, Guardable):
+    """See the module. A neighbour that dies is left out, its part kept; its micro-batches are not computed again."""
 
     replicas_differ = True
-    all_agree = False  # once a neighbour is gone
 
     def __init__(self, config: RunConfig, wire: Wire) -> None:
         super().__init__(config, wire)
@@ -109,7 +107,7 @@ class Gossip(Sync):
         self.overlaps = self.options.overlap_steps != 0
         self.mixing = self.options.mixing or default_mixing(self.options)
         self.copies: Copies | None = None  # where what is sent is encoded
-        self.peers = Peers(wire)
+        self.members = self.peers = Peers(wire)
         self.weight = torch.ones(1, dtype=torch.float64)  # w_i of push-sum, for ever 1 otherwise
         self.rounds = 0
         self.under_way: Round | None = None
@@ -117,7 +115,6 @@ class Gossip(Sync):
         self._inboxes: list[list[Tensor]] = []
 
     def attach(self, replica: Replica) -> None:
-        """Have the parameters sent as the forward pass begins, and know what they are at the start."""
         if self.options.codec != "none":
             rank, turn = self.wire.rank, range(self.wire.world_size.bit_length())
             edges = torch.stack([self.matrix(step) for step in turn]).sum(0)
@@ -128,26 +125,19 @@ class Gossip(Sync):
                 receivers=[peer for peer in self.peers.alive if edges[peer, rank]],
             )
         if self.overlaps:
-            replica.buckets.on_begin = lambda: self._start(replica)
+            replica.buckets.listen(on_begin=lambda: self._start(replica))
 
     def step(self, replica: Replica, step: Step) -> None:
-        """Mix and update, or the other way round."""
         if self.overlaps:
             self._mix(replica, step)
         self._update(replica, step)
         if not self.overlaps:
             self._mix(replica, step)
 
-    def agree(self, numbers: Tensor) -> Tensor:
-        """The sum over the ranks that answer, each pair on its own: so that a dead one is found within the step."""
-        return torch.stack(self.peers.gather(numbers)).sum(0)
-
     @contextmanager
     def shared_model(self, replica: Replica) -> Iterator[None]:
-        """The mean of the replicas that answer; of push-sum sum_i w_i z_i / sum_i w_i, which mixing conserves.
-
-        The same bits on every rank. It sends (N - 1) P, and holds a copy of the parameters meanwhile.
-        """
+        # The mean of the replicas that answer; with push-sum sum_i w_i z_i / sum_i w_i, which mixing conserves. It is
+        # the same bits on every rank, sends (N - 1) P, and holds a copy of the parameters meanwhile.
         own = [read(bucket) for bucket in replica.buckets]
         for bucket, flat in zip(replica.buckets, self._numerators(replica), strict=True):
             weighed = torch.cat([flat, self.weight.to(flat)])
@@ -159,22 +149,17 @@ class Gossip(Sync):
             for bucket, flat in zip(replica.buckets, own, strict=True):
                 write(bucket, flat)
 
-    @property
-    def present(self) -> list[int]:
-        """Those that answer, and this one."""
-        return [*self.peers.alive, self.wire.rank]
-
     def metrics(self) -> dict[str, float]:
-        """How far the neighbours heard in the last step were from this replica, as a part of its own norm."""
+        # How far the neighbours received in the last step were from this replica, as a part of its own norm.
         return {"sync/consensus_distance": self.drift}
 
     def state_dict(self) -> State:
-        """Where the graph's turn stands, the weight of push-sum, and what an encoded exchange remembers."""
+        # The number of exchanges, which decides the neighbours, the weight of push-sum, and the copies of a codec.
         copies = self.copies.state_dict() if self.copies else {}
         return {"rounds": torch.tensor([self.rounds]), "weight": self.weight} | copies
 
     def load_state_dict(self, states: Sequence[State]) -> None:
-        """By another number of ranks all start from the mean, whose weight is 1 and which all know."""
+        # With another number of ranks all start from the mean, whose weight is 1, and of which no copies are needed.
         same = len(states) == self.wire.world_size
         state = states[self.wire.rank if same else 0]
         self.rounds = int(state["rounds"])
@@ -201,15 +186,13 @@ class Gossip(Sync):
         senders = [peer for peer in self.peers.alive if matrix[rank, peer]]
         receivers = [peer for peer in self.peers.alive if matrix[peer, rank]]
         own, weight = self._numerators(replica), [self.weight] * self.push_sum
-        letters = {
-            peer: (self.copies.encode(peer, own) if self.copies else own) + weight for peer in receivers
-        }
+        sent = {peer: (self.copies.encode(peer, own) if self.copies else own) + weight for peer in receivers}
         room = (self.copies.room() if self.copies else own) + weight
         while len(self._inboxes) < len(senders):
             self._inboxes.append([torch.empty_like(tensor) for tensor in room])
         inboxes = dict(zip(senders, self._inboxes, strict=False))
         posted = self.peers.start(
-            sent=((peer, tensor) for peer, letter in letters.items() for tensor in letter),
+            sent=((peer, tensor) for peer, tensors in sent.items() for tensor in tensors),
             received=((peer, tensor) for peer, inbox in inboxes.items() for tensor in inbox),
         )
         self.rounds += 1
@@ -217,7 +200,7 @@ class Gossip(Sync):
         return self.under_way
 
     def _numerators(self, replica: Replica) -> list[Tensor]:
-        """x_i = w_i z_i of each bucket, where it stays unchanged while it is sent."""
+        """x_i = w_i z_i of each bucket, in buffers that stay unchanged while they are sent."""
         if not self._outbox:
             self._outbox = [torch.zeros_like(bucket.flat, device="cpu") for bucket in replica.buckets]
         for bucket, flat in zip(replica.buckets, self._outbox, strict=True):
@@ -228,55 +211,55 @@ class Gossip(Sync):
 
     def _mix(self, replica: Replica, step: Step) -> None:
         """Finish the exchange under way, or a whole one, and average: the replica holds z_i afterwards."""
-        started = time.perf_counter()
-        exchange = self.under_way or self._start(replica)
-        self.under_way = None
-        self.peers.wait(exchange.posted)
-        step.seconds.communication += time.perf_counter() - started
+        with step.timed("communication"):
+            exchange = self.under_way or self._start(replica)
+            self.under_way = None
+            self.peers.wait(exchange.posted)
         alive, matrix, rank = self.peers.alive, exchange.matrix, self.wire.rank
-        letters = {peer: inbox for peer, inbox in exchange.inboxes.items() if peer in alive}
-        heard = {peer: self.copies.hear(peer, x) if self.copies else x for peer, x in letters.items()}
-        taken = {peer: self.mixing * matrix[rank, peer].item() for peer in heard}
+        inboxes = {peer: inbox for peer, inbox in exchange.inboxes.items() if peer in alive}
+        theirs = {peer: self.copies.receive(peer, x) if self.copies else x for peer, x in inboxes.items()}
+        added = {peer: self.mixing * matrix[rank, peer].item() for peer in theirs}
         given = {
             peer: self.mixing * matrix[peer, rank].item() for peer in exchange.receivers if peer in alive
         }
-        weights = {peer: letter[-1].item() if self.push_sum else 1.0 for peer, letter in letters.items()}
-        self.drift = self._distance(exchange.own, heard, weights)
-        kept, terms = self._terms(heard, taken, given)
+        weights = {peer: inbox[-1].item() if self.push_sum else 1.0 for peer, inbox in inboxes.items()}
+        self.drift = self._distance(exchange.own, theirs, weights)
+        kept, terms = self._terms(theirs, added, given)
         for i, mixed in enumerate(exchange.own):
             mixed.mul_(kept)
             for tensors, part in terms:
                 mixed.add_(tensors[i], alpha=part)
         if self.push_sum:
-            self.weight.mul_(1 - sum(given.values())).add_(sum(taken[peer] * weights[peer] for peer in taken))
+            self.weight.mul_(1 - sum(given.values())).add_(sum(added[peer] * weights[peer] for peer in added))
         for bucket, mixed in zip(replica.buckets, exchange.own, strict=True):
             write(bucket, mixed if self.weight == 1 else mixed / self.weight.item())
 
     def _terms(
-        self, heard: dict[int, list[Tensor]], taken: dict[int, float], given: dict[int, float]
+        self, theirs: dict[int, list[Tensor]], added: dict[int, float], given: dict[int, float]
     ) -> tuple[float, list[tuple[list[Tensor], float]]]:
-        """What an average is made of: the part of this replica that is kept, and what is added with which part.
+        """The terms of an average: the part of this replica that is kept, and the tensors to add, each with its part.
 
-        A replica loses what it gives: of itself, or of the copy that the receiver has. A rank that died may have left
-        the two unequal; then an average is made up to one, and in push-sum the weight tells.
+        What a replica gives is subtracted: from itself, or from the copy that the receiver has. Where a rank has
+        died, what is added and what is given may be unequal. An average then keeps more or less of this replica, so
+        that the parts add up to one; in push-sum the weight makes up for it.
         """
-        kept = 1.0 if self.push_sum else 1 - sum(taken.values()) + sum(given.values())
-        terms = [(heard[peer], part) for peer, part in taken.items()]
+        kept = 1.0 if self.push_sum else 1 - sum(added.values()) + sum(given.values())
+        terms = [(theirs[peer], part) for peer, part in added.items()]
         if self.copies is None:
             return kept - sum(given.values()), terms
         return kept, terms + [(self.copies.of_own[peer], -part) for peer, part in given.items()]
 
     def _distance(
-        self, own: list[Tensor], heard: dict[int, list[Tensor]], weights: dict[int, float]
+        self, own: list[Tensor], theirs: dict[int, list[Tensor]], weights: dict[int, float]
     ) -> float:
-        """The root mean square over the neighbours of |z_j - z_i| / |z_i|; 0 where none is heard."""
+        """The root mean square over the neighbours of |z_j - z_i| / |z_i|; 0 where there are none."""
         inverse = 1 / self.weight.item()
         squares = [
             sum(
                 (x / weights[peer] - y * inverse).square().sum().item()
                 for x, y in zip(tensors, own, strict=False)
             )
-            for peer, tensors in heard.items()
+            for peer, tensors in theirs.items()
         ]
         norm = inverse**2 * sum(x.square().sum().item() for x in own)
         return float((sum(squares) / len(squares) / norm) ** 0.5) if squares and norm else 0.0

@@ -1,7 +1,7 @@
-"""The guard: watches training that is not the same as synchronous training, and acts before it is lost."""
+"""The guard: watches training that differs from synchronous training, and acts before it diverges for good."""
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -11,7 +11,8 @@ from shoal.config import RunConfig
 from shoal.cost import Cost, Sizes
 from shoal.replica import Replica, Step
 from shoal.sync.allreduce import AllReduce
-from shoal.sync.base import State, Sync
+from shoal.sync.base import Guardable, State, Sync
+from shoal.sync.members import Members
 from shoal.sync.parameters import mean, write
 from shoal.wire.wire import Wire
 
@@ -21,22 +22,26 @@ SYNCHRONOUS, GUARDED, FALLEN_BACK = range(3)
 
 
 class Guard(Sync):
-    """A strategy under guard: synchronous for `guard_steps`, then watched by its loss.
+    """A strategy under guard: synchronous for `guard_steps`, then its own, watched by the loss.
 
-    When the running mean of the loss stands more than `guard` (a share) above the lowest it has reached, or the loss
-    is not finite, or the replicas drift further apart than `guard_drift` (a share of their norm), the strategy is
-    asked to tighten its agreement; when it cannot any more, all-reduce takes over for good, from the mean of the
-    replicas. All ranks see the same loss, and so decide alike; under `async` each what it has heard, and rank 0
-    decides.
+    When the running mean of the loss is more than `guard` (a fraction) above its lowest value so far, or the loss is
+    not finite, or the replicas are further apart than `guard_drift` (a fraction of their norm), the strategy is asked
+    to tighten its agreement. When it cannot, all-reduce takes over for good, from the mean of the replicas. All ranks
+    know the same loss, and so decide alike; where they do not wait for each other, rank 0 decides.
     """
 
     def __init__(self, config: RunConfig, wire: Wire, guarded: Sync, say: Callable[[str], None]) -> None:
-        super().__init__(config, wire)
+        self.wire = wire
         self.options = config.strategy
         self.guarded = guarded
+        self.guardable = guarded if isinstance(guarded, Guardable) else Guardable()
         self.replicas_differ = guarded.replicas_differ
-        self.all_agree = guarded.all_agree
         self.synchronous = AllReduce(config, wire)
+        # Shares that follow the speed of the ranks in one phase would be left as they are in the next.
+        self.synchronous.members.all_agree = guarded.members.all_agree
+        for each in (self.synchronous, guarded):
+            each.members.carry(self._own_drift, self._note_drift)
+        self.drift = 0.0  # the mean over the replicas
         self.say = say
         self.phase = SYNCHRONOUS if self.options.guard_steps else GUARDED
         self.running = self.lowest = math.inf
@@ -44,17 +49,20 @@ class Guard(Sync):
 
     @property
     def acting(self) -> Sync:
-        """Who trains now."""
+        """The strategy of this phase."""
         return self.guarded if self.phase == GUARDED else self.synchronous
 
+    @property
+    def members(self) -> Members:  # type: ignore[override]
+        """Those of the strategy of this phase."""
+        return self.acting.members
+
     def attach(self, replica: Replica) -> None:
-        """Attach who trains first."""
         self.replica = replica
-        replica.buckets.on_begin, replica.buckets.on_complete = lambda: None, lambda bucket: None
+        replica.buckets.listen()
         self.acting.attach(replica)
 
     def step(self, replica: Replica, step: Step) -> None:
-        """The step of who trains now; after the last synchronous one the guarded strategy begins."""
         self.acting.step(replica, step)
         if self.phase == SYNCHRONOUS and step.number + 1 >= self.options.guard_steps:
             self.phase = GUARDED
@@ -64,8 +72,7 @@ class Guard(Sync):
             )
 
     def watch(self, loss: float) -> None:
-        """Act where the loss has risen: tighten, or fall back."""
-        self.guarded.watch(loss)
+        """Act where the loss a label of the last step, which all ranks know, has risen: tighten, or fall back."""
         self.quiet += 1
         if math.isfinite(loss):
             first = math.isinf(self.running)
@@ -74,56 +81,18 @@ class Guard(Sync):
         if self.phase == GUARDED and self.quiet >= PATIENCE and (because := self._alarm(loss)):
             self._act(because)
 
-    def agree(self, numbers: Tensor) -> Tensor:
-        """As who trains now; along with them the mean of the replicas' drift."""
-        own = self.replica.island.sum(torch.tensor([self.acting.drift, 1.0], dtype=numbers.dtype))
-        told = self.acting.agree(torch.cat([own, numbers]))
-        self.drift = (told[0] / told[1]).item()
-        return told[2:]
-
     def shared_model(self, replica: Replica) -> AbstractContextManager[None]:
-        """As who trains now."""
         return self.acting.shared_model(replica)
 
-    def finish(self, replica: Replica) -> None:
-        """As who trains now."""
-        self.acting.finish(replica)
-
-    def wish(self) -> None:
-        """As who trains now."""
-        self.acting.wish()
-
-    @property
-    def hears_wish(self) -> bool:
-        """As who trains now."""
-        return self.acting.hears_wish
-
-    @property
-    def reached(self) -> int:  # type: ignore[override]
-        """As who trains now."""
-        return self.acting.reached
-
-    @property
-    def evaluates_alone(self) -> bool:
-        """As who trains now."""
-        return self.acting.evaluates_alone
-
-    @property
-    def present(self) -> Container[int]:
-        """As who trains now."""
-        return self.acting.present
-
     def metrics(self) -> dict[str, float]:
-        """Those of who trains now, and which phase that is: 0 synchronous, 1 guarded, 2 fallen back."""
+        # The phase: 0 synchronous, 1 guarded, 2 fallen back.
         return self.acting.metrics() | {"sync/guard_phase": self.phase}
 
     def state_dict(self) -> State:
-        """Where the guard stands, and the state of who trains now."""
         numbers = torch.tensor([self.phase, self.running, self.lowest, self.quiet], dtype=torch.float64)
         return {"guard": numbers} | self.acting.state_dict()
 
     def load_state_dict(self, states: Sequence[State]) -> None:
-        """Take up the phase, and hand the rest to who trains in it."""
         before, (phase, self.running, self.lowest, quiet) = self.acting, states[0]["guard"].tolist()
         self.phase, self.quiet = int(phase), int(quiet)
         if self.acting is not before:
@@ -135,6 +104,13 @@ class Guard(Sync):
         """Never asked: the guarded strategy's counts."""
         raise NotImplementedError
 
+    def _own_drift(self) -> Tensor:
+        drift = self.guardable.drift if self.phase == GUARDED else 0.0
+        return self.replica.sum(torch.tensor([drift, 1.0], dtype=torch.float64))
+
+    def _note_drift(self, sums: Tensor) -> None:
+        self.drift = (sums[0] / sums[1]).item()
+
     def _alarm(self, loss: float) -> str:
         """What is wrong, in words; empty if nothing is."""
         if not math.isfinite(loss) or self.running > self.lowest * (1 + (self.options.guard or 0)):
@@ -144,8 +120,8 @@ class Guard(Sync):
         return ""
 
     def _act(self, because: str) -> None:
-        self.quiet, self.guarded.drift = 0, 0.0  # the next sync measures it anew
-        tightened = self.guarded.tighten()
+        self.quiet, self.guardable.drift = 0, 0.0  # the next sync measures it anew
+        tightened = self.guardable.tighten()
         if tightened:
             self.say(f"guard: {because}: {tightened}")
         elif tightened is None:

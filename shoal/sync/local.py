@@ -1,12 +1,11 @@
 """Local training: each replica updates alone for some steps, then they agree on shared parameters.
 
 Use it where a step's gradients take longer to send than to compute: bytes fall by the number of steps between two
-syncs. Replicas drift meanwhile; more than some tens of steps need a smaller rate or an outer momentum (`diloco`).
-The state of the inner optimizers stays with each replica.
+syncs. Replicas drift apart meanwhile; more than some tens of steps need a smaller rate or an outer momentum
+(`diloco`). Each replica keeps the state of its own inner optimizers.
 """
 
 import math
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,13 +14,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from shoal.codecs.sums import EncodedSums, Finish
+from shoal.codecs.sums import Advance, EncodedSums
 from shoal.config import RunConfig
 from shoal.config.strategy import StrategyConfig
 from shoal.cost import Cost, Sizes
 from shoal.replica import Replica, Step
 from shoal.sync.allreduce import AllReduce
-from shoal.sync.base import Changed, State, Sync
+from shoal.sync.base import Changed, Guardable, State, Sync
 from shoal.sync.outer import BlockMomentum, Elastic, Mean, Outer, SlowMo
 from shoal.sync.parameters import apart, averaged, mean, read, write
 from shoal.sync.shared import Shared
@@ -41,7 +40,7 @@ class Period:
         self.seen = 0  # tokens since the last sync
 
     def due(self, done: int, labels: int, offset: int = 0) -> bool:
-        """Whether to sync, with `done` local steps taken, the last one of `labels` tokens over all ranks."""
+        """Whether to sync after `done` local steps, the last one of `labels` tokens over all ranks."""
         if self.tokens is None:
             return self.steps is not None and done % self.steps == offset
         self.seen += labels
@@ -52,45 +51,45 @@ class Period:
 
 
 def period_of(options: StrategyConfig) -> Period:
-    """A new period, as the options say."""
+    """A new period, from the options."""
     return Period(options.sync_every or options.own_period)
 
 
 @dataclass
-class Journey:
-    """The deltas of one fragment, sent after `departs` local steps and applied after `arrives`; each takes `rounds`.
+class FragmentSum:
+    """The deltas of one fragment: their sums are started after `start` local steps and applied after `end`.
 
-    Every rank starts a round after the same step, whether the round before is done or not: all ranks must start
-    their exchanges in one order, the loop's own sums included.
+    A sum takes `rounds` exchanges. Every rank starts each of them after the same step, whether the one before is done
+    or not: all ranks must start their exchanges in one order, the loop's own sums included.
     """
 
     fragment: int
-    departs: int
-    arrives: int
+    start: int
+    end: int
     deltas: list[Tensor]
-    finish: list[Finish]
+    advance: list[Advance]
     rounds: list[int]
 
-    def travel(self, done: int) -> None:
-        """Start the rounds that are due after `done` steps: all have an equal share of the steps."""
-        length = self.arrives - self.departs
-        for finish, rounds in zip(self.finish, self.rounds, strict=True):
-            if done in [self.departs + -(-length * i // rounds) for i in range(1, rounds)]:
-                finish()
+    def start_due(self, done: int) -> None:
+        """Start the exchanges that are due after `done` steps: they are spread evenly over the steps."""
+        length = self.end - self.start
+        for advance, rounds in zip(self.advance, self.rounds, strict=True):
+            if done in [self.start + -(-length * i // rounds) for i in range(1, rounds)]:
+                advance()
 
-    def complete(self) -> None:
+    def wait(self) -> None:
         """Wait until the deltas are the sums over the ranks."""
-        for work in [finish() for finish in self.finish]:
+        for work in [advance() for advance in self.advance]:
             work.wait()
-        self.finish, self.rounds = [], []
+        self.advance, self.rounds = [], []
 
 
-class Local(Sync):
+class Local(Sync, Guardable):
     """Periodic averaging, with an outer rule on request.
 
     Before `local_after` steps it is all-reduce (post-local SGD). With `group_size` the ranks average within groups
     of neighbours every `sync_every` steps, and all of them every `global_every` steps. With `fragments` the buckets
-    are dealt out to so many parts, each synced in its turn; with `overlap_steps` what is sent may travel so long.
+    are dealt out to that many fragments, synced in turn; with `overlap_steps` a sum may take that many steps.
     """
 
     replicas_differ = True
@@ -101,20 +100,21 @@ class Local(Sync):
         self.period = period_of(self.options)
         self.halvings = 0  # of the period, when the guard asked for it
         self.synchronous = AllReduce(config, wire)
-        self.exchange = EncodedSums(self.options, wire, config.train.seed)
+        self.sums = EncodedSums(self.options, wire, config.train.seed)
         self.neighbours = wire.neighbours(self.options.group_size) if self.options.group_size else wire
         self.shared: list[Shared] = []  # none where a sync is the plain mean of the parameters
-        self.travelling: list[Journey] = []
+        self.under_way: list[FragmentSum] = []
 
     def attach(self, replica: Replica) -> None:
-        """Have gradients sent while training is still synchronous, and remember where the replicas start from."""
         self.synchronous.attach(replica)
-        send = replica.buckets.on_complete
-        replica.buckets.on_complete = lambda bucket: None if self._alone(replica.now) else send(bucket)
+        replica.buckets.listen(
+            on_complete=lambda bucket: (
+                None if self._alone(replica.now) else self.synchronous.send(replica, bucket)
+            )
+        )
         self._begin(replica)
 
     def step(self, replica: Replica, step: Step) -> None:
-        """Update alone, and sync what is due."""
         if not self._alone(step.number):
             self.synchronous.step(replica, step)
             if self._alone(step.number + 1):
@@ -122,15 +122,13 @@ class Local(Sync):
             return
         update_alone(replica, step)
         done = step.number + 1 - self.options.local_after
-        started = time.perf_counter()
-        if self.shared:
-            self._sync_shared(done, step)
-        else:
-            self._average(done, replica, step)
-        step.seconds.communication += time.perf_counter() - started
+        with step.timed("communication"):
+            if self.shared:
+                self._sync_shared(done, step)
+            else:
+                self._average(done, replica, step)
 
     def tighten(self) -> str | None:
-        """Sync twice as often."""
         if self.period.steps is None:
             return None
         half = self.period.steps // 2
@@ -140,32 +138,29 @@ class Local(Sync):
         return f"a sync every {self.period.steps} steps from now on"
 
     def shared_model(self, replica: Replica) -> AbstractContextManager[None]:
-        """The mean of all replicas."""
         return averaged(replica, self.wire)
 
     def metrics(self) -> dict[str, float]:
-        """How far this replica was from the mean of all at the last sync, as a part of its norm.
-
-        With an outer rule, from the parameters shared last: the mean may be known by its codec only.
-        """
+        # From the mean of all at the last sync; with an outer rule from the parameters shared last, since a codec may
+        # leave the mean unknown.
         return {"sync/drift": self.drift}
 
     def state_dict(self) -> State:
-        """What is shared, its momentum, what travels, what the codec left out, and the tokens since the last sync."""
+        # What is shared, its momentum, the sums under way, what the codec left out, the tokens since the last sync.
         state = {"period": torch.tensor([self.period.seen, self.halvings])}
         for i, shared in enumerate(self.shared):
             state |= {f"shared.{i}.{name}": tensor for name, tensor in shared.state_dict().items()}
-        for journey in self.travelling:
-            journey.complete()
-            state[f"travelling.{journey.fragment}"] = torch.tensor([journey.arrives])
-            for i, delta in zip(self._fragment(journey.fragment), journey.deltas, strict=True):
-                state[f"travelling.{journey.fragment}.{i}"] = delta[: self.shared[i].numel]
+        for sums in self.under_way:
+            self._wait(sums)
+            state[f"travelling.{sums.fragment}"] = torch.tensor([sums.end])
+            for i, delta in zip(self._fragment(sums.fragment), sums.deltas, strict=True):
+                state[f"travelling.{sums.fragment}.{i}"] = delta[: self.shared[i].numel]
         before = {f"{SYNCHRONOUS}{name}": t for name, t in self.synchronous.state_dict().items()}
-        return state | self.exchange.state_dict() | before
+        return state | self.sums.state_dict() | before
 
     def load_state_dict(self, states: Sequence[State]) -> None:
-        """What is shared was the same on all ranks; what the codec left out follows the exchange's rule."""
-        state = self._taken_up(states)
+        # What is shared was the same on all ranks; what the codec left out is refitted by `EncodedSums`.
+        state = self._own_state(states)
         scale = self.wire.world_size / len(states)  # of sums over the ranks, divided by today's count
         self.period.seen, halvings = state["period"].tolist()
         for _ in range(halvings):
@@ -179,9 +174,9 @@ class Local(Sync):
             if f"travelling.{f}" in state:
                 sums = [state[f"travelling.{f}.{i}"] * scale for i in self._fragment(f)]
                 deltas = [self.shared[i].padded(s) for i, s in zip(self._fragment(f), sums, strict=True)]
-                arrives = int(state[f"travelling.{f}"])
-                self.travelling.append(Journey(f, arrives, arrives, deltas, [], []))
-        self.exchange.load_state_dict(Changed(states, partial(_scaled, scale=scale)))
+                end = int(state[f"travelling.{f}"])
+                self.under_way.append(FragmentSum(f, end, end, deltas, [], []))
+        self.sums.load_state_dict(Changed(states, partial(_scaled, scale=scale)))
         self.synchronous.load_state_dict(Changed(states, _of_synchronous))
 
     @classmethod
@@ -200,26 +195,26 @@ class Local(Sync):
         return not plain or bool(options.overlap_steps)
 
     def outer(self) -> Outer:
-        """A new outer rule, as the options say."""
+        """A new outer rule, from the options."""
         world_size = self.wire.world_size
         if self.options.averaging == "slowmo":
-            return self._asked(SlowMo, 1.0, SLOW_MOMENTUM)
+            return self._rule(SlowMo, 1.0, SLOW_MOMENTUM)
         if self.options.averaging == "bmuf":
-            return self._asked(BlockMomentum, 1.0, 1 - 1 / world_size)
+            return self._rule(BlockMomentum, 1.0, 1 - 1 / world_size)
         if self.options.averaging == "elastic":
             return Elastic(self.options.outer_lr or ELASTICITY, world_size)
         return Mean(1.0, 0.0)
 
-    def _asked(self, rule: type[Outer], rate: float, momentum: float) -> Outer:
-        """`rule` with the rate and the momentum of the options, or else with these."""
+    def _rule(self, rule: type[Outer], rate: float, momentum: float) -> Outer:
+        """`rule` with the rate and the momentum of the options, by default with these."""
         asked = self.options.outer_momentum
         return rule(self.options.outer_lr or rate, momentum if asked is None else asked)
 
     def _alone(self, step: int) -> bool:
         return step >= self.options.local_after
 
-    def _taken_up(self, states: Sequence[State]) -> State:
-        """Of what all ranks have saved, the shared part that this one goes on with: it is alike on all."""
+    def _own_state(self, states: Sequence[State]) -> State:
+        """Of what all ranks have saved, the state that this one continues with; what is shared is alike in all."""
         return states[self.wire.rank if len(states) == self.wire.world_size else 0]
 
     def _begin(self, replica: Replica) -> None:
@@ -240,38 +235,42 @@ class Local(Sync):
             write(bucket, flat)
 
     def _sync_shared(self, done: int, step: Step) -> None:
-        """Send the fragments that are due on their way, and take in those that arrive."""
+        """Start the sums of the fragments that are due, and apply those whose time has come."""
         count = self.options.fragments
         for f in range(count):
             offset = f * (self.period.steps or 0) // count
             # A fragment may still be under way where the guard has shortened the period.
-            under_way = any(journey.fragment == f for journey in self.travelling)
+            under_way = any(sums.fragment == f for sums in self.under_way)
             if self.period.due(done, step.labels, offset) and not under_way:
-                self.travelling.append(self._start(f, done))
-        for journey in self.travelling:
-            if done < journey.arrives:
-                journey.travel(done)
-        for journey in [each for each in self.travelling if each.arrives == done]:
-            self.travelling.remove(journey)
-            journey.complete()
-            parts = [self.shared[i] for i in self._fragment(journey.fragment)]
-            means = [delta.div_(self.wire.world_size) for delta in journey.deltas]
+                self.under_way.append(self._start(f, done))
+        for sums in self.under_way:
+            if done < sums.end:
+                sums.start_due(done)
+        for sums in [each for each in self.under_way if each.end == done]:
+            self.under_way.remove(sums)
+            self._wait(sums)
+            parts = [self.shared[i] for i in self._fragment(sums.fragment)]
+            means = [delta.div_(self.wire.world_size) for delta in sums.deltas]
             for shared, delta in zip(parts, means, strict=True):
-                shared.settle(delta, step.learning_rate)
+                shared.outer_step(delta, step.learning_rate)
 
-    def _start(self, fragment: int, done: int) -> Journey:
+    def _wait(self, sums: FragmentSum) -> None:
+        sums.wait()
+        self.sums.commit(*map(str, self._fragment(sums.fragment)))
+
+    def _start(self, fragment: int, done: int) -> FragmentSum:
         parts = [(i, self.shared[i]) for i in self._fragment(fragment)]
         deltas = [shared.delta() for _, shared in parts]
         self.drift = apart(deltas, [shared.flat for _, shared in parts])
-        finish = [
-            self.exchange.start_sum(str(i), delta, shared.bucket.shapes)
+        advance = [
+            self.sums.start_sum(str(i), delta, shared.bucket.shapes)
             for (i, shared), delta in zip(parts, deltas, strict=True)
         ]
-        rounds = [self.exchange.rounds(str(i)) for i, _ in parts]
-        return Journey(fragment, done, done + (self.options.overlap_steps or 0), deltas, finish, rounds)
+        rounds = [self.sums.rounds(str(i)) for i, _ in parts]
+        return FragmentSum(fragment, done, done + (self.options.overlap_steps or 0), deltas, advance, rounds)
 
     def _fragment(self, fragment: int) -> range:
-        """The buckets of a fragment: every so-manieth one, so that each holds layers of all depths."""
+        """The buckets of a fragment: every `fragments`-th one, so that each holds layers of all depths."""
         return range(fragment, len(self.shared), self.options.fragments)
 
 
@@ -284,5 +283,5 @@ def _of_synchronous(state: State) -> State:
 
 
 def update_alone(replica: Replica, step: Step) -> None:
-    """The update of one replica by its own micro-batches: their gradients a label of their own."""
+    """Update one replica by its own micro-batches: by their gradients per label of their own."""
     replica.update(step, step.own_fraction or 1)

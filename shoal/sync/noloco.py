@@ -1,18 +1,18 @@
-"""NoLoCo: DiLoCo whose outer step needs one other replica, not all. Only a few numbers a step still go to everybody.
+"""NoLoCo: DiLoCo whose outer step needs one other replica, not all. Only a few numbers a step go to all ranks.
 
 Kolehmainen et al. 2025, "NoLoCo: No-all-reduce Low Communication Training Method for Large Models" (arXiv 2506.10911,
 from memory). Every replica i holds slow parameters x_i of its own. In each sync the ranks are paired anew at random;
-with D = x - y, what a replica has come away from its slow parameters, and the means over the pair
+with D = x - y, how far a replica has moved from its slow parameters, and the means over the pair
 
     d_i = alpha d_i + beta mean_j D_j + gamma (x_i - mean_j x_j);  x_i -= d_i;  y_i = x_i
 
 beta is `outer_lr` (0.7), alpha `outer_momentum` (0.5). The last term holds the replicas together: at gamma = 1, the
-value here, a pair without momentum meets in its middle. A rank that finds no partner steps alone. A sync sends 2 P:
-D and x. Held: x, d, and both of the partner's meanwhile. What is evaluated and saved is the mean of the replicas.
+value here, a pair without momentum meets in the middle. A rank without a partner steps alone. A sync sends 2 P:
+D and x. Held: x and d; during a sync the partner's D and x as well. The mean of the replicas is evaluated and saved.
 
-Use it with many ranks over slow links, where an all-reduce of parameters takes as long as the slowest of them; with
-few, `diloco` sends half and agrees exactly. No codec: where replicas differ for good, its error would pass for a
-difference.
+Use it with many ranks over slow links, where an all-reduce of parameters takes as long as the slowest of them. With
+few ranks `diloco` sends half as much and agrees exactly. It uses no codec: replicas differ for good here, and a
+codec's error could not be told from such a difference.
 """
 
 import math
@@ -38,7 +38,7 @@ GAMMA = 1.0
 
 
 def partner(rank: int, world_size: int, seed: int, number: int) -> int:
-    """Whom `rank` meets in sync `number`; itself where their count is odd and it is left over."""
+    """The partner of `rank` in sync `number`; the rank itself where their count is odd and it is left over."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "pairs", number))
     order = torch.randperm(world_size, generator=generator).tolist()
     other = order.index(rank) ^ 1
@@ -55,15 +55,12 @@ class NoLoCo(Local):
 
     @classmethod
     def has_outer(cls, options: StrategyConfig) -> bool:
-        """Always."""
         return True
 
     def outer(self) -> Outer:
-        """A new outer momentum."""
-        return self._asked(BlockMomentum, OUTER_RATE, OUTER_MOMENTUM)
+        return self._rule(BlockMomentum, OUTER_RATE, OUTER_MOMENTUM)
 
     def state_dict(self) -> State:
-        """The slow parameters and the momentum of this rank, and whose turn it is."""
         return super().state_dict() | {"syncs": torch.tensor(self.syncs)}
 
     @classmethod
@@ -72,15 +69,15 @@ class NoLoCo(Local):
         every = period_of(config.strategy).steps or math.inf
         return Cost(sent=2 * sizes.nbytes / every if sizes.world_size > 1 else 0, held=2 * sizes.nbytes)
 
-    def _taken_up(self, states: Sequence[State]) -> State:
-        """Each rank its own; by another number of ranks all go on from the mean of all."""
+    def _own_state(self, states: Sequence[State]) -> State:
+        """Each rank's own; with another number of ranks all continue from the mean of all."""
         same = len(states) == self.wire.world_size
         state: State = states[self.wire.rank] if same else mean_of(states)
         self.syncs = int(state["syncs"])
         return state
 
     def _sync_shared(self, done: int, step: Step) -> None:
-        """Meet the partner of this sync, if one is due, and take the outer step."""
+        """If a sync is due, average with this sync's partner and take the outer step."""
         if not self.period.due(done, step.labels):
             return
         own = [torch.stack([shared.delta(), shared.flat]) for shared in self.shared]
@@ -88,7 +85,7 @@ class NoLoCo(Local):
         means = self._means_of_pair(own)
         for shared, (delta, centre) in zip(self.shared, means, strict=True):
             pull = (shared.flat - centre).mul_(GAMMA / shared.outer.rate)
-            shared.settle(delta + pull, step.learning_rate)
+            shared.outer_step(delta + pull, step.learning_rate)
 
     def _means_of_pair(self, own: list[Tensor]) -> list[Tensor]:
         other = partner(self.wire.rank, self.wire.world_size, self.seed, self.syncs)

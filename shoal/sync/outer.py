@@ -1,6 +1,6 @@
-"""Outer rules: what becomes of the shared parameters x when the replicas, after some steps alone, stand at y_i.
+"""Outer rules: how the shared parameters x move when the replicas, after some steps alone, hold y_i.
 
-All take D = x - mean_i y_i, the outer gradient.
+The outer gradient of all rules is D = x - mean_i y_i.
 """
 
 from abc import ABC, abstractmethod
@@ -11,7 +11,7 @@ from torch import Tensor
 class Outer(ABC):
     """One rule, for one flat buffer of parameters; it owns the momentum."""
 
-    # None: a replica goes on from x; else it goes this part of its own way back to x.
+    # None: a replica continues from x; else it moves by this part of its distance back to x.
     pull: float | None = None
 
     def __init__(self, rate: float, momentum: float) -> None:
@@ -33,7 +33,6 @@ class Mean(Outer):
     """x -= D: the mean of the replicas (McMahan et al. 2017, FedAvg; Stich 2019, Local SGD)."""
 
     def update(self, shared: Tensor, delta: Tensor, learning_rate: float) -> None:
-        """x -= D"""
         shared.sub_(delta)
 
 
@@ -41,7 +40,7 @@ class Nesterov(Outer):
     """m = mu m + D; x -= rate (D + mu m) (Douillard et al. 2023, DiLoCo, algorithm 1: rate 0.7, mu 0.9)."""
 
     def update(self, shared: Tensor, delta: Tensor, learning_rate: float) -> None:
-        """As torch.optim.SGD(nesterov=True) with D as its gradient."""
+        # As torch.optim.SGD(nesterov=True) with D as its gradient.
         momentum = self._momentum(shared).mul_(self.factor).add_(delta)
         shared.sub_(delta.add(momentum, alpha=self.factor), alpha=self.rate)
 
@@ -53,7 +52,7 @@ class SlowMo(Outer):
     """
 
     def update(self, shared: Tensor, delta: Tensor, learning_rate: float) -> None:
-        """The inner rate that divides D is the one of the step that syncs."""
+        # The inner rate that divides D is the one of the step that syncs.
         momentum = self._momentum(shared).mul_(self.factor).add_(delta, alpha=1 / learning_rate)
         shared.sub_(momentum, alpha=self.rate * learning_rate)
 
@@ -65,7 +64,6 @@ class BlockMomentum(Outer):
     """
 
     def update(self, shared: Tensor, delta: Tensor, learning_rate: float) -> None:
-        """d = eta d - zeta D; x += d"""
         shared.add_(self._momentum(shared).mul_(self.factor).sub_(delta, alpha=self.rate))
 
 
@@ -80,5 +78,5 @@ class Elastic(Outer):
         self.pull = rate / world_size
 
     def update(self, shared: Tensor, delta: Tensor, learning_rate: float) -> None:
-        """The sum of all e_i is -beta D."""
+        # The sum of all e_i is -beta D.
         shared.sub_(delta, alpha=self.rate)

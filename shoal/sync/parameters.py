@@ -23,7 +23,7 @@ def read(bucket: Bucket) -> Tensor:
 
 @torch.no_grad()
 def write(bucket: Bucket, flat: Tensor) -> None:
-    """Copy `flat` into the bucket's parameters, which stay the tensors that they are."""
+    """Copy `flat` into the bucket's parameters, in place."""
     for p, part in bucket.parts(flat):
         p.copy_(part)
 

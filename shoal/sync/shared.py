@@ -1,4 +1,4 @@
-"""What replicas that train alone have in common: the parameters agreed on last, bucket by bucket."""
+"""The parameters that replicas which train alone have agreed on last, bucket by bucket."""
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from shoal.tensors.buckets import Bucket
 class Shared:
     """The shared parameters of one bucket, and the rule that moves them.
 
-    `mixing` is their share in what a replica goes on with; the rest is what it has reached alone.
+    After a sync a replica continues with `mixing` times them, and 1 - `mixing` times its own parameters.
     """
 
     def __init__(self, bucket: Bucket, outer: Outer, mixing: float = 1.0) -> None:
@@ -22,11 +22,11 @@ class Shared:
         self.flat = read(bucket)
 
     def delta(self) -> Tensor:
-        """How far this replica has come: x - y."""
+        """How far this replica has moved away: x - y."""
         return self.flat - read(self.bucket)
 
-    def settle(self, mean: Tensor, learning_rate: float) -> None:
-        """Move on by the mean delta of all replicas, and have this one follow."""
+    def outer_step(self, mean: Tensor, learning_rate: float) -> None:
+        """Move the shared parameters by the `mean` delta of all replicas, and this replica with them."""
         if self.outer.pull is not None:
             write(self.bucket, read(self.bucket).add_(self.delta(), alpha=self.outer.pull))
         self.outer.update(self.flat, mean, learning_rate)
@@ -55,7 +55,7 @@ class Shared:
         return {name: tensor[: self.numel] for name, tensor in held.items()}
 
     def load_state_dict(self, state: State) -> None:
-        """Take back what `state_dict` gave. Raises UserError where the buckets are cut otherwise."""
+        """Load what `state_dict` returned. Raises UserError where the buckets are cut differently."""
         self.flat = self.padded(state["flat"])
         if "momentum" in state:
             self.outer.momentum = self.padded(state["momentum"])

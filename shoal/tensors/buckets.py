@@ -75,7 +75,7 @@ class Buckets:
         self.exact = exact
         self.scale = 1.0  # that gradients come with, and are divided by when they are complete
         self.on_begin: Callable[[], object] = lambda: None  # before the first forward pass of a step
-        self.on_complete: Callable[[Bucket], None] = lambda bucket: None
+        self.on_complete: Callable[[Bucket], object] = lambda bucket: None
         self._leaf = 0
         self._last = False
         self._announced = len(self.all)
@@ -86,6 +86,15 @@ class Buckets:
             p.register_post_accumulate_grad_hook(
                 lambda p: buckets._arrived(p) if (buckets := ours()) else None
             )
+
+    def listen(
+        self,
+        *,
+        on_begin: Callable[[], object] = lambda: None,
+        on_complete: Callable[[Bucket], object] = lambda bucket: None,
+    ) -> None:
+        """Announce the beginning of a step and each complete bucket to these, in place of those before."""
+        self.on_begin, self.on_complete = on_begin, on_complete
 
     def __iter__(self) -> Iterator[Bucket]:
         return iter(self.all)

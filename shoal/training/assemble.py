@@ -67,7 +67,7 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
         rank=mesh.rank,
         world_size=mesh.world_size,
         island_size=mesh.size("island"),
-        present=lambda: sync.present,
+        present=lambda: sync.members.present,
     )
     progress = Progress(
         position=0,

@@ -49,7 +49,7 @@ def train_job(resolved: Resolved, mesh: Mesh, data: Path, stop: Stop) -> None:
     run.mesh.wire("world").wait_for_first()
     if mesh.is_first:  # it may ask the hub
         screen.banner("Running training", _facts(run))
-    stop.hold(run.sync.wish)
+    stop.hold(lambda: run.sync.members.wish())
     metrics = train(run, stop)
     with run.sync.shared_model(run.replica):
         if mesh.is_first:

@@ -16,6 +16,7 @@ from shoal.data.batches import Batch, Batches
 from shoal.observe.console import Screen
 from shoal.replica import Replica, Step
 from shoal.sync import SYNCS, Sync
+from shoal.sync.guard import Guard
 from shoal.tasks import Task
 from shoal.tensors.tensor_files import Places
 from shoal.training.balance import Balancer
@@ -80,11 +81,11 @@ class Run:
 
     def agree(self, numbers: Tensor) -> Tensor:
         """The sum of `numbers` over the ranks, as far as the strategy hears of them."""
-        return self.replica.island.agree(self.sync.agree, numbers)
+        return self.replica.island.agree(self.sync.members.agree, numbers)
 
     def part(self) -> dict[str, Tensor]:
         """The live tensors that only this rank holds; none where a save waits for nobody."""
-        if self.sync.evaluates_alone:
+        if self.sync.members.evaluates_alone:
             return {}
         kept = self.sync.state_dict()  # a codec's changes as soon as the next backward pass begins
         headings = {"sync": {name: tensor.clone() for name, tensor in kept.items()}}
@@ -111,11 +112,12 @@ class Run:
         self.progress.scaler = self.replica.scaler.state_dict()
         self.progress.shares = self.replica.shares.counts
         self.shared = None
-        self.sync.watch(loss)
+        if isinstance(self.sync, Guard):
+            self.sync.watch(loss)
 
     def balance(self, seconds: list[float]) -> None:
         """Give faster teams more micro-batches, if that is wanted, and if all ranks know the same `seconds`."""
-        if self.config.strategy.balance == "auto" and self.sync.all_agree:
+        if self.config.strategy.balance == "auto" and self.sync.members.all_agree:
             self.replica.shares = self.balancer.observe(self.replica.shares, seconds)
 
     def leave(self) -> None:
@@ -124,8 +126,8 @@ class Run:
         Where ranks do not wait for each other, what the foremost has done counts as done.
         """
         self.settle()
-        self.sync.finish(self.replica)
-        reached = min(self.total_steps, self.sync.reached)
+        self.sync.members.finish(self.replica)
+        reached = min(self.total_steps, self.sync.members.reached)
         if reached > self.progress.step:
             self.progress.step = reached
             self.progress.position = self.batches.at(reached - 1).next_position
@@ -154,7 +156,7 @@ class Run:
     def _after_first(self, work: Callable[[], None]) -> None:
         """Do `work`, which may be rank 0's alone, and wait for rank 0: an exchange would not wait for long."""
         work()
-        if not self.sync.evaluates_alone:
+        if not self.sync.members.evaluates_alone:
             self.mesh.wire("world").wait_for_first()
 
     @property
@@ -174,7 +176,7 @@ class Run:
         after which one all stop.
         """
         samples = self.task.samples("eval")
-        alone = self.sync.evaluates_alone
+        alone = self.sync.members.evaluates_alone
         if not len(samples) or (alone and self.mesh.replicate.index):
             return {}
         self.settle()  # the shared model may be written over what is being copied
@@ -196,7 +198,7 @@ class Run:
                 among=among,
                 policy=self.replica.policy,
                 device=self.mesh.device,
-                stop=(lambda: stop() or self.sync.hears_wish) if alone else stop,
+                stop=(lambda: stop() or self.sync.members.hears_wish) if alone else stop,
             )
             placed.after_evaluation()
         if measured is None:

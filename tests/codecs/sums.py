@@ -44,8 +44,12 @@ def sum_steps(
     dtype: torch.dtype = torch.float64,
     states: list[dict[str, Tensor]] | None = None,
     poisoned: int | None = None,
+    undone: bool = False,
 ) -> Summed:
-    """Sum the gradients of each step, a tensor for each of `numels`, as a strategy does: start all, then end all."""
+    """Sum the gradients of each step, a tensor for each of `numels`, as a strategy does: start all, then end all.
+
+    With `undone` every sum is formed twice, and rolled back in between.
+    """
     wire = mesh.wire("world")
     exchange = EncodedSums(options, wire)
     if states is not None:
@@ -57,16 +61,22 @@ def sum_steps(
                    for n in numels]  # fmt: skip
         if step == poisoned and mesh.rank == 0:
             tensors[0][7] = torch.nan
-        started = [
-            exchange.start_sum(str(i), tensor, shapes_of(numels[i])) for i, tensor in enumerate(tensors)
-        ]
-        for work in [finish() for finish in started]:
-            work.wait()
+        if undone:
+            _sum(exchange, [tensor.clone() for tensor in tensors], numels)
+            exchange.rollback()
+        _sum(exchange, tensors, numels)
+        exchange.commit()
         sent.append(wire.bytes_sent - before)
         if options.codec != "none" and step >= options.codec_warmup:
             assert all((tensor[-2:] == PADDING).all() for tensor in tensors), "padding is left as it is"
         sums.append(torch.cat([tensor[:-2] for tensor in tensors]))
     return Summed(sums, sent, {name: t.clone() for name, t in exchange.state_dict().items()})
+
+
+def _sum(exchange: EncodedSums, tensors: Tensors, numels: tuple[int, ...]) -> None:
+    started = [exchange.start_sum(str(i), tensor, shapes_of(numels[i])) for i, tensor in enumerate(tensors)]
+    for work in [finish() for finish in started]:
+        work.wait()
 
 
 def many(mesh: Mesh, cases: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Summed]:

@@ -212,6 +212,20 @@ def test_interrupted_is_uninterrupted(pool: Pool, summed: Any) -> None:
             assert all(torch.equal(whole.state[name], rest[i].state[name]) for name in whole.state), case
 
 
+@worlds
+def test_a_sum_that_was_rolled_back_leaves_no_trace(pool: Pool, summed: Any, ranks: int) -> None:
+    """A step that is taken again must not feed an error back twice: sums and states are those of one sum."""
+    steps = STEPS[:5]
+    cases = [((options, steps), {}) for options in CASES.values()]
+    once = pool.world(ranks, many, cases)
+    again = pool.world(ranks, many, [(given, {"undone": True}) for given, _ in cases])
+    for i, case in enumerate(CASES):
+        for expected, found in zip(once, again, strict=True):
+            assert all(map(torch.equal, expected[i].sums, found[i].sums)), case
+            assert expected[i].state.keys() == found[i].state.keys()
+            assert all(torch.equal(expected[i].state[name], t) for name, t in found[i].state.items()), case
+
+
 @pytest.mark.parametrize(("ranks", "later"), [(3, 2), (2, 3), (4, 1), (1, 4)])
 def test_nothing_is_lost_when_the_ranks_change(pool: Pool, summed: Any, ranks: int, later: int) -> None:
     """What waited on the ranks that were is sent by those that are."""

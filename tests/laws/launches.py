@@ -169,9 +169,9 @@ def insert(fault: Fault) -> None:
     from shoal.checkpoint import saving
     from shoal.engines.worker import Stop
     from shoal.replica import Replica
-    from shoal.servers.client import Servers
+    from shoal.servers.client import ServerClient
     from shoal.sync import SYNCS
-    from shoal.sync.central import Central
+    from shoal.sync.server_strategy import ServerStrategy
     from shoal.tasks.causal_lm import CausalLM
     from shoal.training import run as running
     from shoal.training.recorder import Observer
@@ -226,12 +226,12 @@ def insert(fault: Fault) -> None:
     for sync in SYNCS.values():
         before(sync, "step", lambda *args: meet("exchange"))
     before(Replica, "update", lambda *args: meet("update"))
-    before(Servers, "load", lambda *args: meet("update"))
+    before(ServerClient, "load", lambda *args: meet("update"))
     before(Observer, "step", lambda *args: meet("observe"))
     before(Run, "evaluate", lambda *args: meet("evaluate"))
     before(Stop, "hold", lambda *args: meet("start"))
     before(Stop, "_receive", lambda *args: setattr(at, "heard", True))
-    before(Central, "finish", lambda *args: meet("finish"))
+    before(ServerStrategy, "finish", lambda *args: meet("finish"))
     running.evaluate = counting(running.evaluate, lambda turn: turn == 1 and meet("measure"))
     before(CausalLM, "export", lambda *args: meet("export"))
     before(

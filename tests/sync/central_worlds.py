@@ -13,8 +13,8 @@ from laws.rows import RowsTask
 from laws.worlds import Arrays, parameters, run_of
 
 from shoal.cost import Sizes
-from shoal.servers.links import Remote
-from shoal.sync.central import Traffic
+from shoal.servers.stubs import RemoteStub
+from shoal.sync.server_strategy import Traffic
 from shoal.wire.mesh import Mesh
 
 SETTINGS: dict[str, Any] = {
@@ -51,7 +51,7 @@ def steps_of(
     With `held_up`, an empty folder, rank 1 holds its gradient of step `at` until rank 0 has taken its last step; and
     rank 0 takes this step only when rank 1 has that gradient.
     """
-    Remote.AGAIN = timedelta(seconds=1)
+    RemoteStub.RECONNECT = timedelta(seconds=1)
     run = run_of(mesh, strategy, task, **SETTINGS | settings)
     numbers, staleness, sent = [], [], []
     for step in range(run.total_steps):
@@ -63,12 +63,12 @@ def steps_of(
         before = run.mesh.wire("replicate").bytes_sent
         run.sync.step(run.replica, taken)
         sent.append(run.mesh.wire("replicate").bytes_sent - before)
-        numbers.append(run.sync.agree(torch.tensor([1.0, 0.0], dtype=torch.float64))[0].item())
+        numbers.append(run.sync.members.agree(torch.tensor([1.0, 0.0], dtype=torch.float64))[0].item())
         staleness.append(run.sync.metrics().get("sync/staleness", 0.0))
     if held_up and mesh.rank == 0:
         (held_up / "rank 0 is done").touch()
     before = run.mesh.wire("replicate").bytes_sent
-    run.sync.finish(run.replica)
+    run.sync.members.finish(run.replica)
     sent.append(run.mesh.wire("replicate").bytes_sent - before)
     sizes = Sizes(tuple(p.shape for _, p in run.replica.params), mesh.world_size, itemsize=8)
     traffic = Traffic.of(run.config, sizes)

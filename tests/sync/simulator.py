@@ -109,7 +109,7 @@ class Simulator:
             return False
         step = state.pushed + 1
         needed = -1 if self.max_staleness is None else step + self.ahead - self.max_staleness
-        server.ask(worker, needed, max(0.0, server.policy.squares(state.pushed)) ** 0.5)
+        server.ask(worker, needed, max(0.0, server.rule.squares(state.pushed)) ** 0.5)
         if not server.opens(needed):
             return False
         fresh = torch.empty_like(server.flat)

@@ -459,7 +459,7 @@ def bereft(mesh: Mesh, dead: int, **settings: Any) -> tuple[list[Arrays], list[f
             os._exit(0)
         take(run, step)
         history.append(parameters(run))
-        heard.append(run.sync.agree(torch.tensor([10.0**mesh.rank])).item())
+        heard.append(run.sync.members.agree(torch.tensor([10.0**mesh.rank])).item())
     with run.sync.shared_model(run.replica):
         return history, heard, vector(run), run.sync.weight.item()  # type: ignore[attr-defined]
 
@@ -514,7 +514,7 @@ def lonely(mesh: Mesh) -> list[float]:
         if (mesh.rank, step) in ((2, 3), (0, 4)):
             os._exit(0)
         take(run, step)
-        heard.append(run.sync.agree(torch.tensor([10.0**mesh.rank])).item())
+        heard.append(run.sync.members.agree(torch.tensor([10.0**mesh.rank])).item())
     return heard
 
 

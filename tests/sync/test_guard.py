@@ -15,9 +15,11 @@ from torch import Tensor
 from shoal.config import load_config
 from shoal.cost import Cost, Sizes
 from shoal.servers.update_rules import Arrivals
-from shoal.sync.base import Sync
+from shoal.sync.base import Guardable, Sync
 from shoal.sync.guard import Guard
+from shoal.sync.members import Members
 from shoal.wire.mesh import Mesh
+from shoal.wire.wire import Wire
 
 WORKERS, RATE, STEPS = 8, 1.2, 60  # a rate that is stable where nothing is stale: below 2
 TASK = RowsTask("tied")
@@ -27,10 +29,11 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-class Stale(Sync):
+class Stale(Sync, Guardable):
     """On-arrival workers in scripted time, of which the guard sees the losses. It is tightened as `Async` is."""
 
-    def __init__(self, simulator: Simulator) -> None:
+    def __init__(self, simulator: Simulator, wire: Wire) -> None:
+        self.members = Members(wire)
         self.simulator = simulator
 
     def attach(self, replica: Any) -> None: ...
@@ -69,7 +72,8 @@ def stale_run(mesh: Mesh, guarded: bool) -> tuple[list[float], list[str]]:
     server = serve(Arrivals(lambda step: RATE), "sgd")
     simulator = Simulator(server, gradient, [1] * WORKERS, ahead=True)
     config = load_config(None, [], {}, strategy="async", guard=0.2).config
-    guard = Guard(config, run.mesh.wire("replicate"), Stale(simulator), said.append)
+    wire = run.mesh.wire("replicate")
+    guard = Guard(config, wire, Stale(simulator, wire), said.append)
     simulator.run(STEPS)
     return losses, said
 

@@ -93,8 +93,8 @@ def test_the_simulator_repeats_itself() -> None:
 
 @pytest.mark.parametrize("synchronous", [False, True])
 def test_a_push_that_comes_again_is_applied_once(synchronous: bool) -> None:
-    policy = Rounds(mean, schedule, quorum=None, max_norm=0.0) if synchronous else Arrivals(schedule)
-    server = serve(policy, "momentum")
+    rule = Rounds(mean, schedule, quorum=None, max_norm=0.0) if synchronous else Arrivals(schedule)
+    server = serve(rule, "momentum")
     server.begin(server.params, range(2), 0)
     pushes = [Push(w, 0, 0, 1, 2, torch.full((SIZE,), w + 1.0, dtype=torch.float64)) for w in range(2)]
     assert [server.push(push) for push in (pushes[0], pushes[0], pushes[1], pushes[1])] == [True, False] * 2
@@ -118,18 +118,18 @@ def test_compensation_changes_nothing_at_staleness_zero(weight: float) -> None:
 
 
 def test_compensation_holds_a_copy_for_each_push_under_way() -> None:
-    policy = Arrivals(schedule, delay_compensation=0.1)
-    server = serve(policy, "sgd")
+    rule = Arrivals(schedule, delay_compensation=0.1)
+    server = serve(rule, "sgd")
     most = 0
 
     def watched(worker: int, step: int, theta: Tensor) -> Tensor:
         nonlocal most
-        most = max(most, len({id(copy) for held in policy.backups.values() for copy in held.values()}))
+        most = max(most, len({id(copy) for held in rule.backups.values() for copy in held.values()}))
         return share(worker, step, theta)
 
     Simulator(server, watched, LABELS, duration=delays, ahead=True).run(STEPS)
     assert 2 <= most <= 3 * WORKERS
-    assert policy.backups == {}
+    assert rule.backups == {}
 
 
 def test_delayed_nesterov_of_period_one_is_nesterov() -> None:
@@ -209,8 +209,8 @@ def test_labels_weigh() -> None:
 
 def test_a_quorum_takes_the_first_and_drops_the_late() -> None:
     """Two of three: worker 1, always last, is a backup that is never needed."""
-    policy = Rounds(mean, schedule, quorum=2, max_norm=0.0)
-    server = serve(policy, "sgd")
+    rule = Rounds(mean, schedule, quorum=2, max_norm=0.0)
+    server = serve(rule, "sgd")
     Simulator(server, share, LABELS, duration=lambda w, s: [1.0, 9.0, 1.1][w], max_staleness=0).run(STEPS)
     hand = ByHand("sgd")
     for step in range(STEPS):
@@ -218,7 +218,7 @@ def test_a_quorum_takes_the_first_and_drops_the_late() -> None:
         hand.step(g, schedule(step))
     agrees(server, hand.theta)
     assert server.version == 2 * STEPS
-    assert policy.late > 0
+    assert rule.late > 0
 
 
 def test_a_dead_worker_fills_the_quorum_or_fails_it() -> None:
@@ -268,7 +268,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_clock() -> None:
     server = serve(Arrivals(schedule), "momentum")
     server.begin(server.params, range(1), 0)
     server.push(Push(0, 0, 0, 1, 1, None))
-    assert (server.version, server.clocks[0], server.policy.seen) == (0, 1, 1.0)
+    assert (server.version, server.clocks[0], server.rule.seen) == (0, 1, 1.0)
     agrees(server, START)
     server = serve(Rounds(mean, schedule, quorum=None, max_norm=1.0), "momentum")
     server.begin(server.params, range(1), 0)
@@ -313,16 +313,16 @@ def smallest_largest(sizes: tuple[int, ...], servers: int) -> int:
 
 def test_every_worker_learns_the_norm_of_a_step() -> None:
     """Also who hears of the full round when the first to hear has had it applied."""
-    policy = Rounds(mean, schedule, quorum=None, max_norm=0.5)
-    server = serve(policy, "sgd")
+    rule = Rounds(mean, schedule, quorum=None, max_norm=0.5)
+    server = serve(rule, "sgd")
     server.begin(server.params, range(2), 0)
     for worker in range(2):
         server.push(Push(worker, 0, 0, 1, 2, torch.full((SIZE,), 1.0, dtype=torch.float64)))
-    known = policy.squares(0)
+    known = rule.squares(0)
     assert known == pytest.approx(4 * SIZE)
     server.ask(0, 1, norm_of(known))
     assert server.opens(1)
-    assert policy.squares(0) == known
-    assert policy.squares(1) < 0
+    assert rule.squares(0) == known
+    assert rule.squares(1) < 0
     assert [norm_of(squares) for squares in (4.0, np.inf, np.nan)] == [2.0, np.inf, np.inf]
     assert np.isnan(norm_of(-1.0))

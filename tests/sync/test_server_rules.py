@@ -9,7 +9,7 @@ import torch
 from simulator import Event, Simulator
 from torch import Tensor, nn
 
-from shoal.servers.core import ParameterServer, Policy
+from shoal.servers.core import ParameterServer, UpdateRule
 from shoal.servers.delayed import DelayedNesterov
 from shoal.servers.merge import mean
 from shoal.servers.update_rules import Arrivals, Rounds
@@ -45,12 +45,12 @@ def share(worker: int, step: int, theta: Tensor) -> Tensor:
     return torch.from_numpy(slope(worker, step, theta.numpy()) * LABELS[worker] / sum(LABELS))
 
 
-def serve(policy: Policy, optimizer: str) -> ParameterServer:
+def serve(rule: UpdateRule, optimizer: str) -> ParameterServer:
     params = [
         ("a", nn.Parameter(torch.from_numpy(START[:4]).view(2, 2))),
         ("b", nn.Parameter(torch.from_numpy(START[4:]))),
     ]
-    return ParameterServer(params, lambda named: [OPTIMIZERS[optimizer]([p for _, p in named])], policy)
+    return ParameterServer(params, lambda named: [OPTIMIZERS[optimizer]([p for _, p in named])], rule)
 
 
 class ByHand:
@@ -118,8 +118,8 @@ def apply_by_hand(
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 def test_on_arrival(optimizer: str, staleness_lr: bool, compensation: float, ahead: bool) -> None:
     power = 0.5 if optimizer == "adamw" else 1.0
-    policy = Arrivals(schedule, staleness_lr=staleness_lr, delay_compensation=compensation, share_power=power)
-    server = serve(policy, optimizer)
+    rule = Arrivals(schedule, staleness_lr=staleness_lr, delay_compensation=compensation, share_power=power)
+    server = serve(rule, optimizer)
     events = Simulator(server, share, LABELS, duration=delays, ahead=ahead).run(STEPS)
     assert max(event.staleness for event in events) > 3
     theta = apply_by_hand(

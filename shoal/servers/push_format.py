@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Parcels:
-    """For the gradients of one range, [n] of `dtype`: `encode` makes `nbytes` bytes of one, `decode` undoes it.
+class PushFormat:
+    """The format of the gradients [n] of one range: `encode` makes `nbytes` bytes of one, `decode` undoes it.
 
-    The worker's `encode` may remember what it left out; both ends agree on everything else.
+    The worker's `encode` may have state, such as what it left out; everything else is alike at both ends.
     """
 
     numel: int
@@ -21,19 +21,19 @@ class Parcels:
     decode: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
-    def plain(cls, numel: int, dtype: torch.dtype) -> "Parcels":
-        """As it is."""
+    def plain(cls, numel: int, dtype: torch.dtype) -> "PushFormat":
+        """The format that does not encode."""
         return cls(numel, dtype, numel * dtype.itemsize)
 
     def buffer(self, payload: Tensor) -> Tensor:
-        """Where a gradient [n] is to be written that will travel as `payload` (bytes)."""
+        """The buffer [n] for a gradient that will be sent as `payload` (bytes): the payload itself if not encoded."""
         return payload.view(self.dtype) if self.encode is None else torch.zeros(self.numel, dtype=self.dtype)
 
     def wrap(self, gradient: Tensor, payload: Tensor) -> None:
-        """Have it in `payload`; if it travels as it is it is there already."""
+        """Encode `gradient` into `payload`; if it is not encoded it is there already."""
         if self.encode is not None:
             payload.copy_(self.encode(gradient))
 
     def unwrap(self, payload: Tensor) -> Tensor:
-        """The gradient that came."""
+        """Decode the gradient [n] that came as `payload`."""
         return payload.view(self.dtype) if self.decode is None else self.decode(payload)

@@ -1,13 +1,11 @@
-"""What the strategies with a parameter server have in common: servers beside the first ranks, a worker on every rank.
+"""What the strategies with a parameter server have in common: a worker on every rank, servers on the first ranks.
 
 The first `--servers` ranks each hold a range of the parameters, their optimizer, and a thread for every worker of
 another rank. A replica's own optimizers stay empty, but for rank 0's at a save: then they hold a copy of the servers'
-state, so that a checkpoint is that of one replica, and a run can go on under any strategy and number of servers.
+state, so that a checkpoint is that of one replica, and a run can continue with any strategy and number of servers.
 """
 
 import itertools
-import sys
-import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,79 +25,81 @@ from shoal.errors import UserError
 from shoal.optim import optimizers
 from shoal.optim.optimizers import NamedParams
 from shoal.replica import Replica, Step
-from shoal.servers.client import Servers
-from shoal.servers.connections import Line, approach
-from shoal.servers.core import ParameterServer, Policy
+from shoal.servers.client import ServerClient
+from shoal.servers.connections import Connection, connect
+from shoal.servers.core import ParameterServer, UpdateRule
 from shoal.servers.host import Host
-from shoal.servers.links import Link, Local, Remote
-from shoal.servers.parcels import Parcels
+from shoal.servers.push_format import PushFormat
 from shoal.servers.ranges import cut, runs
+from shoal.servers.stubs import LocalStub, RemoteStub, ServerStub
 from shoal.sync.base import State, Sync
+from shoal.sync.members import say
+from shoal.sync.server_members import ServerMembers
 from shoal.wire.pairs import Bell, Visitor
 from shoal.wire.wire import Wire
 
-CATCH_UP = 4  # the most steps that a worker takes, once all stop, to reach the foremost
-_DOORS = itertools.count()  # every rank attaches equally often, and so finds the same doors
+_DOORS = itertools.count()  # for the names of doors: every rank attaches equally often
 
 
-class Central(Sync):
-    """A worker of parameter servers, and on the first ranks the host of one."""
+class ServerStrategy(Sync):
+    """A worker of parameter servers, and on the first ranks the host of one.
 
-    def __init__(self, config: RunConfig, wire: Wire) -> None:
+    `wait`: workers wait for each other, at the end of every step. `alone`: rank 0 evaluates while the others go on.
+    """
+
+    ahead = 0  # the pushes of its own that a worker does not wait for
+
+    def __init__(self, config: RunConfig, wire: Wire, *, wait: bool, alone: bool) -> None:
         super().__init__(config, wire)
+        self.members: ServerMembers = ServerMembers(wire, self._leave, wait=wait, alone=alone)
         servers, workers = config.strategy.servers, wire.world_size
-        if servers > workers and config.strategy.codec != "none":  # which remembers by server
+        if servers > workers and config.strategy.codec != "none":  # whose state is that of a server
             found = f"each is beside a worker, and there are {workers}"
             raise UserError(f"--servers {servers}", found, f"take at most {workers}")
         self.count = min(servers, workers)
         self.config = config
         self.options = config.strategy
-        self.exchange = EncodedSums(self.options, wire, config.train.seed)
+        self.encoder = EncodedSums(self.options, wire, config.train.seed)
         self.host: Host | None = None
         self.begun = self.finished = False
-        self.done = 0  # steps, by this worker
-        self.since = 0  # steps since this worker heard that all stop
         self._sent_before = 0
 
     @abstractmethod
-    def policy(self, replica: Replica) -> Policy:
-        """A new policy of a server."""
+    def update_rule(self, replica: Replica) -> UpdateRule:
+        """A new update rule for a server."""
 
     @abstractmethod
-    def turn(self, replica: Replica, step: Step) -> None:
-        """Push the gradients of `step`, and have the replica hold parameters for the next."""
+    def exchange(self, replica: Replica, step: Step) -> None:
+        """Push the gradients of `step`, and load parameters for the next step into the replica."""
 
     def build(self, params: NamedParams) -> list[Optimizer]:
-        """New optimizers of a server. Only here are parameters updated, and only here do they decay."""
+        """New optimizers for a server. Parameters are updated and decayed on servers only."""
         return optimizers.of(self.config, params)
 
     def attach(self, replica: Replica) -> None:
-        """Open the doors of the servers, and have a line to each."""
         ranges = cut(replica.params, self.count)
         # Ranks that hold other pieces of a replica have servers of their own.
         number = next(_DOORS)
-        doors = f"servers/{number}/{replica.island.rank}"
-        self.bell = Bell(f"stop/{number}")
+        doors = f"servers/{number}/{replica.rank}"
         if self.wire.rank < len(ranges):
             params = ranges[self.wire.rank]
-            server = ParameterServer(params, self.build, self.policy(replica))
-            self.host = Host(server, self._parcels(self.wire.rank, params), self._say)
+            server = ParameterServer(params, self.build, self.update_rule(replica))
+            self.host = Host(server, self._push_format(self.wire.rank, params), self._say)
             if self.wire.world_size > 1:
                 self.host.open(f"{doors}/{self.wire.rank}", share_memory=self.options.share_memory)
             if self.wire.rank == 0:
                 self.host.listen(Bell(f"stop/{number}"), 1 + self.ahead)
         visitor = Visitor(self.wire.rank)
-        links = [self._link(s, params, visitor, f"{doors}/{s}") for s, params in enumerate(ranges)]
-        self.servers = Servers(links, ranges, self.wire.rank)
+        stubs = [self._stub(s, params, visitor, f"{doors}/{s}") for s, params in enumerate(ranges)]
+        self.servers = ServerClient(stubs, ranges, self.wire.rank)
+        self.members.connect(self.servers, self.host, Bell(f"stop/{number}"))
 
     def step(self, replica: Replica, step: Step) -> None:
-        """Let the servers begin, if this is the first one, and exchange."""
         if not self.begun:
             self._begin(replica, step.number)
-        started = time.perf_counter()
-        self.turn(replica, step)
-        self.done = step.number + 1
-        step.seconds.communication += time.perf_counter() - started
+        with step.timed("communication"):
+            self.exchange(replica, step)
+            self.members.count(step.number + 1)
         self._count_bytes()
 
     def _count_bytes(self) -> None:
@@ -107,8 +107,8 @@ class Central(Sync):
         self.wire.count(sent - self._sent_before)
         self._sent_before = sent
 
-    def finish(self, replica: Replica) -> None:
-        """After the last step: wait for the other workers, take the final parameters, and part from all."""
+    def _leave(self, replica: Replica) -> None:
+        """Wait for the other workers, load the final parameters, and leave the servers."""
         if not self.begun:
             return
         self.servers.wait_for_all()
@@ -120,43 +120,9 @@ class Central(Sync):
         self._count_bytes()
         self.finished = True
 
-    @property
-    def ahead(self) -> int:
-        """The pushes of its own that a worker does not wait for."""
-        return 0
-
-    def wish(self) -> None:
-        """Ring the bell of rank 0's server, which tells all with its next replies after which step they stop."""
-        self.bell.ring()
-
-    @property
-    def hears_wish(self) -> bool:
-        """Whether the server here has heard it."""
-        return self.host is not None and self.host.last >= 0
-
-    def decided(self, numbers: Tensor) -> Tensor:
-        """`numbers`, whose last one is a wish to stop, with whether this worker stops here in its place.
-
-        All stop after the same step, beyond which none has pushed, so that a run that goes on from there takes no
-        sample twice. A worker far behind does not reach that step: its share of the steps between is left out.
-        """
-        if self.wire.world_size == 1:
-            return numbers
-        if numbers[-1] > 0:
-            self.wish()
-        self.since += self.servers.last >= 0
-        behind = max(0, self.servers.last - self.done)
-        stops = self.since > 0 and (not behind or self.since > CATCH_UP)
-        if stops and behind:
-            said = f"worker {self.wire.rank} stops {behind} steps behind: its share of them is left out"
-            print(f"shoal: {said}", file=sys.stderr, flush=True)
-        self.reached = self.servers.last if stops else 0
-        numbers[-1] = stops
-        return numbers
-
     @contextmanager
     def shared_model(self, replica: Replica) -> Iterator[None]:
-        """The servers' parameters, with which the replica goes on."""
+        # The servers' parameters, with which the replica continues.
         if self.begun and not self.finished:
             self.servers.peek()
             self.servers.load()
@@ -164,15 +130,13 @@ class Central(Sync):
         yield
 
     def state_dict(self) -> State:
-        """What the codec left out."""
-        return self.exchange.state_dict()
+        return self.encoder.state_dict()
 
     def load_state_dict(self, states: Sequence[State]) -> None:
-        """Take it back by the rule of the exchange."""
-        self.exchange.load_state_dict(states)
+        self.encoder.load_state_dict(states)
 
     def _begin(self, replica: Replica, step: int) -> None:
-        """The replica now holds what training starts from: an initial model, or a checkpoint's."""
+        """Let the servers begin: the replica now holds the initial model, or that of a checkpoint."""
         if self.host is not None:
             held = dict(replica.optimizer_state.tensors())
             self.host.server.optimizer_state.load(lambda name: _parts_of(name, held))
@@ -186,35 +150,35 @@ class Central(Sync):
             held = self.servers.state()
             replica.optimizer_state.load(lambda name: _parts_of(name, held))
 
-    def _link(self, number: int, params: NamedParams, visitor: Visitor, door: str) -> Link:
-        parcels = self._parcels(number, params)
+    def _stub(self, number: int, params: NamedParams, visitor: Visitor, door: str) -> ServerStub:
+        push_format = self._push_format(number, params)
         if self.host is not None and number == self.wire.rank:
-            return Local(self.host, self.wire.rank, parcels)
+            return LocalStub(self.host, self.wire.rank, push_format)
         down = sum(p.nbytes for _, p in params)
-        connect = partial(_connect, visitor, door, parcels.nbytes, down)
-        return Remote(connect, f"the parameter server in rank {number}", parcels)
+        connect = partial(_connect, visitor, door, push_format.nbytes, down)
+        return RemoteStub(connect, f"the parameter server in rank {number}", push_format)
 
-    def _parcels(self, number: int, params: NamedParams) -> Parcels:
+    def _push_format(self, number: int, params: NamedParams) -> PushFormat:
         numel, dtype = sum(p.numel() for _, p in params), params[0][1].dtype
         if self.options.codec == "none":
-            return Parcels.plain(numel, dtype)
+            return PushFormat.plain(numel, dtype)
         like, shapes, key = torch.empty(numel, dtype=dtype), [p.shape for _, p in params], f"server{number}"
-        return Parcels(
+        return PushFormat(
             numel,
             dtype,
-            self.exchange.payload_bytes(like, shapes),
-            lambda gradient: self.exchange.encode_for(key, gradient, shapes),
-            lambda payload: self.exchange.decode(key, payload, like, shapes),
+            self.encoder.payload_bytes(like, shapes),
+            lambda gradient: self.encoder.encode_for(key, gradient, shapes),
+            lambda payload: self.encoder.decode(key, payload, like, shapes),
         )
 
     def _say(self, text: str) -> None:
         if self.wire.rank == 0:  # the other servers see the same
-            print(f"server: {text}", file=sys.stderr, flush=True)
+            say(f"server: {text}")
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """The bytes of each server: of its range as it goes out, and of a gradient for it as it comes in."""
+    """The bytes of each server: of the parameters that it sends to a worker, and of the gradient that it receives."""
 
     down: list[int]
     up: list[int]
@@ -260,8 +224,8 @@ class Traffic:
         return worker + 2 * self.down[rank] + (world_size - 1) * (self.down[rank] + self.up[rank])
 
 
-def _connect(visitor: Visitor, door: str, up: int, down: int, **knocking: timedelta) -> Line:
-    return approach(visitor.knock(door, **knocking), up, down)
+def _connect(visitor: Visitor, door: str, up: int, down: int, **knocking: timedelta) -> Connection:
+    return connect(visitor.knock(door, **knocking), up, down)
 
 
 def _parts_of(name: str, held: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -76,7 +76,7 @@ def prepare(words: list[str]) -> int:
     config = _resolve(words).config
     from shoal.tasks import TASKS
 
-    output.result(str(choose("--task", config.train.task, TASKS).prepare(config, verbose=True)))
+    output.result(str(choose("--task", config.train.task, TASKS).prepare(config, True)))
     return DONE
 
 

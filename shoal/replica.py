@@ -137,8 +137,7 @@ class Replica:
         losses = torch.zeros(len(batch.ids), dtype=torch.float64)
         share = self.shares.of(self.island.team)
         together = [self.shares.of(team) for team in self.island.teams]
-        of_island = batch.ids[together[0].start : together[-1].stop]
-        own_labels = int(batch.samples.label_counts(of_island).sum())
+        own_labels = batch.label_count(slice(together[0].start, together[-1].stop))
         step = Step(batch.step, batch.labels, own_labels, losses)
         self.now = batch.step
         numbers = [share.start + turn if turn < len(share) else None for turn in range(self.turns)]
@@ -165,7 +164,7 @@ class Replica:
         return step
 
     def _micro_batch(self, batch: Batch, v: int | None) -> MicroBatch:
-        collated = batch.nothing() if v is None else batch.micro_batch(v)
+        collated = batch.empty_micro_batch() if v is None else batch.micro_batch(v)
         inputs = {name: tensor.to(self.mesh.device) for name, tensor in collated.items()}
         return MicroBatch(inputs, derive_seed(self.seed, "dropout", batch.step, v or 0))
 

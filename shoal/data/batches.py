@@ -12,22 +12,26 @@ ABSENT = -1  # a row of the last step beyond the end of the data: it has no labe
 
 
 class Samples(Protocol):
-    """What a task makes of its rows: samples addressed by an integer."""
+    """What a task makes of its rows: samples addressed by an integer.
+
+    What a sample holds may differ from one epoch to the next, as masks and negatives do: `epochs` has the epoch of
+    each id. None is epoch 0, in which evaluations take place.
+    """
 
     def __len__(self) -> int: ...
 
-    def label_counts(self, ids: np.ndarray) -> np.ndarray:
+    def label_counts(self, ids: np.ndarray, epochs: np.ndarray | None = None) -> np.ndarray:
         """The number of labels of each sample (int64, the shape of `ids`; 0 for an absent row)."""
         ...
 
-    def collate(self, ids: np.ndarray) -> dict[str, Tensor]:
+    def collate(self, ids: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, Tensor]:
         """One micro-batch: tensors whose first dim is the rows named by `ids` [micro_batch_size]."""
         ...
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step: `ids` int64 [micro-batches, micro_batch_size] of `samples`, and the labels in all of them.
+    """One step: `ids` and `epochs`, int64 [micro-batches, micro_batch_size], of `samples`, and the labels in all.
 
     `position` is that of the first sample in the endless sequence of epochs.
     """
@@ -35,6 +39,7 @@ class Batch:
     step: int
     samples: Samples
     ids: np.ndarray
+    epochs: np.ndarray
     labels: int
     position: int
 
@@ -45,11 +50,15 @@ class Batch:
 
     def micro_batch(self, v: int) -> dict[str, Tensor]:
         """The collated micro-batch `v`."""
-        return self.samples.collate(self.ids[v])
+        return self.samples.collate(self.ids[v], self.epochs[v])
 
-    def nothing(self) -> dict[str, Tensor]:
-        """A micro-batch without samples: what a rank computes that has none left, where others cannot go on alone."""
-        return _nothing(self.samples, self.ids.shape[1])
+    def label_count(self, micro_batches: slice) -> int:
+        """The labels of some of its micro-batches."""
+        return int(self.samples.label_counts(self.ids[micro_batches], self.epochs[micro_batches]).sum())
+
+    def empty_micro_batch(self) -> dict[str, Tensor]:
+        """A micro-batch without samples, for a rank that has none left where the others cannot go on without it."""
+        return _empty(self.samples, self.ids.shape[1])
 
 
 class Batches:
@@ -84,16 +93,20 @@ class Batches:
         left = max(0, self.end - self.first_position)
         return self.first_step + -(-left // self.global_batch_size)
 
-    def nothing(self) -> dict[str, Tensor]:
+    def empty_micro_batch(self) -> dict[str, Tensor]:
         """A micro-batch without samples, of the shape of all."""
-        return _nothing(self.samples, self.shape[1])
+        return _empty(self.samples, self.shape[1])
 
     def at(self, step: int) -> Batch:
         """The batch of `step` (from 0): a function of the seed and its position, whatever was asked before."""
         first = self.first_position + (step - self.first_step) * self.global_batch_size
         positions = np.arange(first, first + self.global_batch_size, dtype=np.int64)
-        ids = self._ids(positions).reshape(self.shape)
-        return Batch(step, self.samples, ids, int(self.samples.label_counts(ids).sum()), first)
+        ids, epochs = (
+            self._ids(positions).reshape(self.shape),
+            positions.reshape(self.shape) // max(1, len(self.samples)),
+        )
+        labels = int(self.samples.label_counts(ids, epochs).sum())
+        return Batch(step, self.samples, ids, epochs, labels, first)
 
     def _ids(self, positions: np.ndarray) -> np.ndarray:
         size = len(self.samples)
@@ -105,5 +118,5 @@ class Batches:
         return ids
 
 
-def _nothing(samples: Samples, rows: int) -> dict[str, Tensor]:
+def _empty(samples: Samples, rows: int) -> dict[str, Tensor]:
     return samples.collate(np.full(rows, ABSENT, dtype=np.int64))

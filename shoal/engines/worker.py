@@ -66,7 +66,7 @@ def work(verb: str, resolved: Resolved) -> None:
     config, place = resolved.config, placement()
     torch.set_num_threads(threads_of(config, place))
     choose("--strategy", config.strategy.name, {**SYNCS, **STAGES})  # before the work of preparing
-    data = choose("--task", config.train.task, TASKS).prepare(config)
+    data = choose("--task", config.train.task, TASKS).prepare(config, False)
     with join(place, wanted_device(config)) as mesh:
         JOBS[verb](resolved, mesh, data, stop)
         hear(signal.SIGTERM, signal.SIG_IGN)  # all is done: there is nothing left to stop

@@ -21,27 +21,27 @@ def check(
     loss: Function,
     seen: Watched,
     layers: Sequence[range],
-    nothing: dict[str, Tensor],
+    empty_micro_batch: dict[str, Tensor],
     arithmetic: AbstractContextManager[object],
 ) -> None:
     """Raise NoStages where a stage computes other hidden states than the whole model, or another loss.
 
-    They are compared on windows of one document and of several. `nothing` is a micro-batch without samples.
+    They are compared on windows of one document and of several. `empty_micro_batch` is a micro-batch without samples.
     """
     was_training = model.training
     model.eval()
     try:
         with arithmetic:
-            for inputs in _inputs(seen, nothing):
+            for inputs in _inputs(seen, empty_micro_batch):
                 _compare(model, loss, seen, layers, inputs)
     finally:
         model.train(was_training)
 
 
-def _inputs(seen: Watched, nothing: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+def _inputs(seen: Watched, empty_micro_batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Micro-batches of a few tokens that are labels too; the tokens are the first of the inputs."""
     device = seen.entered[0].device
-    few = {name: tensor[:, :TOKENS].to(device) for name, tensor in nothing.items()}
+    few = {name: tensor[:, :TOKENS].to(device) for name, tensor in empty_micro_batch.items()}
     first = next(iter(few))
     known = min((m.num_embeddings for m in seen.before if isinstance(m, nn.Embedding)), default=1)
     tokens = torch.arange(few[first].numel(), device=device).view_as(few[first]) % known

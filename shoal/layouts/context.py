@@ -45,17 +45,19 @@ FITS = "leave it out, or take a model of causal attention (llama, gpt2, gpt_neox
 class Context(PlacedModel):
     """Another layout's model, whose windows are cut over the ranks of the `context` axis.
 
-    `nothing` is a micro-batch without samples, as wide as any. Raises UserError where model or windows are no good.
+    `empty_micro_batch` is as wide as any. Raises UserError where model or windows are no good.
     """
 
-    def __init__(self, inner: PlacedModel, mesh: Mesh, policy: Policy, nothing: dict[str, Tensor]) -> None:
+    def __init__(
+        self, inner: PlacedModel, mesh: Mesh, policy: Policy, empty_micro_batch: dict[str, Tensor]
+    ) -> None:
         super().__init__(inner.model, inner.pieces, inner._loss, inner)
         axis = mesh.axes["context"]
         self.ranks, self.rank = axis.size, axis.index
         self.wire = mesh.wire("context")
         self._dropout: _DropoutOfPart  # of the forward pass that runs
         self._itemsize = policy.compute.itemsize
-        self._prove(_checked(inner.model, self.ranks, nothing))
+        self._prove(_checked(inner.model, self.ranks, empty_micro_batch))
 
     def _hidden_shape(self, rows: int, tokens: int) -> tuple[int, int]:
         return super()._hidden_shape(rows, 2 * chunk_tokens(self.ranks, tokens))
@@ -236,7 +238,7 @@ class _DropoutOfPart(TorchFunctionMode):
         )
 
 
-def _checked(model: nn.Module, ranks: int, nothing: dict[str, Tensor]) -> PreTrainedModel:
+def _checked(model: nn.Module, ranks: int, empty_micro_batch: dict[str, Tensor]) -> PreTrainedModel:
     """The model. Raises UserError where its attention is not ours, or windows are no good."""
     asked, kind = f"--cp {ranks}", type(model).__name__
     if not isinstance(model, PreTrainedModel) or model.config._attn_implementation != attention.NAME:
@@ -244,9 +246,9 @@ def _checked(model: nn.Module, ranks: int, nothing: dict[str, Tensor]) -> PreTra
     if getattr(model.config, "sliding_window", None) is not None:
         found = f"{kind} has layers that look back {model.config.sliding_window} tokens only"
         raise UserError(asked, found, FITS)
-    if "documents" not in nothing:
+    if "documents" not in empty_micro_batch:
         raise UserError(asked, "this task does not say which document a token belongs to", "leave it out")
-    length = nothing["documents"].shape[-1]
+    length = empty_micro_batch["documents"].shape[-1]
     if length < 2 * ranks:
         found = f"windows of {length} tokens are cut into {2 * ranks} chunks"
         raise UserError(asked, found, f"set --sequence-length to {2 * ranks} or more")

@@ -140,11 +140,15 @@ class Stages(PlacedModel):
 
 
 def look(
-    placed: PlacedModel, mesh: Mesh, policy: Policy, options: LayoutConfig, nothing: dict[str, Tensor]
+    placed: PlacedModel,
+    mesh: Mesh,
+    policy: Policy,
+    options: LayoutConfig,
+    empty_micro_batch: dict[str, Tensor],
 ) -> Watched:
     """See how a whole model computes, before anything of it is cut.
 
-    `nothing` is a micro-batch without samples. Raises UserError where the model has no such stages.
+    `empty_micro_batch` is a micro-batch without samples. Raises UserError where the model has no such stages.
     """
     asked, model = f"--pp {mesh.size('pipeline')}", placed.model
     if not is_recent_torch():
@@ -157,7 +161,7 @@ def look(
                 found = f"the model has {len(seen.layers)} layers, fewer than the {stages} stages"
                 raise UserError(asked, found, "take a smaller number, or another model")
             layers = balance(*seen.costs, stages)
-            checking.check(model, placed._loss, seen, layers, nothing, policy.autocast(mesh.device))
+            checking.check(model, placed._loss, seen, layers, empty_micro_batch, policy.autocast(mesh.device))
     except NoStages as error:
         raise UserError(asked, f"the model has no stages: {error}", "leave it out") from error
     return seen

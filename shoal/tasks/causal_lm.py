@@ -1,10 +1,10 @@
 """Causal language modelling: predict each next token of packed windows, or of rows of one document."""
 
 import math
-from collections.abc import Callable
-from functools import cached_property, partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from shoal.models.isolation import PADDING, packed_inputs, padded_inputs, real_t
 from shoal.models.loading import check_name, load
 from shoal.models.loss import IGNORED, own_loss, summed_cross_entropy
 from shoal.models.presets import PRESETS
+from shoal.tasks.base import Task
+from shoal.tasks.surroundings import Surroundings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,85 +31,68 @@ Row = tuple[np.ndarray, ...]  # input_ids, labels, documents: int64 [T] each
 ROUTER = "(--model.output_router_logits false, for a router's)"
 
 
-class CausalLM:
+def prepare_text(config: RunConfig, verbose: bool = False) -> Path:
+    """Documents to token shards in the cache, with the model's own tokenizer where it has one."""
+    check_name(config.model.name)
+    chosen = config.data.tokenizer
+    if chosen != "auto" or config.model.name in PRESETS:
+        return prepare.prepare(config.data, "train" if chosen == "auto" else chosen, verbose=verbose)
+    try:
+        return prepare.prepare(config.data, config.model.name, verbose=verbose)
+    except UserError as error:
+        if not error.asked.startswith("--tokenizer"):
+            raise
+        change = f"name a folder, a hub name or a preset ({', '.join(PRESETS)}), or give --tokenizer"
+        raise UserError(f"--model {config.model.name}", error.found, change) from error
+
+
+@cache
+def _tokenizer_in(folder: Path) -> Any:
+    """The tokenizer that made the shards in a folder."""
+    return tokenizer.load(str(folder / "tokenizer"))
+
+
+def _asked(config: RunConfig) -> str:
+    return f"--model {config.model.name}"
+
+
+class CausalLM(Task):
     """Windows of `sequence_length` tokens cut from the documents laid end to end; every token is a label once."""
-
-    best: tuple[str, Literal["min", "max"]] = ("eval/loss", "min")
-
-    def __init__(self, config: RunConfig, folder: Path) -> None:
-        self.config = config
-        self.folder = folder
-
-    @staticmethod
-    def prepare(config: RunConfig, verbose: bool = False) -> Path:
-        """Documents to token shards in the cache, with the model's own tokenizer where it has one."""
-        check_name(config.model.name)
-        chosen = config.data.tokenizer
-        if chosen != "auto" or config.model.name in PRESETS:
-            return prepare.prepare(config.data, "train" if chosen == "auto" else chosen, verbose=verbose)
-        try:
-            return prepare.prepare(config.data, config.model.name, verbose=verbose)
-        except UserError as error:
-            if not error.asked.startswith("--tokenizer"):
-                raise
-            change = f"name a folder, a hub name or a preset ({', '.join(PRESETS)}), or give --tokenizer"
-            raise UserError(f"--model {config.model.name}", error.found, change) from error
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The tokenizer that made the shards."""
-        return tokenizer.load(str(self.folder / "tokenizer"))
 
     def model(self) -> "PreTrainedModel":
         """The causal language model of the configuration; refused if it cannot be trained as it is asked for."""
-        data = self.config.data
+        data = self._config.data
         model = load(
-            self.config.model,
-            vocab_size=tokenizer.vocab_size(self.tokenizer),
+            self._config.model,
+            vocab_size=tokenizer.vocab_size(_tokenizer_in(self._folder)),
             sequence_length=data.sequence_length,
-            tokenizer=self.tokenizer,
-            seed=self.config.train.seed,
+            tokenizer=_tokenizer_in(self._folder),
+            seed=self._config.train.seed,
         )
         tokens = proof.trial_tokens(model, data.sequence_length)
-        with proof.trial(self._asked, proof.remedy(data.packing)):
-            self._how = proof.choose_loss(model, self._asked)
-            proof.check_hidden(model, self._asked, tokens, data.packing, torch.float32)
+        with proof.trial(_asked(self._config), proof.remedy(data.packing)):
+            self._how = proof.choose_loss(model, _asked(self._config))
+            proof.check_hidden(model, _asked(self._config), tokens, data.packing, torch.float32)
         self._check_layout()
         return model
 
-    def check(self, model: "PreTrainedModel", loss: Loss | None, dtype: torch.dtype) -> None:
-        """The proof again, of the model in its place and with windows of full length.
-
-        By hidden states; where the model is cut, by the `loss` that its ranks compute together.
-        """
-        data = self.config.data
-        with proof.trial(self._asked, proof.remedy(data.packing)):
-            if loss is None:
-                proof.check_hidden(model, self._asked, data.sequence_length, data.packing, dtype)
-            else:
-                proof.check_loss(loss, model, self._asked, data.sequence_length, data.packing, dtype)
-
-    @property
-    def _asked(self) -> str:
-        return f"--model {self.config.model.name}"
-
     def _check_layout(self) -> None:
         """A loss that the model adds to cross entropy is one of all its layers and all tokens of a micro-batch."""
-        layout = self.config.layout
+        layout = self._config.layout
         for flag, size in {"--tp": layout.tp, "--pp": layout.pp, "--cp": layout.cp}.items():
             if self._how == "own" and size > 1:
-                found = f"{self.config.model.name} adds a loss of its own, which no part of it can compute"
+                found = f"{self._config.model.name} adds a loss of its own, which no part of it can compute"
                 raise UserError(f"{flag} {size}", found, f"leave it out, or turn that loss off {ROUTER}")
 
     def samples(self, split: Split) -> "Windows | Rows":
         """The windows of a split, or its rows of one document."""
-        kind = Windows if self.config.data.packing else Rows
-        return kind(TokenStream(self.folder, split), self.config.data.sequence_length)
+        kind = Windows if self._config.data.packing else Rows
+        return kind(TokenStream(self._folder, split), self._config.data.sequence_length)
 
     def loss(self, model: "PreTrainedModel", inputs: dict[str, Tensor]) -> Tensor:
         """Summed cross entropy over the labels; in training with what the model itself adds to it."""
         ids, documents, positions = inputs["input_ids"], inputs["documents"], inputs.get("position_ids")
-        if self.config.data.packing or positions is not None:
+        if self._config.data.packing or positions is not None:
             given = packed_inputs(ids, documents, positions)
         else:
             given = padded_inputs(ids, documents)
@@ -115,10 +100,11 @@ class CausalLM:
             return own_loss(model, given | {"attention_mask": real_tokens(documents)}, inputs["labels"])
         return summed_cross_entropy(model, given, inputs["labels"], chunked=self._how == "chunked")
 
-    def metrics(self, loss_sum: float, labels: int) -> dict[str, float]:
+    def metrics(self, sums: Sequence[float], labels: int, predictions: Sequence[Any]) -> dict[str, float]:
         """Loss in nats per token, perplexity, and bits per byte of the documents' UTF-8."""
+        (loss_sum,) = sums
         loss = loss_sum / labels
-        text_bytes = TokenStream(self.folder, "eval").bytes
+        text_bytes = TokenStream(self._folder, "eval").bytes
         return {
             "eval/loss": loss,
             "eval/perplexity": math.exp(min(loss, 700)),
@@ -126,24 +112,41 @@ class CausalLM:
             "eval/tokens": labels,
         }
 
+
+class CausalSurroundings(Surroundings):
+    """Those of a causal language model of Hugging Face."""
+
+    def check(self, model: "PreTrainedModel", loss: Loss | None, dtype: torch.dtype) -> None:
+        """The proof again, of the model in its place and with windows of full length.
+
+        By hidden states; where the model is cut, by the `loss` that its ranks compute together.
+        """
+        data = self._config.data
+        with proof.trial(_asked(self._config), proof.remedy(data.packing)):
+            if loss is None:
+                proof.check_hidden(model, _asked(self._config), data.sequence_length, data.packing, dtype)
+            else:
+                proof.check_loss(loss, model, _asked(self._config), data.sequence_length, data.packing, dtype)
+
     def example(self, model: Any) -> str | None:
         """A few lines that go on from the first words of held-out documents, or of others if there are none."""
-        stream = TokenStream(self.folder, "eval")
+        stream = TokenStream(self._folder, "eval")
         if not stream.tokens:
-            stream = TokenStream(self.folder, "train")
+            stream = TokenStream(self._folder, "train")
         start, _ = stream.read(0, min(stream.tokens, 12))
-        torch.manual_seed(self.config.train.seed)
+        words = _tokenizer_in(self._folder)
+        torch.manual_seed(self._config.train.seed)
         prompt = torch.from_numpy(start)[None].to(model.device)
         with torch.no_grad():
             tokens = model.generate(
                 prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=True, temperature=0.8,
-                top_k=50, pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+                top_k=50, pad_token_id=words.pad_token_id or words.eos_token_id,
             )  # fmt: skip
-        return str(self.tokenizer.decode(tokens[0], skip_special_tokens=True))
+        return str(words.decode(tokens[0], skip_special_tokens=True))
 
     def describe(self, model: "PreTrainedModel", folder: Path) -> None:
         """Configuration and tokenizer, beside the weights."""
-        describe(model, self.tokenizer, folder)
+        describe(model, _tokenizer_in(self._folder), folder)
 
     def export(
         self, checkpoint: Path, folder: Path, summary: dict[str, Any], model: "PreTrainedModel | None"
@@ -169,7 +172,7 @@ class Windows:
     def __len__(self) -> int:
         return max(0, -(-(self.stream.tokens - 1) // self.length))
 
-    def label_counts(self, ids: np.ndarray) -> np.ndarray:
+    def label_counts(self, ids: np.ndarray, epochs: np.ndarray | None = None) -> np.ndarray:
         """How many labels each window has: from the index of the documents, no token is read."""
         first = ids * self.length
         last = np.minimum(first + self.length, self.stream.tokens - 1)
@@ -180,7 +183,7 @@ class Windows:
             )
         return np.where(ids < 0, 0, counts)
 
-    def collate(self, ids: np.ndarray) -> dict[str, Tensor]:
+    def collate(self, ids: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, Tensor]:
         """`input_ids`, `labels` and the ordinals of the tokens' `documents`: int64 [rows, T] each."""
         return _columns([self._row(int(i)) for i in ids])
 
@@ -226,11 +229,11 @@ class Rows:
     def __len__(self) -> int:
         return int(self._rows[-1]) if len(self._rows) else 0
 
-    def label_counts(self, ids: np.ndarray) -> np.ndarray:
+    def label_counts(self, ids: np.ndarray, epochs: np.ndarray | None = None) -> np.ndarray:
         """How many labels each row has: from the index of the documents, no token is read."""
         return np.where(ids < 0, 0, self._places(np.maximum(ids, 0))[2])
 
-    def collate(self, ids: np.ndarray) -> dict[str, Tensor]:
+    def collate(self, ids: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, Tensor]:
         """As `Windows.collate`."""
         return _columns([self._row(i) for i in ids])
 

@@ -27,7 +27,7 @@ from shoal.optim.rounding import RoundedAdamW
 from shoal.replica import Replica
 from shoal.sync import SYNCS, Sync, cost_of
 from shoal.sync.guard import Guard
-from shoal.tasks import TASKS, Task
+from shoal.tasks import TASKS, Surroundings, Task
 from shoal.tensors import precision
 from shoal.tensors.buckets import Buckets
 from shoal.tensors.piece import Piece, named, trained
@@ -53,12 +53,15 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
     mesh = mesh.cut(resolve_grid(config, mesh.world_size))
     everyone, wire = mesh.wire("world"), mesh.wire("replicate")
     _check_same_data(everyone, data)
-    task = choose("--task", config.train.task, TASKS)(config, data)
+    entry = choose("--task", config.train.task, TASKS)
+    task, surroundings = entry.task(config, data), entry.surroundings(config, data)
     found = checkpoint_of(config, everyone, screen)
     standing = load_standing(found, config, data.name, screen) if found else Progress(position=0)
     batches, total_steps, micro_batches = _batches(config, task, mesh.teams, standing)
     first_shares = _first_shares(config.strategy.balance, micro_batches, mesh.teams)
-    replica = _replica(config, mesh, task, total_steps, first_shares, batches.nothing())
+    replica = _replica(
+        config, mesh, task, surroundings, total_steps, first_shares, batches.empty_micro_batch()
+    )
     sync: Sync = choose("--strategy", config.strategy.name, SYNCS)(config, wire)
     balancer = Balancer(off=config.strategy.balance != "auto" or not sync.members.all_agree)
     watch: Callable[[float], None] = lambda loss: None  # noqa: E731
@@ -91,10 +94,11 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
         mesh,
         screen,
         task,
+        surroundings,
         batches,
         replica,
         sync,
-        Saver(checkpoints, replica, sync, task),
+        Saver(checkpoints, replica, sync, surroundings),
         balancer,
         MemoryReport(
             replica,
@@ -128,14 +132,15 @@ def _replica(
     config: RunConfig,
     mesh: Mesh,
     task: Task,
+    surroundings: Surroundings,
     total_steps: int,
     first_shares: shares.Shares,
-    nothing: dict[str, Tensor],
+    empty_micro_batch: dict[str, Tensor],
 ) -> Replica:
-    """The task's model in its place, with its buckets and optimizers; `nothing` is a micro-batch without samples."""
+    """The task's model in its place, with its buckets and optimizers."""
     policy = precision.resolve(config.train.precision, mesh.device)
     policy = replace(policy, optimizer=optimizing.state_dtype(config.train.optim, policy.optimizer))
-    placed = _placed(config, mesh, task, policy, nothing)
+    placed = _placed(config, mesh, task, surroundings, policy, empty_micro_batch)
     pieces = trained(placed.pieces)
     params = named(pieces)
     buckets = Buckets(
@@ -168,7 +173,12 @@ def _replica(
 
 
 def _placed(
-    config: RunConfig, mesh: Mesh, task: Task, policy: Policy, nothing: dict[str, Tensor]
+    config: RunConfig,
+    mesh: Mesh,
+    task: Task,
+    surroundings: Surroundings,
+    policy: Policy,
+    empty_micro_batch: dict[str, Tensor],
 ) -> PlacedModel:
     cut = mesh.size("island") > 1
     with on_disk(cache.folder_of(config.data.cache_dir)) if cut else nullcontext():
@@ -179,14 +189,16 @@ def _placed(
 
         use_float8(model, mesh.device, parts=mesh.size("tensor"))
     loss = _compiled(task.loss) if config.train.compile else task.loss
-    placed = layouts.place(model, loss, mesh, policy, config.layout, nothing)
+    placed = layouts.place(model, loss, mesh, policy, config.layout, empty_micro_batch)
     # A compiler, which takes whole replicas alone, could not read what is asked.
     recompute(model, config.train.gradient_checkpointing, recompute_context(placed) if cut else None)
-    _check_model(task, placed, mesh, policy)
+    _check_model(task, surroundings, placed, mesh, policy)
     return placed
 
 
-def _check_model(task: Task, placed: PlacedModel, mesh: Mesh, policy: Policy) -> None:
+def _check_model(
+    task: Task, surroundings: Surroundings, placed: PlacedModel, mesh: Mesh, policy: Policy
+) -> None:
     """Have the task check the model in its place, in the arithmetic of training."""
     island = Island(mesh)
     cut = len(island) > 1
@@ -201,7 +213,7 @@ def _check_model(task: Task, placed: PlacedModel, mesh: Mesh, policy: Policy) ->
     was_training = placed.model.training
     placed.model.eval()
     with torch.no_grad(), policy.autocast(mesh.device):
-        task.check(placed.model, loss if cut else None, policy.linear)
+        surroundings.check(placed.model, loss if cut else None, policy.linear)
     placed.model.train(was_training)
 
 

@@ -1,7 +1,10 @@
-"""Exact evaluation: every row once, and the same number on any worker count."""
+"""Exact evaluation: every row once, and the same numbers and predictions on any worker count."""
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,15 +12,24 @@ from torch import Tensor
 
 from shoal.data.batches import ABSENT, Samples
 from shoal.layouts.base import Function, PlacedModel
+from shoal.tasks import Task
 from shoal.tensors.precision import Policy
 from shoal.training.run import Run
 
 ASK_EVERY = 4  # micro-batches of each, after which all ask each other whether to stop
+TEXT_CHUNK = (
+    2**20
+)  # bytes of predictions that travel at once, as 8 bytes each: sums are all that every strategy has
+
+Predict = Callable[[Any, dict[str, Tensor]], Any]  # -> a JSON value for each row
+Found = tuple[
+    Tensor | None, list[str]
+]  # the sums of a micro-batch and its predictions as JSON; of others who report
 
 
 @dataclass(frozen=True)
 class Evaluators:
-    """Those who evaluate together: this one's place among `size`, and how they add up what each has found.
+    """Those who evaluate together: this one's number among `size`, and how they add up what each has found.
 
     All call `agree` equally often. Groups of `in_step` neighbours measure equally often, the last time perhaps a
     micro-batch without samples.
@@ -29,59 +41,133 @@ class Evaluators:
     in_step: int = 1
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation found: sums over all micro-batches, the labels, and each sample's prediction, in order."""
+
+    sums: list[float]
+    labels: int
+    predictions: list[Any] = field(default_factory=list)
+
+
 @torch.no_grad()
 def evaluate(
     placed: PlacedModel,
-    loss: Function,
+    measure: Function,
     samples: Samples,
     *,
     micro_batch_size: int,
     among: Evaluators,
     policy: Policy,
     device: torch.device,
+    predict: Predict | None = None,
     stop: Callable[[], bool] = lambda: False,
-) -> tuple[float, int] | None:
-    """The summed loss over all of `samples` and the number of their labels.
+) -> Measured | None:
+    """Sum what `measure(model, inputs)` gives [k] over all `samples`, in float64; gather what `predict` gives.
 
-    Each takes every size-th micro-batch; the sums of the micro-batches are added up in their order, so the result
-    does not depend on who computed them. What no rank has reported, because one has died, each computes again for
-    itself. None if `stop()` came true on any rank: all leave together, at most ASK_EVERY micro-batches later.
+    Each evaluator takes every size-th micro-batch; the sums of the micro-batches are added up in their order, so the
+    result does not depend on who computed them. What no rank has reported, because one has died, each computes again
+    for itself. None if `stop()` came true on any rank: all leave together, at most ASK_EVERY micro-batches later.
     """
     rows = -(-len(samples) // micro_batch_size)
     rows += -rows % among.in_step  # the last ones without samples: as many for each of those in step
-    micro_batches = np.full((rows, micro_batch_size), ABSENT, dtype=np.int64)
-    micro_batches.flat[: len(samples)] = np.arange(len(samples))
+    ids = np.full((rows, micro_batch_size), ABSENT, dtype=np.int64)
+    ids.flat[: len(samples)] = np.arange(len(samples))
+    was_training = placed.model.training
+    placed.before_forward()
+    placed.model.eval()
+    try:
+        compute = partial(_compute, placed, measure, predict, samples, policy, device)
+        found = _share_out(ids, among, compute, stop)
+        if found is None:
+            return None
+        sums, texts = _combined(ids, found, among, compute)
+    finally:
+        placed.model.train(was_training)
+        placed.after_evaluation()
+    predictions = [json.loads(text) for text in texts[: len(samples)]] if any(texts) else []
+    return Measured(sums, int(samples.label_counts(ids).sum()), predictions)
 
-    def measure(v: int) -> float:
-        inputs = {k: t.to(device) for k, t in samples.collate(micro_batches[v]).items()}
-        with policy.autocast(device):
-            found = placed.call(loss, inputs)
-            return 0.0 if found is None else float(found.item())
+
+def _compute(
+    placed: PlacedModel,
+    measure: Function,
+    predict: Predict | None,
+    samples: Samples,
+    policy: Policy,
+    device: torch.device,
+    ids: np.ndarray,
+) -> Found:
+    inputs = {name: tensor.to(device) for name, tensor in samples.collate(ids).items()}
+    with policy.autocast(device):
+        sums = placed.call(measure, inputs)
+        rows = placed.call(predict, inputs) if predict else None
+    texts = [json.dumps(row, sort_keys=True) for row in rows] if rows is not None else []
+    return (None if sums is None else sums.double().cpu().view(-1)), texts
+
+
+def _share_out(
+    ids: np.ndarray, among: Evaluators, compute: Callable[[np.ndarray], Found], stop: Callable[[], bool]
+) -> dict[int, Found] | None:
+    """What this rank finds of its own micro-batches, by number; None if all are to stop."""
 
     def stopping() -> bool:
         return bool(among.agree(torch.tensor([float(stop())], dtype=torch.float64)) > 0)
 
-    table = torch.zeros(2, len(micro_batches), dtype=torch.float64)  # sums, and which are known
-    model = placed.model
-    placed.before_forward()
-    was_training = model.training
-    model.eval()
-    stopped = False
-    for turn, first in enumerate(range(0, rows, among.size)):  # as many on every rank, whatever its share
+    found: dict[int, Found] = {}
+    for turn, first in enumerate(range(0, len(ids), among.size)):  # as many on every rank, whatever its share
         if turn % ASK_EVERY == 0 and stopping():
-            stopped = True
-            break
-        if (v := first + among.index) < rows:
-            found = measure(v)
-            table[0, v], table[1, v] = found, 1
-    stopped = stopped or stopping()
-    if not stopped:
-        table = among.agree(table.view(-1)).view(2, -1)
-        for v in (table[1] == 0).nonzero().flatten().tolist():
-            table[0, v] = measure(v)
-    model.train(was_training)
-    placed.after_evaluation()
-    return None if stopped else (table[0].sum().item(), int(samples.label_counts(micro_batches).sum()))
+            return None
+        if (v := first + among.index) < len(ids):
+            found[v] = compute(ids[v])
+    return None if stopping() else found
+
+
+def _combined(
+    ids: np.ndarray, found: dict[int, Found], among: Evaluators, compute: Callable[[np.ndarray], Found]
+) -> tuple[list[float], list[str]]:
+    """The sums over all micro-batches, in their order, and the text of each row's prediction."""
+    count, size = ids.shape
+    widths = [len(sums) for sums, _ in found.values() if sums is not None]
+    # How many sums there are: a rank that reports nothing does not know. Who knows, and what they know.
+    known = among.agree(torch.tensor([bool(widths), max(widths, default=0)], dtype=torch.float64))
+    width = int(known[1] / known[0])
+    table = torch.zeros(
+        count, width + 1 + size, dtype=torch.float64
+    )  # sums; whether known; length of each text
+    for v, (sums, texts) in found.items():
+        if sums is not None:
+            table[v, :width] = sums
+        table[v, width] = 1
+        table[v, width + 1 : width + 1 + len(texts)] = torch.tensor([len(t.encode()) for t in texts] or [])
+    table = among.agree(table.view(-1)).view(count, -1)
+    lengths = table[:, width + 1 :].long().view(-1)
+    texts = _gathered({v: own for v, (_, own) in found.items()}, lengths, size, among)
+    for v in (table[:, width] == 0).nonzero().flatten().tolist():
+        again, own = compute(ids[v])
+        assert again is not None, "only whole replicas lose a rank"
+        table[v, :width] = again
+        texts[v * size : v * size + len(own)] = own
+    return [column.contiguous().sum().item() for column in table[:, :width].t()], texts
+
+
+def _gathered(own: dict[int, list[str]], lengths: Tensor, size: int, among: Evaluators) -> list[str]:
+    """Every row's text, of which each rank has its `own` by micro-batch."""
+    ends = lengths.cumsum(0)
+    total = int(ends[-1]) if len(ends) else 0
+    if not total:
+        return [""] * len(lengths)
+    whole = torch.zeros(total, dtype=torch.uint8)
+    for v, texts in own.items():
+        for row, text in enumerate(texts, start=v * size):
+            whole[ends[row] - lengths[row] : ends[row]] = torch.frombuffer(
+                bytearray(text.encode()), dtype=torch.uint8
+            )
+    parts = [among.agree(part.double()).to(torch.uint8) for part in whole.split(TEXT_CHUNK)]
+    data = bytes(torch.cat(parts).tolist())
+    return [
+        data[end - length : end].decode() for end, length in zip(ends.tolist(), lengths.tolist(), strict=True)
+    ]
 
 
 def validate(run: Run, stop: Callable[[], bool]) -> dict[str, float] | None:
@@ -90,8 +176,8 @@ def validate(run: Run, stop: Callable[[], bool]) -> dict[str, float] | None:
     A rank that evaluates alone, stopped before the last step, gives {}: it takes steps until the strategy says
     after which one all stop.
     """
-    samples, members = run.task.samples("eval"), run.sync.members
-    alone = members.evaluates_alone
+    task, members = run.task, run.sync.members
+    samples, alone = task.samples("eval"), members.evaluates_alone
     if not len(samples) or (alone and run.mesh.replicate.index):
         return {}
     run.saver.wait_until_read()  # the shared model may overwrite what is being copied
@@ -106,15 +192,16 @@ def validate(run: Run, stop: Callable[[], bool]) -> dict[str, float] | None:
         run.saver.keep_model(run.progress.step)
         measured = evaluate(
             run.replica.placed,
-            run.task.loss,  # never the compiled one: a second graph would cost more than it saves
+            task.measure,
             samples,
             micro_batch_size=run.batches.shape[1],
             among=among,
             policy=run.replica.policy,
             device=run.mesh.device,
+            predict=task.predict if type(task).predict is not Task.predict else None,
             stop=(lambda: stop() or members.hears_wish) if alone else stop,
         )
     run.lap()  # the next step does not pay for this
     if measured is None:
         return {} if alone and run.progress.step < run.total_steps else None
-    return run.task.metrics(*measured)
+    return task.metrics(measured.sums, measured.labels, measured.predictions)

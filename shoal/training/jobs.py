@@ -185,7 +185,7 @@ def _finish_folder(run: Run, resolved: Resolved, place: RunFolder, summary: dict
     policy = run.replica.policy
     plain = model if policy.linear == policy.compute else None  # what rounds its products has other logits
     aside = place.aside("final")
-    run.task.export(last, aside, {**summary, "Settings": settings}, plain)
+    run.surroundings.export(last, aside, {**summary, "Settings": settings}, plain)
     place.put(aside, "final")
     (run.folder / SUMMARY).write_text(json.dumps(summary, indent=1))
     if model is not None:
@@ -210,7 +210,7 @@ def _finish_folder(run: Run, resolved: Resolved, place: RunFolder, summary: dict
 
 def _show_sample(run: Run, model: Any) -> None:
     try:
-        sample = run.task.example(model)
+        sample = run.surroundings.example(model)
     except Exception as error:  # of whatever kind: the run is done, and well
         run.screen.say(f"there is no sample of text: {described(error)}")
         return

@@ -14,7 +14,7 @@ from shoal.observe.console import Screen
 from shoal.observe.memory import MemoryReport
 from shoal.replica import Replica, Step
 from shoal.sync import Sync
-from shoal.tasks import Task
+from shoal.tasks import Surroundings, Task
 from shoal.training.balance import Balancer
 from shoal.training.saving import Saver
 from shoal.wire.mesh import Mesh
@@ -39,6 +39,7 @@ class Run:
     mesh: Mesh
     screen: Screen
     task: Task
+    surroundings: Surroundings
     batches: Batches
     replica: Replica
     sync: Sync

@@ -10,18 +10,20 @@ from shoal import checkpoint
 from shoal.checkpoint import Checkpoints, Progress
 from shoal.replica import Replica
 from shoal.sync import Sync
-from shoal.tasks import Task
+from shoal.tasks import Surroundings
 from shoal.tensors.tensor_files import Places
 
 
 class Saver:
     """Saves the one model of all replicas, and what each rank alone holds. Every rank calls its methods."""
 
-    def __init__(self, checkpoints: Checkpoints, replica: Replica, sync: Sync, task: Task) -> None:
+    def __init__(
+        self, checkpoints: Checkpoints, replica: Replica, sync: Sync, surroundings: Surroundings
+    ) -> None:
         self.checkpoints = checkpoints
         self._replica = replica
         self._sync = sync
-        self._task = task
+        self._surroundings = surroundings
         self._is_read = True  # whether no save reads parameters any more, here or on rank 0
         self._model: tuple[int, checkpoint.Tensors] = (
             -1,
@@ -38,7 +40,7 @@ class Saver:
         if self._model[0] != progress.step:
             with self._sync.shared_model(self._replica):
                 self.keep_model(progress.step)
-        describe = partial(self._task.describe, self._replica.model)
+        describe = partial(self._surroundings.describe, self._replica.model)
         own, places = self._own_state(), self._places()
         self.checkpoints.save(self._model[1], progress, describe, part=own, places=places, best=best)
 

@@ -34,13 +34,13 @@ class Exchange:
         self.what = what
         self.rank = rank
         self._wire = wire.counter
-        self._nbytes = nbytes  # that this rank sends
         with peer_lost(what, rank):
             self._works = list(start())
         self._wire.pending[self] = None
+        self._wire.bytes_sent += nbytes  # an exchange may be under way for several steps: the one that starts it pays
 
     def wait(self) -> None:
-        """End it: count its bytes and the seconds waited. Again: do nothing."""
+        """End it, and count the seconds waited. Again: do nothing."""
         if self not in self._wire.pending:
             return
         started = time.perf_counter()
@@ -51,7 +51,6 @@ class Exchange:
         finally:
             del self._wire.pending[self]
             self._wire.seconds_waited += time.perf_counter() - started
-        self._wire.bytes_sent += self._nbytes
 
     def __str__(self) -> str:
         return self.what if self.rank is None else f"{self.what} with rank {self.rank}"

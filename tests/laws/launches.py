@@ -171,8 +171,8 @@ def insert(fault: Fault) -> None:
     from shoal.replica import Replica
     from shoal.servers.client import ServerClient
     from shoal.sync import SYNCS
-    from shoal.sync.server_strategy import ServerStrategy
-    from shoal.tasks.causal_lm import CausalLM
+    from shoal.sync.server_members import ServerMembers
+    from shoal.tasks.causal_lm import CausalSurroundings
     from shoal.training import evaluate as evaluation
     from shoal.training import jobs, loop
     from shoal.training.recorder import Recorder
@@ -232,9 +232,9 @@ def insert(fault: Fault) -> None:
         before(caller, "validate", lambda *args: meet("evaluate"))
     before(Stop, "hold", lambda *args: meet("start"))
     before(Stop, "_receive", lambda *args: setattr(at, "heard", True))
-    before(ServerStrategy, "finish", lambda *args: meet("finish"))
+    before(ServerMembers, "finish", lambda *args: meet("finish"))
     evaluation.evaluate = counting(evaluation.evaluate, lambda turn: turn == 1 and meet("measure"))
-    before(CausalLM, "export", lambda *args: meet("export"))
+    before(CausalSurroundings, "export", lambda *args: meet("export"))
     before(
         saving, "write",  # in a thread, while the loop is at a later step
         lambda folder, *args, **kwargs: meet("save", int(folder.name.removeprefix("checkpoint-")) - 1),

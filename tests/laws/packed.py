@@ -42,10 +42,10 @@ class Packed:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def label_counts(self, ids: np.ndarray) -> np.ndarray:
+    def label_counts(self, ids: np.ndarray, epochs: np.ndarray | None = None) -> np.ndarray:
         return np.where(ids < 0, 0, (self.labels != IGNORED).sum(axis=1)[ids])
 
-    def collate(self, ids: np.ndarray) -> dict[str, Tensor]:
+    def collate(self, ids: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, Tensor]:
         there = (ids >= 0)[:, None]
         labels = np.where(there, self.labels[ids], IGNORED)
         columns = {"input_ids": self.tokens[ids], "labels": labels, "documents": self.documents[ids]}

@@ -1,7 +1,6 @@
 """A small task with every difficulty: rows of mixed length, some without a label; models that are hard to reduce."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shoal.config import RunConfig
+from shoal.tasks import Task
 
 VOCABULARY = 23
 IGNORED = -100
@@ -30,10 +29,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def label_counts(self, ids: np.ndarray) -> np.ndarray:
+    def label_counts(self, ids: np.ndarray, epochs: np.ndarray | None = None) -> np.ndarray:
         return np.where(ids < 0, 0, self.counts[ids])
 
-    def collate(self, ids: np.ndarray) -> dict[str, Tensor]:
+    def collate(self, ids: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, Tensor]:
         counts = self.label_counts(ids)[:, None]
         columns = np.arange(max(1, counts.max()))
         tokens = self.tokens[np.maximum(ids, 0)]
@@ -80,8 +79,8 @@ KINDS = ("plain", "tied", "unused", "sometimes", "frozen")
 
 
 @dataclass(frozen=True)
-class RowsTask:
-    """The task, as `TASKS` holds one: called with a configuration and a folder."""
+class RowsTask(Task):
+    """The task, whatever the configuration and the folder are."""
 
     kind: str = "plain"
     dropout: float = 0.0
@@ -92,18 +91,9 @@ class RowsTask:
     seed: int = 0
     tokenizer: Any = None
 
-    def __call__(self, config: RunConfig, folder: Path) -> "RowsTask":
-        return self
-
-    @staticmethod
-    def prepare(config: RunConfig) -> Path:
-        return Path("rows")
-
     def model(self) -> nn.Module:
         torch.manual_seed(self.seed)
         return Net(self.kind, self.dropout)
-
-    def check(self, model: nn.Module, loss: Any, dtype: torch.dtype) -> None: ...
 
     def samples(self, split: str) -> Rows:
         rows = Rows(self.size if split == "train" else 17, self.length, seed=len(split))
@@ -119,12 +109,3 @@ class RowsTask:
         return F.cross_entropy(
             wide.flatten(0, 1), inputs["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
         )
-
-    def metrics(self, loss_sum: float, labels: int) -> dict[str, float]:
-        return {"eval/loss": loss_sum / labels, "eval/tokens": labels}
-
-    def example(self, model: nn.Module) -> None:
-        return None
-
-    def describe(self, model: nn.Module, folder: Path) -> None:
-        return None

@@ -15,7 +15,7 @@ SHAPE = {"vocab_size": 37, "max_position_embeddings": 16, "hidden_size": 32, "nu
 class Windows(Rows):
     """Rows that are filled up: every micro-batch has the same shape."""
 
-    def collate(self, ids: np.ndarray) -> dict[str, Tensor]:
+    def collate(self, ids: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, Tensor]:
         narrow = super().collate(ids)
         more = self.tokens.shape[1] - 1 - narrow["tokens"].shape[1]
         filler = {"tokens": 0, "labels": IGNORED}

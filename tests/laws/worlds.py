@@ -14,7 +14,7 @@ from laws.strategies import STRATEGIES
 from shoal.config import load_config
 from shoal.errors import Preempted
 from shoal.observe.console import Screen
-from shoal.tasks import TASKS
+from shoal.tasks import TASKS, Entry
 from shoal.training.assemble import assemble
 from shoal.training.loop import train
 from shoal.training.run import Run
@@ -35,7 +35,7 @@ class Record:
 
 def run_of(mesh: Mesh, row: str, task: RowsTask, **settings: Any) -> Run:
     """A run of a row of the table, on this rank, as `shoal train` puts it together; with another task."""
-    TASKS["rows"] = task
+    TASKS["rows"] = Entry(lambda config, verbose: Path("rows"), lambda config, folder: task)
     given = {
         "task": "rows",
         "output_dir": "unused",

@@ -144,7 +144,7 @@ def test_a_sample_that_is_not_there_is_found(tmp_path: Path) -> None:
     batches = record(tmp_path, range(2), 1, 1)
     ids = np.full((BATCH, 1), SIZE + 3)
     Ledger(tmp_path / "ledger", 0, 1, batches).write(
-        Batch(2, batches.samples, ids, 0, 2 * BATCH), range(BATCH)
+        Batch(2, batches.samples, ids, 0 * ids, 0, 2 * BATCH), range(BATCH)
     )
     assert not audit(tmp_path).ok
 

@@ -37,7 +37,7 @@ class Job:
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         batch = resolve_batch(config, self.world_size)
         task = TASKS[config.train.task]
-        self.task = task(config, task.prepare(config))
+        self.task = task.task(config, task.prepare(config, False))
         self.model: nn.Module = self.task.model().train()
         self.batches = Batches(
             self.task.samples("train"),
@@ -61,7 +61,7 @@ class Job:
 
     def own_labels(self, batch: Batch) -> int:
         """How many labels this worker's share of a step has."""
-        return int(batch.samples.label_counts(batch.ids[self.share.start : self.share.stop]).sum())
+        return batch.label_count(slice(self.share.start, self.share.stop))
 
     def update(self, step: int) -> None:
         """Clip, set the rate, step."""
@@ -88,7 +88,7 @@ class Job:
         assert everyone is not None
         measured = evaluate(
             PlacedModel.whole(self.model, self.task.loss),
-            self.task.loss,
+            self.task.measure,
             self.task.samples("eval"),
             micro_batch_size=self.batches.shape[1],
             among=Evaluators(dist.get_rank(), dist.get_world_size(), Wire(everyone).sum),
@@ -96,7 +96,7 @@ class Job:
             device=torch.device("cpu"),
         )
         assert measured is not None
-        return measured[0] / measured[1]
+        return measured.sums[0] / measured.labels
 
 
 class Record:

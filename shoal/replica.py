@@ -16,7 +16,7 @@ from shoal.layouts.base import MicroBatch, PlacedModel
 from shoal.optim.optimizers import NamedState
 from shoal.tensors.buckets import Buckets
 from shoal.tensors.loss_scale import Scaler
-from shoal.tensors.piece import Piece, named
+from shoal.tensors.piece import Piece, named, trained
 from shoal.tensors.precision import Policy
 from shoal.wire.island import Island
 from shoal.wire.mesh import Mesh
@@ -115,7 +115,7 @@ class Replica:
     @property
     def params(self) -> list[tuple[str, nn.Parameter]]:
         """What this rank holds of every trained parameter, with its name; tied ones under their first name."""
-        return named(self.placed.trained)
+        return named(trained(self.placed.pieces))
 
     @property
     def optimizer_state(self) -> NamedState:
@@ -137,20 +137,19 @@ class Replica:
         step = Step(batch.step, batch.labels, own_labels, losses)
         self.now = batch.step
         numbers = [share.start + turn if turn < len(share) else None for turn in range(self.turns)]
-        turns = [[v] for v in numbers] if self.placed.one_by_one else [numbers]
-        self.placed.refresh()
+        turns = [[v] for v in numbers] if self.placed.singly else [numbers]
+        self.placed.before_forward()
         for turn in turns:
             started = time.perf_counter()
-            taken = [self._micro_batch(batch, v) for v in turn]
+            micro_batches = [self._micro_batch(batch, v) for v in turn]
             step.seconds.data += time.perf_counter() - started
 
             started, waited = time.perf_counter(), self.mesh.seconds_waited
             last = turn is turns[-1]
             self.buckets.begin(turn[0] or 0, first=turn is turns[0], last=last)
             self.buckets.scale = self.scaler.scale
-            self.placed.begin(last=last)
             scale = self.scaler.scale / max(1, batch.labels)
-            found = self.placed.learn(taken, scale, self._arithmetic)
+            found = self.placed.forward_backward(micro_batches, scale, self._autocast, last=last)
             for v, loss in zip(turn, found, strict=True):
                 if v is not None:
                     losses[v] = loss
@@ -161,11 +160,11 @@ class Replica:
         return step
 
     def _micro_batch(self, batch: Batch, v: int | None) -> MicroBatch:
-        taken = batch.nothing() if v is None else batch.micro_batch(v)
-        inputs = {name: tensor.to(self.mesh.device) for name, tensor in taken.items()}
+        collated = batch.nothing() if v is None else batch.micro_batch(v)
+        inputs = {name: tensor.to(self.mesh.device) for name, tensor in collated.items()}
         return MicroBatch(inputs, derive_seed(self.seed, "dropout", batch.step, v or 0))
 
-    def _arithmetic(self) -> AbstractContextManager[object]:
+    def _autocast(self) -> AbstractContextManager[object]:
         return self.policy.autocast(self.mesh.device)
 
     def update(self, step: Step, fraction: float = 1.0) -> None:

@@ -22,7 +22,7 @@ from shoal.shares import equal
 from shoal.sync.allreduce import AllReduce
 from shoal.tensors import precision
 from shoal.tensors.buckets import Buckets
-from shoal.tensors.piece import take_wide_gradients
+from shoal.tensors.piece import take_wide_gradients, trained
 from shoal.wire.mesh import join
 from shoal.wire.rendezvous import Rendezvous
 
@@ -106,19 +106,19 @@ class Session:
         policy = precision.as_it_is(model)
         placed = PlacedModel.whole(model.to(self.mesh.device), _taken_by_the_caller)
         take_wide_gradients(placed.pieces)
-        replicated.share(placed, self.mesh)
+        replicated.broadcast_parameters(placed, self.mesh)
         _hand_over_rounded(optimizer)
         self._replica = Replica(
             placed=placed,
             mesh=self.mesh,
             buckets=Buckets(
-                placed.trained,
+                trained(placed.pieces),
                 bucket_bytes=25_000_000,
                 multiple=self.mesh.world_size,
                 exact=self.exact,
             ),
             optimizers=[optimizer],
-            updated=placed.trained,
+            updated=trained(placed.pieces),
             policy=policy,
             seed=self.seed,
             schedule=lambda step: float(optimizer.param_groups[0]["lr"]),

@@ -71,7 +71,7 @@ assert output.lost() is None
 
 
 def test_no_file_takes_the_place_of_a_closed_stdout() -> None:
-    code = "import os; from shoal import output; output.forgive(); assert os.open('/dev/null', 0) > 2"
+    code = "import os; from shoal.system import output; output.forgive(); assert os.open('/dev/null', 0) > 2"
     assert run(code, '"$P" -c "$CODE" <&- >&- 2>&-').returncode == 0
 
 

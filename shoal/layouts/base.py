@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from shoal.tensors.piece import Piece, whole
 
-Loss = Callable[[Any, dict[str, Tensor]], Tensor]  # (model, inputs) -> the sum over a micro-batch's labels
-Arithmetic = Callable[[], AbstractContextManager[object]]  # the context in which forward passes run
+Function = Callable[[Any, dict[str, Tensor]], Tensor]  # (model, inputs) -> what a forward pass finds
+Autocast = Callable[[], AbstractContextManager[object]]  # the context in which forward passes run
 
 
 @dataclass(frozen=True)
@@ -29,96 +29,109 @@ def shape_of(inputs: dict[str, Tensor]) -> tuple[int, int]:
 
 
 class PlacedModel:
-    """A model in its place. The rest of the program sees `pieces`, of every parameter one that may be empty here.
+    """A model in its place. All ranks of an island call its methods in step.
 
-    `loss` is called in step with the whole island. A layout may stand on another one, its `inner`: what it has no
-    word on is as it is there.
+    `pieces` has one for every parameter, empty where another rank holds it. `loss` is the function that training
+    differentiates: the sum over a micro-batch's labels. Members with an underscore are for other layouts alone: a
+    layout stands on another one, its `inner`, and asks it for what it does not do itself.
     """
 
-    one_by_one = True  # micro-batches are learnt from one after the other, each by one backward pass
+    singly = True  # micro-batches are computed one after the other, each by one backward pass
 
     def __init__(
-        self, model: nn.Module, pieces: list[Piece], loss: Loss, inner: "PlacedModel | None" = None
+        self, model: nn.Module, pieces: list[Piece], loss: Function, inner: "PlacedModel | None" = None
     ) -> None:
         self.model = model
         self.pieces = pieces
-        self.loss = loss
-        self.learnt = loss  # `loss`, or what was compiled of it
-        self.inner = inner
+        self._loss = loss
+        self._inner = inner
         while inner is not None:
             inner.pieces = pieces  # what was cut or left out is free
-            inner = inner.inner
+            inner = inner._inner
 
     @classmethod
-    def whole(cls, model: nn.Module, loss: Loss) -> "PlacedModel":
+    def whole(cls, model: nn.Module, loss: Function) -> "PlacedModel":
         """A model as it is, whole in this process."""
         return cls(model, whole(model), loss)
 
-    @property
-    def trained(self) -> list[Piece]:
-        """Those that gradients come to."""
-        return [piece for piece in self.pieces if piece.source.requires_grad and piece.local.numel()]
+    def before_forward(self) -> None:
+        """Fetch what other ranks train. Call it before the first forward pass after parameters have changed."""
+        if self._inner is not None:
+            self._inner.before_forward()
 
-    @property
-    def reports(self) -> bool:
-        """Whether the losses of this rank count: those of all ranks that report add up to the micro-batch's."""
-        return self.inner is None or self.inner.reports
+    def forward_backward(
+        self, micro_batches: Sequence[MicroBatch], scale: float, autocast: Autocast, *, last: bool
+    ) -> list[float]:
+        """Compute the gradients of each micro-batch's loss times `scale`. Returns the losses, 0 where others report.
 
-    def hidden(self, rows: int, tokens: int) -> tuple[int, int]:
-        """The rows and tokens of hidden states between the layers here, in a micro-batch of so many."""
-        return (rows, tokens) if self.inner is None else self.inner.hidden(rows, tokens)
-
-    def enter(self, rows: int, tokens: int) -> None:
-        """Where hidden states have come from another worker: a forward pass of so many goes on with its layers."""
-        if self.inner is not None:
-            self.inner.enter(rows, tokens)
-
-    def again(self) -> AbstractContextManager[object]:
-        """Asked as a layer computes: what is to be around it, once, when it computes the same again."""
-        return nullcontext() if self.inner is None else self.inner.again()
-
-    def learn(self, taken: Sequence[MicroBatch], scale: float, arithmetic: Arithmetic) -> list[float]:
-        """Forward and backward over micro-batches, of each the loss times `scale`; returns the losses that count.
-
-        It is called with one of them, or, where they are not taken one by one, with all that this rank has in a step.
+        It is given one micro-batch, or, where they are not computed `singly`, all that this rank has in a step. After
+        the `last` call of a step its gradients are complete.
         """
+        self._begin(last=last)
         found = []
-        for each in taken:
+        for each in micro_batches:
             torch.manual_seed(each.seed)
-            with arithmetic():
-                loss = self.learnt(self.model, each.inputs)
+            with autocast():
+                loss = self._apply(self._loss, each.inputs)
             (loss * scale).backward()
-            found.append(loss.item() if self.reports else 0.0)
+            found.append(loss.item() if self._reports else 0.0)
         return found
 
-    def refresh(self) -> None:
-        """Before the first forward pass after parameters have changed: have what other ranks train."""
-        if self.inner is not None:
-            self.inner.refresh()
+    def call(self, function: Function, inputs: dict[str, Tensor]) -> Tensor | None:
+        """What `function(model, inputs)` finds in a forward pass; None where another rank of the team reports it.
 
-    def begin(self, *, last: bool) -> None:
-        """Before each call of `learn` in a step; `last`: the gradients of the step are to be there after it."""
-        if self.inner is not None:
-            self.inner.begin(last=last)
+        Call `before_forward` before the first of several, and `after_evaluation` after the last.
+        """
+        found = self._apply(function, inputs)
+        return found if self._reports else None
 
-    def release(self) -> None:
-        """Free what forward passes without a backward pass have left, before parameters change."""
-        if self.inner is not None:
-            self.inner.release()
+    def after_evaluation(self) -> None:
+        """Free what forward passes without a backward pass have left. Call it before parameters change."""
+        if self._inner is not None:
+            self._inner.after_evaluation()
 
     @property
-    def reduced(self) -> set[torch.dtype]:
-        """The dtypes in which gradients were summed within the island, so far."""
-        return set() if self.inner is None else self.inner.reduced
+    def _reports(self) -> bool:
+        """Whether the results of this rank count: those of all ranks that report are the micro-batch's, once."""
+        return self._inner is None or self._inner._reports
 
-    def gathered(self) -> Iterator[Tensor]:
-        """The tensors into which other ranks' pieces are gathered, whether they hold any memory now or not."""
-        return iter(()) if self.inner is None else self.inner.gathered()
+    def _apply(self, function: Function, inputs: dict[str, Tensor]) -> Tensor:
+        """The forward pass of `function` as this layout computes it."""
+        if self._inner is None:
+            return function(self.model, inputs)
+        return self._inner._apply(function, inputs)
+
+    def _begin(self, *, last: bool) -> None:
+        """Called before each backward pass of a step, or before the `last` one."""
+        if self._inner is not None:
+            self._inner._begin(last=last)
+
+    def _hidden_shape(self, rows: int, tokens: int) -> tuple[int, int]:
+        """The rows and tokens of hidden states between the layers here, in a micro-batch of so many."""
+        return (rows, tokens) if self._inner is None else self._inner._hidden_shape(rows, tokens)
+
+    def _begin_tokens(self, rows: int, tokens: int) -> None:
+        """A forward pass of so many goes on here, with hidden states that another worker has sent."""
+        if self._inner is not None:
+            self._inner._begin_tokens(rows, tokens)
+
+    def _recompute_context(self) -> AbstractContextManager[object]:
+        """Asked while a layer computes: the context in which it can compute the same again, once."""
+        return nullcontext() if self._inner is None else self._inner._recompute_context()
+
+    @property
+    def _reduced(self) -> set[torch.dtype]:
+        """See `reduced_dtypes`."""
+        return set() if self._inner is None else self._inner._reduced
+
+    def _gathered(self) -> Iterator[Tensor]:
+        """See `gathered_tensors`."""
+        return iter(()) if self._inner is None else self._inner._gathered()
 
     def held(self) -> dict[str, int]:
         """The bytes of parameters on this rank and, at most, of what is gathered at a time, as arithmetic."""
-        if self.inner is not None:
-            return self.inner.held()
+        if self._inner is not None:
+            return self._inner.held()
         return {"parameters": sum(p.nbytes for p in self.model.parameters())}
 
     def cost(self, turns: int, shape: tuple[int, int]) -> float:
@@ -126,7 +139,22 @@ class PlacedModel:
 
         `shape` is that of a micro-batch: rows, and tokens in each.
         """
-        return 0.0 if self.inner is None else self.inner.cost(turns, shape)
+        return 0.0 if self._inner is None else self._inner.cost(turns, shape)
 
     def __str__(self) -> str:
         return "every worker holds a whole replica"
+
+
+def recompute_context(placed: PlacedModel) -> Callable[[], AbstractContextManager[object]]:
+    """For activation checkpointing: asked while a layer computes, the context in which it computes the same again."""
+    return placed._recompute_context
+
+
+def reduced_dtypes(placed: PlacedModel) -> set[torch.dtype]:
+    """The dtypes in which gradients were summed within the island, so far."""
+    return placed._reduced
+
+
+def gathered_tensors(placed: PlacedModel) -> Iterator[Tensor]:
+    """The tensors into which other ranks' pieces are gathered, whether they hold any memory now or not."""
+    return placed._gathered()

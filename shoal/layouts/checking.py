@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.layouts import stubs
-from shoal.layouts.base import Loss
+from shoal.layouts.base import Function
 from shoal.layouts.cutting import NoStages, Watched
 from shoal.layouts.stubs import Left
 
@@ -18,7 +18,7 @@ TOKENS = 16
 @torch.no_grad()
 def check(
     model: nn.Module,
-    loss: Loss,
+    loss: Function,
     seen: Watched,
     layers: Sequence[range],
     nothing: dict[str, Tensor],
@@ -52,7 +52,7 @@ def _inputs(seen: Watched, nothing: dict[str, Tensor]) -> Iterator[dict[str, Ten
 
 
 def _compare(
-    model: nn.Module, loss: Loss, seen: Watched, layers: Sequence[range], inputs: dict[str, Tensor]
+    model: nn.Module, loss: Function, seen: Watched, layers: Sequence[range], inputs: dict[str, Tensor]
 ) -> None:
     entered: list[Tensor] = []
     hooks = [
@@ -70,7 +70,7 @@ def _compare(
             raise NoStages("its later layers need more of its first ones than hidden states")
 
 
-def _found(model: nn.Module, loss: Loss, inputs: dict[str, Tensor]) -> Tensor:
+def _found(model: nn.Module, loss: Function, inputs: dict[str, Tensor]) -> Tensor:
     try:
         return loss(model, inputs)
     except Left as left:

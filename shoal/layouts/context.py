@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, PreTrainedModel
 
 from shoal.errors import UserError
-from shoal.layouts.base import PlacedModel
+from shoal.layouts.base import Function, PlacedModel
 from shoal.models import attention, blockwise
 from shoal.models.heads import final_hidden
 from shoal.models.isolation import document_positions, packed_inputs
@@ -49,28 +49,25 @@ class Context(PlacedModel):
     """
 
     def __init__(self, inner: PlacedModel, mesh: Mesh, policy: Policy, nothing: dict[str, Tensor]) -> None:
-        super().__init__(inner.model, inner.pieces, self._loss, inner)
+        super().__init__(inner.model, inner.pieces, inner._loss, inner)
         axis = mesh.axes["context"]
         self.ranks, self.rank = axis.size, axis.index
         self.wire = mesh.wire("context")
         self._dropout: _DropoutOfPart  # of the forward pass that runs
-        self._loss_of_part = inner.loss
         self._itemsize = policy.compute.itemsize
         self._prove(_checked(inner.model, self.ranks, nothing))
 
-    def hidden(self, rows: int, tokens: int) -> tuple[int, int]:
-        """Of whole chunks."""
-        return super().hidden(rows, 2 * chunk_tokens(self.ranks, tokens))
+    def _hidden_shape(self, rows: int, tokens: int) -> tuple[int, int]:
+        return super()._hidden_shape(rows, 2 * chunk_tokens(self.ranks, tokens))
 
-    def _loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    def _apply(self, function: Function, inputs: dict[str, Tensor]) -> Tensor:
         length = inputs["documents"].shape[-1]
         self._dropout = _DropoutOfPart(self._own(length), length)
         with self._dropout:
-            return self._loss_of_part(model, self._part(inputs))
+            return super()._apply(function, self._part(inputs))
 
-    def again(self) -> AbstractContextManager[object]:
-        """The dropout of now."""
-        return _both(self._dropout, super().again())
+    def _recompute_context(self) -> AbstractContextManager[object]:
+        return _both(self._dropout, super()._recompute_context())
 
     def _own(self, length: int) -> Tensor:
         return _places(self.rank, self.ranks, length)

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from shoal.config import LayoutConfig
 from shoal.layouts import schedule
-from shoal.layouts.base import Arithmetic, MicroBatch, PlacedModel, shape_of
+from shoal.layouts.base import Autocast, Function, MicroBatch, PlacedModel, shape_of
 from shoal.layouts.schedule import Stage
 from shoal.layouts.stages import Stages
 from shoal.tensors.piece import Piece
@@ -44,50 +44,53 @@ from shoal.wire.wire import Exchange
 class Pipelined(PlacedModel):
     """The stages of this worker, which take the micro-batches of a step together by a schedule."""
 
-    one_by_one = False
+    singly = False
 
     def __init__(self, inner: PlacedModel, stages: Stages, mesh: Mesh, options: LayoutConfig) -> None:
-        super().__init__(inner.model, inner.pieces, self._evaluated, inner)
+        super().__init__(inner.model, inner.pieces, inner._loss, inner)
         logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)  # else an error is pages
         self.stages = stages
         self.schedule = options.schedule
         self.wire = mesh.wire("pipeline")
         self.wire.barrier()  # NCCL wants the first exchange of a group to be one of all its ranks
         self.own = [
-            Stage(stages, index, self.wire, self._compute, lambda last: inner.begin(last=last))
+            Stage(stages, index, self.wire, self._compute, lambda last: inner._begin(last=last))
             for index in stages.mine
         ]
         self._schedules: dict[int, Any] = {}  # by the count of micro-batches
         self._tied = [piece for piece in self.pieces if piece.name in stages.tied]
-        self._arithmetic: Arithmetic
+        self._autocast: Autocast
         self._losses: list[Tensor] = []  # of a step, where the last stage is
         self._sending: list[Exchange] = []
 
     @property
-    def reports(self) -> bool:
-        """Whether this worker has the last stage, and what it stands on reports."""
-        return self.stages.owners[-1] == self.wire.rank and super().reports
+    def _reports(self) -> bool:
+        return self.stages.owners[-1] == self.wire.rank and super()._reports
 
-    def learn(self, taken: Sequence[MicroBatch], scale: float, arithmetic: Arithmetic) -> list[float]:
-        """Forward and backward by the schedule. Where it needs more micro-batches, one is taken again for nothing."""
-        count = self._filled(len(taken))
-        more = count - len(taken)
-        self._arithmetic, self._losses = arithmetic, []
+    def forward_backward(
+        self, micro_batches: Sequence[MicroBatch], scale: float, autocast: Autocast, *, last: bool
+    ) -> list[float]:
+        """By the schedule. Where it needs more micro-batches, the last one is repeated with a loss times 0."""
+        count = self._filled(len(micro_batches))
+        more = count - len(micro_batches)
+        self._autocast, self._losses = autocast, []
         for stage in self.own:
-            stage.begin([*taken, *[taken[-1]] * more])
+            stage.begin([*micro_batches, *[micro_batches[-1]] * more])
         if count not in self._schedules:
             self._schedules[count] = schedule.make(self.schedule, self.own, count)
         # Not its `step`, which would cut one batch into micro-batches of one shape.
         self._schedules[count]._step_microbatches(
-            target_mbs=[scale] * len(taken) + [0.0] * more, return_outputs=False
+            target_mbs=[scale] * len(micro_batches) + [0.0] * more, return_outputs=False
         )
         self._return_gradients()
-        return [loss.item() for loss in self._losses[: len(taken)]] if self.reports else [0.0] * len(taken)
+        if not self._reports:
+            return [0.0] * len(micro_batches)
+        return [loss.item() for loss in self._losses[: len(micro_batches)]]
 
     def _filled(self, count: int) -> int:
         return schedule.filled(self.schedule, count, self.wire.world_size, len(self.stages.owners))
 
-    def _compute(self, stage: int, received: Sequence[Tensor], taken: MicroBatch) -> Any:
+    def _compute(self, stage: int, received: Sequence[Tensor], micro_batch: MicroBatch) -> Any:
         generator = self.stages.generator
 
         def entering() -> Tensor:
@@ -97,48 +100,49 @@ class Pipelined(PlacedModel):
             return hidden
 
         if not received:
-            torch.manual_seed(taken.seed)
-        with self._arithmetic():
-            made = self._run(stage, entering if received else None, taken.inputs)
+            torch.manual_seed(micro_batch.seed)
+        with self._autocast():
+            made = self._run(self._loss, stage, entering if received else None, micro_batch.inputs)
         if stage == self.stages.last:
             self._losses.append(made.detach())
             return made
         return (made, generator.get_state().to(made.device)) if self.stages.draws else made
 
-    def _run(self, stage: int, entering: Callable[[], Tensor] | None, inputs: dict[str, Tensor]) -> Tensor:
-        assert self.inner is not None
+    def _run(
+        self,
+        function: Function,
+        stage: int,
+        entering: Callable[[], Tensor] | None,
+        inputs: dict[str, Tensor],
+    ) -> Tensor:
         with self.stages.only(stage, entering):
-            return self.inner.loss(self.model, inputs)
+            return super()._apply(function, inputs)
 
-    def _evaluated(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        """The loss where the last stage is, elsewhere 0. Who has sent goes on with the next micro-batch."""
+    def _apply(self, function: Function, inputs: dict[str, Tensor]) -> Tensor:
+        """The result where the last stage is, elsewhere 0. Who has sent goes on with the next micro-batch."""
         made = torch.zeros((), device=self.stages.device)
         for stage in self.own:
             index = stage.stage_index
             if stage.is_apart(index - 1):
                 made = self.stages.room(index - 1, *shape_of(inputs))[0]
                 self.wire.start_receive(made, self.stages.owners[index - 1]).wait()
-            made = self._run(index, partial(_itself, made) if index else None, inputs)
+            made = self._run(function, index, partial(_itself, made) if index else None, inputs)
             if stage.is_apart(index + 1):
                 self._finish_sending()
                 self._sending.append(self.wire.start_send(made.contiguous(), self.stages.owners[index + 1]))
-        return made if self.reports else torch.zeros((), device=self.stages.device)
+        return made if self._reports else torch.zeros((), device=self.stages.device)
 
     def _finish_sending(self) -> None:
         while self._sending:
             self._sending.pop().wait()
 
-    def begin(self, *, last: bool) -> None:
-        """Nothing yet: layouts below are told before each backward pass."""
-
-    def release(self) -> None:
-        """Wait until what evaluation has sent is gone."""
+    def after_evaluation(self) -> None:
         self._finish_sending()
-        super().release()
+        super().after_evaluation()
 
-    def refresh(self) -> None:
+    def before_forward(self) -> None:
         """Have the last stage's copy of tied embeddings follow those of the first one."""
-        super().refresh()
+        super().before_forward()
         for piece in self._tied:
             self._move(_values(piece), to_first=False)
 
@@ -182,7 +186,7 @@ class Pipelined(PlacedModel):
         return super().cost(count, shape) + count * sent + once
 
     def __str__(self) -> str:
-        return f"pipelines of {self.wire.world_size} workers by {self.schedule}, {self.inner}"
+        return f"pipelines of {self.wire.world_size} workers by {self.schedule}, {self._inner}"
 
 
 def _values(piece: Piece) -> Tensor:

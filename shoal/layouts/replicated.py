@@ -3,13 +3,13 @@
 import torch
 from torch import nn
 
-from shoal.layouts.base import Loss, PlacedModel
+from shoal.layouts.base import Function, PlacedModel
 from shoal.models.on_disk import cast, into_memory
 from shoal.tensors.precision import Policy
 from shoal.wire.mesh import Mesh
 
 
-def place(model: nn.Module, loss: Loss, mesh: Mesh, policy: Policy) -> PlacedModel:
+def place(model: nn.Module, loss: Function, mesh: Mesh, policy: Policy) -> PlacedModel:
     """Move `model` to the rank's device in the policy's dtype; where ZeRO alone cuts it, FSDP does so layer by layer.
 
     Buffers stay in at least float32: angles of positions rounded to bf16 would be off by whole turns.
@@ -24,7 +24,7 @@ def place(model: nn.Module, loss: Loss, mesh: Mesh, policy: Policy) -> PlacedMod
     return PlacedModel.whole(model, loss)
 
 
-def share(placed: PlacedModel, mesh: Mesh) -> None:
+def broadcast_parameters(placed: PlacedModel, mesh: Mesh) -> None:
     """Give every replica the parameters and buffers of the first one; each rank hears of its own pieces alone."""
     wire = mesh.wire("replicate")
     into_memory(placed.model)

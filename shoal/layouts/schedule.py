@@ -94,13 +94,13 @@ class Stage(_PipelineStageBase):
         self.before_backward = before_backward
         self._stage_meta.inputs = (None,)  # type: ignore[assignment]  # how many of them have a gradient
         self.args_recv_info = {0: ()}  # where torch looks for stages that are no neighbours
-        self._taken: Sequence[MicroBatch] = ()
+        self._micro_batches: Sequence[MicroBatch] = ()
         self._entering: dict[int, list[Tensor]] = {}
         self._returning: dict[int, Tensor] = {}
 
-    def begin(self, taken: Sequence[MicroBatch]) -> None:
+    def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
         """A step on these micro-batches."""
-        self._taken, self.chunks = taken, len(taken)
+        self._micro_batches, self.chunks = micro_batches, len(micro_batches)
         self.has_backward = True
         self.clear_runtime_states()
 
@@ -148,7 +148,7 @@ class Stage(_PipelineStageBase):
         return [self._op(dist.isend, grad, self.stage_index - 1)]
 
     def _room(self, stage: int, chunk: int) -> list[Tensor]:
-        return self.stages.room(stage, *shape_of(self._taken[chunk].inputs))
+        return self.stages.room(stage, *shape_of(self._micro_batches[chunk].inputs))
 
     def _op(self, kind: Any, tensor: Tensor, stage: int) -> dist.P2POp:
         return _Message(self.wire, kind, tensor.contiguous(), self.stages.owners[stage])
@@ -173,7 +173,9 @@ class Stage(_PipelineStageBase):
         self, chunk: int, args: Any = (), kwargs: Any = None, save_forward_output: bool = False
     ) -> Any:
         """The forward pass of a micro-batch."""
-        return super().forward_one_chunk(chunk, (), {"taken": self._taken[chunk]}, save_forward_output)
+        return super().forward_one_chunk(
+            chunk, (), {"micro_batch": self._micro_batches[chunk]}, save_forward_output
+        )
 
     def backward_one_chunk(
         self, chunk: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
@@ -192,6 +194,6 @@ class _Part(nn.Module):
         self.index = index
         self.compute = compute
 
-    def forward(self, *received: Tensor, taken: MicroBatch) -> Any:
+    def forward(self, *received: Tensor, micro_batch: MicroBatch) -> Any:
         """What goes on to the next stage, or the loss."""
-        return self.compute(self.index, received, taken)
+        return self.compute(self.index, received, micro_batch)

@@ -13,7 +13,7 @@ block in stage 3, all parameters in stage 2, all parameters and gradients in sta
 pass reads the weights' bf16 copies, which autograd keeps from the forward pass: P / 2 more in stage 3.
 """
 
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from functools import partial
 from typing import Any
 
@@ -32,25 +32,25 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import _from_local_no_grad
 from torch.distributed.tensor import DTensor
 
 from shoal.errors import UserError
-from shoal.layouts.base import Loss, PlacedModel
+from shoal.layouts.base import Function, PlacedModel
 from shoal.models.blocks import blocks
-from shoal.tensors.piece import Piece
+from shoal.tensors.piece import Piece, trained
 from shoal.tensors.precision import Policy
 from shoal.wire.mesh import Mesh
 from shoal.wire.wire import Exchange, Wire
 
 
 class Whole(nn.Module):
-    """Model and loss as one module: only within its forward pass are the parameters outside the blocks whole."""
+    """A model and what is computed of it: parameters outside the blocks are whole only within its forward pass."""
 
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
+    def __init__(self, model: nn.Module, apply: Callable[[Function, dict[str, Tensor]], Tensor]) -> None:
         super().__init__()
         self.model = model
-        self.loss = loss
+        self._apply_to_model = apply
 
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """The summed loss of a micro-batch."""
-        return self.loss(self.model, inputs)
+    def forward(self, function: Function, inputs: dict[str, Tensor]) -> Tensor:
+        """What `function` finds of a micro-batch."""
+        return self._apply_to_model(function, inputs)
 
 
 class Sharded(PlacedModel):
@@ -64,7 +64,7 @@ class Sharded(PlacedModel):
         _check(model, layers, mesh)
         self.stage = stage
         self.wire = mesh.wire("zero")
-        self.root = Whole(model, inner.loss)
+        self.root = Whole(model, inner._apply)
         self._parts = [_part_bytes(module, axis.size) for module in layers]
         below = {id(p) for module in layers for p in module.parameters()}
         self._parts.append(_part_bytes(model, axis.size, without=below))
@@ -84,7 +84,7 @@ class Sharded(PlacedModel):
         cut(self.root, reshard_after_forward=False)
         self.parts = [module for module in self.root.modules() if isinstance(module, FSDPModule)]
         gather, scatter = Gather(self.wire), Scatter(self.wire)
-        self._reduced = scatter.dtypes
+        self._scattered = scatter.dtypes
         for part in self.parts:
             part.set_gradient_divide_factor(1.0)  # losses are divided by the labels of the step already
             part.set_force_sum_reduction_for_comms(True)  # else gloo is asked for a sum it does not have
@@ -97,17 +97,17 @@ class Sharded(PlacedModel):
             else piece
             for piece in inner.pieces
         ]
-        super().__init__(model, pieces, self._loss, inner)
-        if not self.trained:
+        super().__init__(model, pieces, inner._loss, inner)
+        if not trained(pieces):
             _refuse(mesh, f"worker {mesh.rank} would hold nothing of this model", "take a smaller number")
 
-    def _loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        loss: Tensor = self.root(inputs)
-        return loss
+    def _apply(self, function: Function, inputs: dict[str, Tensor]) -> Tensor:
+        found: Tensor = self.root(function, inputs)
+        return found
 
-    def begin(self, *, last: bool) -> None:
-        """Have parameters, and in stage 1 gradients, stay whole until the last micro-batch of a step."""
-        super().begin(last=last)
+    def _begin(self, *, last: bool) -> None:
+        """Keep parameters, and in stage 1 gradients, whole until the last micro-batch of a step."""
+        super()._begin(last=last)
         for part in self.parts:
             part.set_is_last_backward(last)
             part.set_reshard_after_backward(last or self.stage == 3, recurse=False)
@@ -122,14 +122,12 @@ class Sharded(PlacedModel):
         for part in self.parts:
             yield from part._get_fsdp_state()._fsdp_param_groups
 
-    def release(self) -> None:
-        """Keep nothing but this rank's parts."""
-        super().release()
+    def after_evaluation(self) -> None:
+        super().after_evaluation()
         for part in self.parts:
             part.reshard()
 
-    def gathered(self) -> Iterator[Tensor]:
-        """What FSDP gathers parameters into: freed and allocated again in one place."""
+    def _gathered(self) -> Iterator[Tensor]:
         for group in self._groups():
             for each in group.fsdp_params:
                 yield from each.all_gather_outputs
@@ -142,9 +140,8 @@ class Sharded(PlacedModel):
         return {"parameters": sum(layers) + rest, "gathered for the island": gathered}
 
     @property
-    def reduced(self) -> set[torch.dtype]:
-        """By scattering."""
-        return super().reduced | self._reduced
+    def _reduced(self) -> set[torch.dtype]:
+        return super()._reduced | self._scattered
 
     def cost(self, turns: int, shape: tuple[int, int]) -> float:
         """As the head of this file has it; what stands outside the blocks is gathered once for both passes."""
@@ -163,8 +160,8 @@ class Sharded(PlacedModel):
             3: "parameters, gradients and state",
         }
         cut, size = what[self.stage], self.wire.world_size
-        if self.inner is not None and self.inner.inner is not None:
-            return f"{self.inner}; {cut} cut over {size} of them"
+        if self._inner is not None and self._inner._inner is not None:
+            return f"{self._inner}; {cut} cut over {size} of them"
         return f"replicas of {size} workers, each with its part of {cut}"
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from shoal.config import THERE_AND_BACK, LayoutConfig
 from shoal.errors import UserError
 from shoal.layouts import checking, stubs
-from shoal.layouts.base import PlacedModel
+from shoal.layouts.base import Function, PlacedModel
 from shoal.layouts.cutting import NoStages, Watched, balance, watch
 from shoal.layouts.sharded import is_recent_torch
 from shoal.layouts.stubs import Left
@@ -34,7 +34,7 @@ from shoal.wire.mesh import Mesh
 class Stages(PlacedModel):
     """The pieces of another layout that the stages of this worker need. `owners[s]` is the worker of stage s.
 
-    Its loss is that of the stage which `only` has chosen: hidden states, or of the last stage the loss.
+    A forward pass is that of the stage which `only` has chosen: it finds hidden states, in the last stage the result.
     """
 
     def __init__(self, inner: PlacedModel, mesh: Mesh, seen: Watched, options: LayoutConfig) -> None:
@@ -68,7 +68,7 @@ class Stages(PlacedModel):
         self.tied = [p.name for p in inner.pieces if p.source in tied] if keeps_first or keeps_last else []
         held = set(model.parameters())
         pieces = [_own(piece, held, follows=self.follows and piece.source in tied) for piece in inner.pieces]
-        super().__init__(model, pieces, self._loss, inner)
+        super().__init__(model, pieces, inner._loss, inner)
 
     @contextmanager
     def only(self, stage: int, entering: Callable[[], Tensor] | None) -> Iterator[None]:
@@ -95,7 +95,7 @@ class Stages(PlacedModel):
     def _entry(self, entering: Callable[[], Tensor]) -> Callable[[nn.Module, Any], Any]:
         def enter(layer: nn.Module, args: Any) -> Any:
             zeros, *others = args  # which have come through the layers of others
-            self.enter(*zeros.shape[:2])
+            self._begin_tokens(*zeros.shape[:2])
             return (entering(), *others)
 
         return enter
@@ -105,16 +105,15 @@ class Stages(PlacedModel):
 
         And the state of the random numbers, in a model that draws some.
         """
-        shape, dtype = self.hidden(rows, tokens), self.dtypes[stage + 1]
+        shape, dtype = self._hidden_shape(rows, tokens), self.dtypes[stage + 1]
         hidden = torch.empty(*shape, self.width, dtype=dtype, device=self.device)
         return [hidden, torch.empty(self._state_bytes, dtype=torch.uint8, device=self.device)][
             : 1 + self.draws
         ]
 
-    def _loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        assert self.inner is not None
+    def _apply(self, function: Function, inputs: dict[str, Tensor]) -> Tensor:
         try:
-            return self.inner.loss(model, inputs)
+            return super()._apply(function, inputs)
         except Left as left:
             return left.hidden
 
@@ -137,7 +136,7 @@ class Stages(PlacedModel):
 
     def __str__(self) -> str:
         stages = f"stages of {' + '.join(str(len(own)) for own in self.layers)} layers"
-        return stages if self.inner is None or self.inner.inner is None else f"{stages}; {self.inner}"
+        return stages if self._inner is None or self._inner._inner is None else f"{stages}; {self._inner}"
 
 
 def look(
@@ -158,7 +157,7 @@ def look(
                 found = f"the model has {len(seen.layers)} layers, fewer than the {stages} stages"
                 raise UserError(asked, found, "take a smaller number, or another model")
             layers = balance(*seen.costs, stages)
-            checking.check(model, placed.loss, seen, layers, nothing, policy.autocast(mesh.device))
+            checking.check(model, placed._loss, seen, layers, nothing, policy.autocast(mesh.device))
     except NoStages as error:
         raise UserError(asked, f"the model has no stages: {error}", "leave it out") from error
     return seen

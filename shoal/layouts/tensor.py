@@ -83,24 +83,20 @@ class TensorParallel(PlacedModel):
                 module._parameters[name] = new.get(p) if p is not None else None
         _compute_in_part(model, styles, self.line)
         _cut_vocabulary(model, self._sizes.vocabulary, axis, self.line)
-        super().__init__(model, pieces, inner.loss, inner)
+        super().__init__(model, pieces, inner._loss, inner)
 
     @property
-    def reports(self) -> bool:
-        """All ranks of a team find the same loss."""
-        return self.is_first and super().reports
+    def _reports(self) -> bool:
+        return self.is_first and super()._reports  # all ranks of a team find the same
 
-    def hidden(self, rows: int, tokens: int) -> tuple[int, int]:
-        """This rank's part."""
-        return 1, Tokens(self.line, *super().hidden(rows, tokens)).share
+    def _hidden_shape(self, rows: int, tokens: int) -> tuple[int, int]:
+        return 1, Tokens(self.line, *super()._hidden_shape(rows, tokens)).share
 
-    def enter(self, rows: int, tokens: int) -> None:
-        """They are parts."""
+    def _begin_tokens(self, rows: int, tokens: int) -> None:
         self.line.tokens = Tokens(self.line, rows, tokens)
 
-    def again(self) -> AbstractContextManager[object]:
-        """The tokens of now."""
-        return self._with_tokens(self.line.tokens, super().again())
+    def _recompute_context(self) -> AbstractContextManager[object]:
+        return self._with_tokens(self.line.tokens, super()._recompute_context())
 
     @contextmanager
     def _with_tokens(self, tokens: Tokens, below: AbstractContextManager[object]) -> Iterator[None]:
@@ -115,9 +111,8 @@ class TensorParallel(PlacedModel):
         """What is not cut, of the layers that this rank has."""
         return [p for name, p in self.model.named_parameters() if name in self._common]
 
-    def refresh(self) -> None:
-        """Have of the first rank what is not cut."""
-        super().refresh()
+    def before_forward(self) -> None:
+        super().before_forward()
         params = self._common_here()
         held = [_local(p) for p in params]
         if not held:

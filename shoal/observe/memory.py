@@ -13,7 +13,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from shoal.layouts.base import gathered_tensors
 from shoal.replica import Replica
+from shoal.tensors.piece import trained
 
 ACTIVATIONS = "activations, in passing"
 COPIES = "copies on the host"  # of parameters and gradients, where the optimizer steps
@@ -60,14 +62,14 @@ class Watch(TorchDispatchMode):
 def parts_of(replica: Replica, sync: Any) -> dict[str, list[Tensor]]:
     """The tensors that outlive a step, by part; what belongs to several counts for the first."""
     placed, buckets = replica.placed, list(replica.buckets)
-    trained = {piece.local for piece in placed.trained}
-    copies = [piece.local for piece in replica.updated if piece.local not in trained]
+    own = {piece.local for piece in trained(placed.pieces)}
+    copies = [piece.local for piece in replica.updated if piece.local not in own]
     host = {COPIES: [each for p in copies for each in (p, p.grad) if each is not None]} if copies else {}
     return {
         "parameters": [*(piece.local for piece in placed.pieces), *placed.model.buffers()],
         "gradients": [*(bucket.flat for bucket in buckets), *_reachable(bucket.tree for bucket in buckets)],
         "optimizer state": [tensor for _, tensor in replica.optimizer_state.tensors()],
-        "gathered for the island": list(placed.gathered()),
+        "gathered for the island": list(gathered_tensors(placed)),
         "sync and codec": list(_reachable([sync])),
     } | host
 

@@ -85,6 +85,11 @@ def take_wide_gradients(pieces: Iterable[Piece]) -> None:
                 p.grad_dtype = torch.promote_types(p.dtype, torch.float32)
 
 
+def trained(pieces: list[Piece]) -> list[Piece]:
+    """Those of `pieces` that gradients come to on this rank."""
+    return [piece for piece in pieces if piece.source.requires_grad and piece.local.numel()]
+
+
 def named(pieces: Iterable[Piece]) -> list[tuple[str, nn.Parameter]]:
     """What is held of each parameter, with its name."""
     return [(piece.name, piece.local) for piece in pieces]

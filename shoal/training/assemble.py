@@ -15,7 +15,7 @@ from shoal.config import RunConfig, order_of, resolve_batch, resolve_grid
 from shoal.data import cache
 from shoal.data.batches import Batches
 from shoal.errors import UserError, choose
-from shoal.layouts.base import Loss, PlacedModel
+from shoal.layouts.base import Function, PlacedModel, recompute_context
 from shoal.models.on_disk import on_disk
 from shoal.models.recompute import recompute
 from shoal.observe.console import Screen
@@ -28,7 +28,7 @@ from shoal.sync.guard import Guard
 from shoal.tasks import TASKS, Task
 from shoal.tensors import precision
 from shoal.tensors.buckets import Buckets
-from shoal.tensors.piece import Piece, named
+from shoal.tensors.piece import Piece, named, trained
 from shoal.tensors.precision import Policy
 from shoal.training.resume import checkpoint_of, load_standing, resume
 from shoal.training.run import Run
@@ -110,17 +110,16 @@ def _replica(
     policy = precision.resolve(config.train.precision, mesh.device)
     policy = replace(policy, optimizer=optimizing.state_dtype(config.train.optim, policy.optimizer))
     placed = _placed(config, mesh, task, policy, nothing)
-    params = named(placed.trained)
+    pieces = trained(placed.pieces)
+    params = named(pieces)
     buckets = Buckets(
-        placed.trained,
+        pieces,
         bucket_bytes=_bucket_bytes(config, params),
         multiple=mesh.replicate.size,
         exact=config.train.exact,
-        listen=placed.one_by_one,
+        listen=placed.singly,
     )
-    optimizers, updated = _optimizers(config, placed.trained, policy)
-    if config.train.compile:
-        placed.learnt = _compiled(placed.loss)
+    optimizers, updated = _optimizers(config, pieces, policy)
     return Replica(
         placed=placed,
         mesh=mesh,
@@ -153,9 +152,10 @@ def _placed(
         from shoal.models.float8 import use_float8  # torchao takes seconds to import
 
         use_float8(model, mesh.device, parts=mesh.size("tensor"))
-    placed = layouts.place(model, task.loss, mesh, policy, config.layout, nothing)
+    loss = _compiled(task.loss) if config.train.compile else task.loss
+    placed = layouts.place(model, loss, mesh, policy, config.layout, nothing)
     # A compiler, which takes whole replicas alone, could not read what is asked.
-    recompute(model, config.train.gradient_checkpointing, placed.again if cut else None)
+    recompute(model, config.train.gradient_checkpointing, recompute_context(placed) if cut else None)
     _check_model(task, placed, mesh, policy)
     return placed
 
@@ -166,11 +166,11 @@ def _check_model(task: Task, placed: PlacedModel, mesh: Mesh, policy: Policy) ->
     cut = len(island) > 1
 
     def loss(inputs: dict[str, Tensor]) -> Tensor:
-        placed.refresh()
+        placed.before_forward()
         moved = {name: tensor.to(mesh.device) for name, tensor in inputs.items()}
-        found = placed.loss(placed.model, moved).double().cpu()
-        placed.release()
-        return island.sum(found if placed.reports else torch.zeros_like(found))
+        found = placed.call(task.loss, moved)
+        placed.after_evaluation()
+        return island.sum(torch.zeros((), dtype=torch.float64) if found is None else found.double().cpu())
 
     was_training = placed.model.training
     placed.model.eval()
@@ -234,7 +234,7 @@ def _check_same_data(wire: Wire, data: Path) -> None:
         )
 
 
-def _compiled(loss: Loss) -> Loss:
+def _compiled(loss: Function) -> Function:
     """The whole of body, head and loss as one graph. Raises UserError where there is nothing to compile it with."""
     if not (shutil.which("g++") or shutil.which("clang++")):
         raise UserError(

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shoal.data.batches import ABSENT, Samples
-from shoal.layouts.base import Loss
+from shoal.layouts.base import Function, PlacedModel
 from shoal.tensors.precision import Policy
 
 ASK_EVERY = 4  # micro-batches of each, after which all ask each other whether to stop
@@ -19,20 +19,19 @@ class Evaluators:
     """Those who evaluate together: this one's place among `size`, and how they add up what each has found.
 
     All call `agree` equally often. Groups of `in_step` neighbours measure equally often, the last time perhaps a
-    micro-batch without samples. Where several ranks compute one loss together, one of them `reports` it.
+    micro-batch without samples.
     """
 
     index: int = 0
     size: int = 1
     agree: Callable[[Tensor], Tensor] = lambda numbers: numbers
     in_step: int = 1
-    reports: bool = True
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
-    loss: Loss,
+    placed: PlacedModel,
+    loss: Function,
     samples: Samples,
     *,
     micro_batch_size: int,
@@ -55,12 +54,14 @@ def evaluate(
     def measure(v: int) -> float:
         inputs = {k: t.to(device) for k, t in samples.collate(micro_batches[v]).items()}
         with policy.autocast(device):
-            return float(loss(model, inputs).item())
+            found = placed.call(loss, inputs)
+            return 0.0 if found is None else float(found.item())
 
     def stopping() -> bool:
         return bool(among.agree(torch.tensor([float(stop())], dtype=torch.float64)) > 0)
 
     table = torch.zeros(2, len(micro_batches), dtype=torch.float64)  # sums, and which are known
+    model = placed.model
     was_training = model.training
     model.eval()
     stopped = False
@@ -70,7 +71,7 @@ def evaluate(
             break
         if (v := first + among.index) < rows:
             found = measure(v)
-            table[0, v], table[1, v] = found if among.reports else 0.0, 1
+            table[0, v], table[1, v] = found, 1
     stopped = stopped or stopping()
     if not stopped:
         table = among.agree(table.view(-1)).view(2, -1)

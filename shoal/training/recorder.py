@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 
 from shoal.data.batches import Batch
+from shoal.layouts.base import reduced_dtypes
 from shoal.observe.console import GIB, shown_number, step_line
 from shoal.observe.ledger import Ledger
 from shoal.observe.memory import COPIES, Watch, parts_of, report
@@ -154,7 +155,7 @@ def _memory(run: Run, measured: dict[str, int]) -> Memory:
 def _check_policy(run: Run) -> None:
     replica = run.replica
     params, state = [p for _, p in replica.params], (t for _, t in replica.optimizer_state.tensors())
-    reduced = {bucket.flat.dtype for bucket in replica.buckets} | replica.placed.reduced
+    reduced = {bucket.flat.dtype for bucket in replica.buckets} | reduced_dtypes(replica.placed)
     replica.policy.check(params, state, reduced)
 
 

@@ -186,14 +186,13 @@ class Run:
             len(island.teams) if alone else self.mesh.teams,
             island.sum if alone else self.agree,
             in_step=len(island.teams),
-            reports=placed.reports,
         )
         with self.sync.shared_model(self.replica):
             self.shared = self.tensors()  # for a save of the same step
-            placed.refresh()
+            placed.before_forward()
             measured = evaluate(
-                self.replica.model,
-                placed.loss,  # never the compiled one: a second graph would cost more than it saves
+                placed,
+                self.task.loss,  # never the compiled one: a second graph would cost more than it saves
                 samples,
                 micro_batch_size=self.batches.shape[1],
                 among=among,
@@ -201,7 +200,7 @@ class Run:
                 device=self.mesh.device,
                 stop=(lambda: stop() or self.sync.members.hears_wish) if alone else stop,
             )
-            placed.release()
+            placed.after_evaluation()
         if measured is None:
             return {} if alone and self.progress.step < self.total_steps else None
         return self.task.metrics(*measured)

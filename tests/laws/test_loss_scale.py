@@ -37,13 +37,13 @@ CASES: dict[str, tuple[str, int, dict[str, Any], bool]] = {
 
 def overflow(run: Run, rank: int, step: int) -> None:
     """Have the float16 gradients of one micro-batch of `rank` at `step` overflow: by a loss that is too large."""
-    loss = run.replica.placed.learnt
+    loss = run.replica.placed._loss
 
     def too_large(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         once = run.mesh.rank == rank and run.progress.step == step
         return loss(model, inputs) * (1e30 if once else 1.0)
 
-    run.replica.placed.learnt = too_large
+    run.replica.placed._loss = too_large
 
 
 def scales(
@@ -125,8 +125,8 @@ def test_resumed_as_if_never_stopped(pool: Pool, case: str, tmp_path: Path) -> N
 
 def never_finite(mesh: Mesh, **settings: Any) -> tuple[int, float]:
     run = run_of(mesh, "allreduce", RowsTask(), max_steps=40, **settings)
-    loss = run.replica.placed.learnt
-    run.replica.placed.learnt = lambda model, inputs: loss(model, inputs) * float("nan")
+    loss = run.replica.placed._loss
+    run.replica.placed._loss = lambda model, inputs: loss(model, inputs) * float("nan")
     with pytest.raises(ShoalError, match="not finite 3 times"):
         train(run, lambda: False)
     return run.progress.step, run.replica.scaler.scale

@@ -14,9 +14,9 @@ from laws.worlds import Arrays, as_array, first_difference, follow, run_of, sent
 from torch import nn
 
 from shoal.errors import ShoalError
-from shoal.layouts.base import shape_of
+from shoal.layouts.base import reduced_dtypes, shape_of
 from shoal.optim.rounding import RoundedAdamW, draws, places, round_by_chance
-from shoal.tensors.piece import Piece
+from shoal.tensors.piece import Piece, trained
 from shoal.training.loop import train
 from shoal.training.run import Run
 from shoal.wire.mesh import Mesh
@@ -109,10 +109,10 @@ def summed_over_many(mesh: Mesh, task: RowsTask, **settings: Any) -> Pieces:
     predicted = placed.cost(run.replica.turns, shape_of(batch.micro_batch(0)))
     assert sent_within(run) - before == predicted
     assert {bucket.flat.dtype for bucket in run.replica.buckets} == {torch.float32}
-    assert run.replica.placed.reduced <= {torch.float32}
+    assert reduced_dtypes(run.replica.placed) <= {torch.float32}
     return {
         piece.name: (tuple(piece.shape), piece.blocks, as_array(piece.local.grad))
-        for piece in run.replica.placed.trained
+        for piece in trained(run.replica.placed.pieces)
     }
 
 

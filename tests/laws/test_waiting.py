@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from shoal import checkpoint
 from shoal.checkpoint import saving
 from shoal.errors import ShoalError
+from shoal.layouts.base import PlacedModel
 from shoal.sync.server_strategy import ServerStrategy
 from shoal.tensors.precision import resolve
 from shoal.training.evaluate import ASK_EVERY, Evaluators, evaluate
@@ -103,7 +104,7 @@ def wait_for_the_dead(made: Mesh) -> None:
 
 def test_that_rank_0_has_died_is_noticed(pool: Pool) -> None:
     _, left = pool.wait(pool.start(wait_for_the_dead, ranks=2))
-    assert left.error.startswith("ConnectionError")
+    assert left.error.startswith("PeerLost")
 
 
 def come(rank: int, port: int, late: int) -> int:
@@ -163,7 +164,7 @@ def measure(made: Mesh, stopped_at: int, count: int) -> tuple[Any, int, int]:
         return wire.sum(numbers)
 
     found = evaluate(
-        nn.Identity(),
+        PlacedModel.whole(nn.Identity(), loss),
         loss,
         Few(count),  # type: ignore[arg-type]
         micro_batch_size=1,

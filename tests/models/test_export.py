@@ -219,7 +219,7 @@ def test_what_differs_when_read_again_leaves_nothing(
         weights[-1] ^= 0x40
         path.write_bytes(weights)
 
-    monkeypatch.setattr(exporting.stored, "stream", bit_rot)
+    monkeypatch.setattr(exporting.tensor_files, "stream", bit_rot)
     with pytest.raises(ShoalError, match=r"differs when read again"):
         export(source, final, {})
     assert not list((tmp_path / "out").iterdir())

@@ -67,7 +67,7 @@ def started(mesh: Mesh, task: ModelTask, **settings: Any) -> tuple[Any, list[str
     """The pieces that a run starts with, and which of its tensors lie in a file still."""
     disk.SMALL = 100
     run = run_of(mesh, "allreduce", task, **settings)
-    run.replica.placed.refresh()
+    run.replica.placed.before_forward()
     held = [p for p in run.replica.model.parameters() if is_on_disk(p)]
     held += [piece.local for piece in run.replica.placed.pieces if is_on_disk(piece.local)]
     return pieces_of(run), [str(tuple(p.shape)) for p in held]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from shoal.config import load_config
 from shoal.config.batch import resolve_batch
 from shoal.data.batches import Batch, Batches
+from shoal.layouts.base import PlacedModel
 from shoal.optim import optimizers
 from shoal.shares import equal
 from shoal.tasks import TASKS
@@ -86,7 +87,7 @@ class Job:
         everyone = dist.group.WORLD
         assert everyone is not None
         measured = evaluate(
-            self.model,
+            PlacedModel.whole(self.model, self.task.loss),
             self.task.loss,
             self.task.samples("eval"),
             micro_batch_size=self.batches.shape[1],

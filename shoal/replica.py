@@ -103,6 +103,11 @@ class Replica:
         self._shares_before_pause: Shares | None = None
 
     @property
+    def is_cut(self) -> bool:
+        """Whether several ranks hold it together."""
+        return len(self.island) > 1
+
+    @property
     def turns(self) -> int:
         """How many micro-batches each team of the island computes in a step, those without samples too."""
         return max(self.shares.counts[team] for team in self.island.teams)

@@ -271,11 +271,11 @@ def test_only_what_a_manifest_of_this_run_vouches_for_is_removed(tmp_path: Path)
 
 
 def test_a_save_holds_what_was_there_when_it_began(tmp_path: Path) -> None:
-    """The copy is made beside the loop; once `settle` has returned the live tensors may change."""
+    """The copy is made beside the loop; once `wait_until_read` has returned the live tensors may change."""
     live = tensors_of(1)
     checkpoints = Checkpoints(tmp_path, every=1, keep=2)
     checkpoints.save(live, Progress(step=1), None)
-    checkpoints.settle()
+    checkpoints.wait_until_read()
     for part in live.values():
         for tensor in part.values():
             tensor.fill_(-1)

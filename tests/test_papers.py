@@ -59,7 +59,7 @@ def test_the_file_tree_is_that_of_the_repository(paper):
 
 @pytest.mark.parametrize("paper", READMES)
 def test_the_loop_is_the_one_that_runs(paper):
-    (loop,) = [block for block in blocks(paper, "python") if block.startswith("for step in")]
+    (loop,) = [block for block in blocks(paper, "python") if block.startswith("for number in")]
     source = (ROOT / "shoal" / "training" / "loop.py").read_text(encoding="utf-8")
     assert textwrap.indent(loop, " " * 8) in source
 

@@ -27,8 +27,8 @@ def test_the_steps_that_only_others_have_taken_are_done_with_their_samples(
 ) -> None:
     """A run that goes on from there repeats none: 13 steps of 4 are all 50 samples."""
     run: Any = SimpleNamespace(
-        settle=lambda: None,
-        sync=SimpleNamespace(finish=lambda replica: None, reached=reached),
+        saver=SimpleNamespace(wait_until_read=lambda: None),
+        sync=SimpleNamespace(members=SimpleNamespace(finish=lambda replica: None, reached=reached)),
         replica=None,
         batches=Batches(Rows(), seed=1, global_batch_size=4, micro_batch_size=2, epochs=1),  # type: ignore[arg-type]
         total_steps=13,

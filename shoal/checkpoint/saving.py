@@ -55,11 +55,15 @@ class Checkpoints:
         self.present = present or (lambda: range(world_size))  # the replicas that still hand over parts
         self.run = ""  # the id of the run, by which manifests vouch for what may be removed
         self.newest_step = -1  # of those saved by this process
-        self.stalled = 0.0  # seconds that the caller has waited in `save` and `settle`
+        self.stalled = 0.0  # seconds that the caller has waited in `save` and `wait_until_read`
         self._thread: threading.Thread | None = None
         self._written = threading.Event()
         self._written.set()
         self._error: BaseException | None = None
+
+    def belong_to(self, run: str) -> None:
+        """Name the run in the manifests: only what a run made is ever removed."""
+        self.run = run
 
     def due(self, step: int) -> bool:
         """Whether to save after `step` steps."""
@@ -78,8 +82,8 @@ class Checkpoints:
         """Start to save live tensors: those of the model, and this rank's `part` (if one has any, all have).
 
         Where a replica is held by several ranks each of them gives its pieces of the model, and their `places`; else
-        rank 0 gives it whole. They must not change before `settle` returns: they are written as they are, without a
-        copy in memory, in a thread beside the next forward and backward pass, which only read parameters.
+        rank 0 gives it whole. They must not change before `wait_until_read` returns: they are written as they are,
+        without a copy in memory, in a thread beside the next forward and backward pass, which only read parameters.
         """
         began = time.perf_counter()
         self.finish()
@@ -93,7 +97,7 @@ class Checkpoints:
         self._thread.start()
         self.stalled += time.perf_counter() - began
 
-    def settle(self) -> None:
+    def wait_until_read(self) -> None:
         """Wait until what this rank saves is in its files; call before parameters change."""
         began = time.perf_counter()
         self._written.wait()

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from shoal.errors import described, naming
 from shoal.system.run_folder import OWN
@@ -70,6 +70,32 @@ class TensorBoard:
         except Exception as error:
             self._writer = None
             self._say(f"nothing more is written for TensorBoard: {described(error)}")
+
+
+class Tracker(Protocol):
+    """Where the records of a run go."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Take one record: "step", and numbers or lists of numbers by metric name."""
+        ...
+
+    def close(self) -> None:
+        """The run ends: have all of it where it belongs."""
+        ...
+
+
+# Name for --report-to -> (folder of the run, id of the run, where to say that it failed) -> tracker
+TRACKERS: dict[str, Callable[[Path, str, Callable[[str], None]], Tracker]] = {
+    "tensorboard": lambda folder, run, say: TensorBoard(folder / "tb", run, say),
+}
+
+
+def trackers(
+    names: list[str], folder: Path, resumed_step: int, run: str, say: Callable[[str], None]
+) -> list[Tracker]:
+    """`metrics.jsonl`, and the trackers of these names."""
+    metrics: list[Tracker] = [MetricsFile(folder / "metrics.jsonl", resumed_step)]
+    return metrics + [TRACKERS[name](folder, run, say) for name in names]
 
 
 def _lines(path: Path) -> list[str]:

@@ -5,7 +5,7 @@ A task is one file here and one line in `TASKS`. The loop, the batches and the e
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from shoal.tasks.causal_lm import CausalLM
 
 class Task(Protocol):
     """What a run learns, made from its configuration and the folder of prepared data."""
+
+    best: tuple[str, Literal["min", "max"]]  # the metric that decides which checkpoint is the best, and how
 
     def __init__(self, config: RunConfig, folder: Path) -> None: ...
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ ROUTER = "(--model.output_router_logits false, for a router's)"
 
 class CausalLM:
     """Windows of `sequence_length` tokens cut from the documents laid end to end; every token is a label once."""
+
+    best: tuple[str, Literal["min", "max"]] = ("eval/loss", "min")
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.config = config

@@ -1,6 +1,7 @@
 """A run put together: from its configuration to the data, the replica, the strategy and where it writes."""
 
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -19,19 +20,22 @@ from shoal.layouts.base import Function, PlacedModel, recompute_context
 from shoal.models.on_disk import on_disk
 from shoal.models.recompute import recompute
 from shoal.observe.console import Screen
+from shoal.observe.memory import COPIES, MemoryReport
 from shoal.optim import offload
 from shoal.optim import optimizers as optimizing
 from shoal.optim.rounding import RoundedAdamW
 from shoal.replica import Replica
-from shoal.sync import SYNCS, Sync
+from shoal.sync import SYNCS, Sync, cost_of
 from shoal.sync.guard import Guard
 from shoal.tasks import TASKS, Task
 from shoal.tensors import precision
 from shoal.tensors.buckets import Buckets
 from shoal.tensors.piece import Piece, named, trained
 from shoal.tensors.precision import Policy
+from shoal.training.balance import Balancer
 from shoal.training.resume import checkpoint_of, load_standing, resume
 from shoal.training.run import Run
+from shoal.training.saving import Saver
 from shoal.wire.island import Island
 from shoal.wire.mesh import Mesh
 from shoal.wire.wire import Wire
@@ -56,8 +60,11 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
     first_shares = _first_shares(config.strategy.balance, micro_batches, mesh.teams)
     replica = _replica(config, mesh, task, total_steps, first_shares, batches.nothing())
     sync: Sync = choose("--strategy", config.strategy.name, SYNCS)(config, wire)
+    balancer = Balancer(off=config.strategy.balance != "auto" or not sync.members.all_agree)
+    watch: Callable[[float], None] = lambda loss: None  # noqa: E731
     if config.strategy.guard is not None:
-        sync = Guard(config, wire, sync, screen.say)
+        sync = guard = Guard(config, wire, sync, screen.say)
+        watch = guard.watch
     codecs.check(config.strategy, [p.shape for _, p in replica.params])
     folder = Path(config.checkpoint.output_dir)
     checkpoints = Checkpoints(
@@ -87,15 +94,34 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
         batches,
         replica,
         sync,
-        checkpoints,
+        Saver(checkpoints, replica, sync, task),
+        balancer,
+        MemoryReport(
+            replica,
+            sync,
+            lambda: _predicted_memory(config, replica),
+            last_step=total_steps - 1,
+            wanted=config.log.memory_report,
+        ),
         progress,
         total_steps,
+        watch,
     )
     if found is None:
         sync.attach(replica)
     else:
         resume(run, found, standing)
     return run
+
+
+def _predicted_memory(config: RunConfig, replica: Replica) -> dict[str, int]:
+    """The bytes of parts of the memory, as arithmetic."""
+    return replica.placed.held() | {
+        "gradients": sum(bucket.flat.nbytes for bucket in replica.buckets),
+        "optimizer state": optimizing.state_bytes(replica.optimizers),
+        "sync and codec": cost_of(config, replica).held,
+        COPIES: 2 * sum(p.nbytes for _, p in replica.params),
+    }
 
 
 def _replica(

@@ -10,6 +10,7 @@ from torch import Tensor
 from shoal.data.batches import ABSENT, Samples
 from shoal.layouts.base import Function, PlacedModel
 from shoal.tensors.precision import Policy
+from shoal.training.run import Run
 
 ASK_EVERY = 4  # micro-batches of each, after which all ask each other whether to stop
 
@@ -62,6 +63,7 @@ def evaluate(
 
     table = torch.zeros(2, len(micro_batches), dtype=torch.float64)  # sums, and which are known
     model = placed.model
+    placed.before_forward()
     was_training = model.training
     model.eval()
     stopped = False
@@ -78,4 +80,41 @@ def evaluate(
         for v in (table[1] == 0).nonzero().flatten().tolist():
             table[0, v] = measure(v)
     model.train(was_training)
+    placed.after_evaluation()
     return None if stopped else (table[0].sum().item(), int(samples.label_counts(micro_batches).sum()))
+
+
+def validate(run: Run, stop: Callable[[], bool]) -> dict[str, float] | None:
+    """The task's metrics over the whole "eval" split, {} if it is empty; None if `stop()` came true.
+
+    A rank that evaluates alone, stopped before the last step, gives {}: it takes steps until the strategy says
+    after which one all stop.
+    """
+    samples, members = run.task.samples("eval"), run.sync.members
+    alone = members.evaluates_alone
+    if not len(samples) or (alone and run.mesh.replicate.index):
+        return {}
+    run.saver.wait_until_read()  # the shared model may overwrite what is being copied
+    island = run.replica.island
+    among = Evaluators(
+        run.mesh.team,
+        len(island.teams) if alone else run.mesh.teams,
+        island.sum if alone else run.agree,
+        in_step=len(island.teams),
+    )
+    with run.sync.shared_model(run.replica):
+        run.saver.keep_model(run.progress.step)
+        measured = evaluate(
+            run.replica.placed,
+            run.task.loss,  # never the compiled one: a second graph would cost more than it saves
+            samples,
+            micro_batch_size=run.batches.shape[1],
+            among=among,
+            policy=run.replica.policy,
+            device=run.mesh.device,
+            stop=(lambda: stop() or members.hears_wish) if alone else stop,
+        )
+    run.lap()  # the next step does not pay for this
+    if measured is None:
+        return {} if alone and run.progress.step < run.total_steps else None
+    return run.task.metrics(*measured)

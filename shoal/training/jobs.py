@@ -16,12 +16,15 @@ from shoal.layouts.base import shape_of
 from shoal.models.pretrained import remarks
 from shoal.models.quantize import quantize, weight_bytes
 from shoal.observe.console import GIB, Screen, duration, shown_number
+from shoal.observe.memory import Report
+from shoal.sync import cost_of
 from shoal.system import output
 from shoal.system.run_folder import CONFIG, ENVIRONMENT, SUMMARY, RunFolder
 from shoal.training.assemble import assemble
+from shoal.training.evaluate import validate
 from shoal.training.loop import train
 from shoal.training.recorder import peak_rss_gib
-from shoal.training.run import Memory, Run
+from shoal.training.run import Run
 from shoal.wire.mesh import Mesh
 
 MIB = 2**20
@@ -60,7 +63,7 @@ def evaluate_job(resolved: Resolved, mesh: Mesh, data: Path, stop: Stop) -> None
     """Evaluate the model on the held-out data and print the metrics as JSON."""
     screen = Screen(speaks=mesh.is_first)
     run = assemble(resolved.config, mesh, data, screen)
-    metrics = run.evaluate(stop)
+    metrics = validate(run, stop)
     if resolved.config.eval.quantize != "none" and metrics:
         metrics = _quantized(run, metrics, stop)
     if mesh.is_first:
@@ -75,7 +78,7 @@ def _quantized(run: Run, whole: dict[str, float], stop: Stop) -> dict[str, float
     model = run.replica.model
     before = weight_bytes(model)
     quantize(model, run.config.eval.quantize)
-    metrics = run.evaluate(stop)
+    metrics = validate(run, stop)
     if metrics is None:
         return None
     perplexity = whole["eval/perplexity"]
@@ -90,12 +93,13 @@ def _quantized(run: Run, whole: dict[str, float], stop: Stop) -> dict[str, float
 
 def _begin_folder(run: Run, resolved: Resolved, place: RunFolder) -> None:
     """Everything fits together: now the folder becomes this run's. Only here is an earlier run removed."""
-    run.checkpoints.run = place.begin(
+    owner = place.begin(
         anew=run.config.checkpoint.begins_anew,
         overwrite=run.config.checkpoint.overwrite_output_dir,
         ranks=run.mesh.world_size,
         say=run.screen.say,
     )
+    run.saver.checkpoints.belong_to(owner)
     (run.folder / CONFIG).write_text(dump_yaml(resolved))
     versions = {
         "python": platform.python_version(),
@@ -136,7 +140,7 @@ def _layout(run: Run) -> str:
 def _strategy(run: Run) -> str:
     """How replicas agree, and what it is expected to cost a step; the summary tells what was really sent."""
     options = run.config.strategy
-    cost = run.sync_cost
+    cost = cost_of(run.config, run.replica)
     words = [options.name, *(["exact"] if run.config.train.exact else [])]
     words += [f"codec {options.codec}"] if options.codec != "none" else []
     words += [f"{cost.sent / 1e6:,.3g} MB sent by each worker in an average step"]
@@ -167,14 +171,14 @@ def _summary(run: Run, metrics: dict[str, float]) -> dict[str, Any]:
         "strategy": run.config.strategy.name,
         "precision": run.replica.policy.name,
         "seed": run.config.train.seed,
-    } | ({"memory": run.memory} if run.memory else {})
+    } | ({"memory": run.memory.report} if run.memory.report else {})
 
 
 def _finish_folder(run: Run, resolved: Resolved, place: RunFolder, summary: dict[str, Any]) -> None:
     """Export, and write the summary: it marks the run as finished. What is only to be seen comes after that."""
     for optimizer in run.replica.optimizers:
         optimizer.state.clear()  # it is saved, and the export wants room
-    model = None if run.is_cut else run.replica.model  # this rank alone never makes a cut one whole
+    model = None if run.replica.is_cut else run.replica.model  # this rank alone never makes a cut one whole
     chosen = {key: origin for key, origin in resolved.origins.items() if origin != "default"}
     settings = {key: _setting(resolved, key) for key in ("model.name", "data.path", *chosen)}
     last = run.folder / f"checkpoint-{run.progress.step}"
@@ -198,9 +202,9 @@ def _finish_folder(run: Run, resolved: Resolved, place: RunFolder, summary: dict
         **({"A sample of text": f"shoal generate {run.folder} --prompt ..."} if model is None else {}),
     }
     run.screen.banner("Finished", facts)
-    if run.memory:
+    if run.memory.report:
         run.screen.banner(
-            "Memory of worker 0 at the peak of a step", _shown_memory(run.memory, run.mesh.device)
+            "Memory of worker 0 at the peak of a step", _shown_memory(run.memory.report, run.mesh.device)
         )
 
 
@@ -214,7 +218,7 @@ def _show_sample(run: Run, model: Any) -> None:
         run.screen.say(f"***** A sample of generated text *****\n{sample}\n*****")
 
 
-def _shown_memory(memory: Memory, device: torch.device) -> dict[str, str]:
+def _shown_memory(memory: Report, device: torch.device) -> dict[str, str]:
     """The report as lines: what tensors held, what arithmetic has for it, and what the process had beside them."""
     lines, total = {}, 0
     for part, each in memory.items():

@@ -1,19 +1,17 @@
 """The loop. No line of it asks which strategy runs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from shoal.errors import Preempted, ShoalError
 from shoal.replica import Step
-from shoal.training.recorder import Observer
-from shoal.training.run import Run
+from shoal.training.evaluate import validate
+from shoal.training.recorder import Recorder
+from shoal.training.run import Agreed, Run
 
-Stop = Callable[[], bool]
 
-
-def train(run: Run, stop: Stop) -> dict[str, float]:
+def train(run: Run, stop: Callable[[], bool]) -> dict[str, float]:
     """Run the loop from where `run` stands to its last step, and validate.
 
     Returns the metrics of the last evaluation. When `stop()` comes true on any rank, all of them end the step in hand
@@ -21,64 +19,66 @@ def train(run: Run, stop: Stop) -> dict[str, float]:
     too many steps in a row had no finite gradient.
     """
     stopping = False
-    with Observer(run) as observer:
-        for step in range(run.progress.step, run.total_steps):
-            batch = run.batches.at(step)
-            with observer.watching(step):
-                taken = run.replica.gradients(batch)
-                run.settle()  # a save in flight still reads the parameters until here
-                run.sync.step(run.replica, taken)
-            tally = _agree(run, taken, stop())
-            observer.step(batch, taken, tally.loss)
-            run.commit(batch, taken, tally.loss)
-            run.balance(tally.seconds)
-            metrics = observer.evaluate(stop) if run.evaluation_due and not tally.stopping else {}
-            stopping = tally.stopping or metrics is None
+    with Recorder(run) as recorder:
+        run.lap()
+        for number in range(run.progress.step, run.total_steps):
+            batch = run.batches.at(number)
+            with run.memory.watching(number):
+                step = run.replica.gradients(batch)
+                run.saver.wait_until_read()  # a save under way reads the parameters until here
+                run.sync.step(run.replica, step)
+            agreed = _agree(run, step, stop())
+            recorder.step(batch, step, agreed)
+            run.commit(batch, step, agreed)
+            due = _evaluation_due(run) and not agreed.stopping
+            metrics = recorder.evaluation(validate(run, stop)) if due else {}
+            stopping = agreed.stopping or metrics is None
             improved = _improves(run, metrics)
-            if improved or (run.checkpoints.due(step + 1) and not stopping):
-                run.save(best=improved)
+            if improved or (run.saver.checkpoints.due(number + 1) and not stopping):
+                run.saver.save(run.progress, best=improved)
             _give_up_if_not_finite(run)
             if stopping:
                 break
         run.leave()
-        run.save()
-        metrics = None if stopping else observer.evaluate(stop)
+        run.saver.save(run.progress)
+        metrics = None if stopping else recorder.evaluation(validate(run, stop))
         if metrics is None:
-            run.checkpoints.finish()
+            run.saver.checkpoints.finish()
             raise _preempted(run)
         if _improves(run, metrics):
-            run.save(best=True)
-        run.checkpoints.finish()
+            run.saver.save(run.progress, best=True)
+        run.saver.checkpoints.finish()
         return metrics
 
 
-@dataclass(frozen=True)
-class Tally:
-    """What all ranks know after a step: its loss a label, each team's seconds of computing, whether to stop."""
-
-    loss: float
-    seconds: list[float]
-    stopping: bool
-
-
-def _agree(run: Run, step: Step, stopping: bool) -> Tally:
-    """One small sum tells every rank the same. The losses add up in the order of their micro-batches."""
-    losses = step.losses
-    numbers = torch.zeros(len(losses) + run.mesh.teams + 2, dtype=torch.float64)
-    numbers[: len(losses)] = losses
-    numbers[len(losses) + run.mesh.team] = step.seconds.compute / run.mesh.size("team")
-    island = run.replica.island
-    numbers[-2:] = torch.tensor([step.own_labels if island.is_first else 0, stopping])
+def _agree(run: Run, step: Step, stopping: bool) -> Agreed:
+    """Let every rank know the same, by one small sum. The losses add up in the order of their micro-batches."""
+    mesh, count = run.mesh, len(step.losses)
+    numbers = torch.zeros(count + mesh.teams + 2, dtype=torch.float64)
+    numbers[:count] = step.losses
+    numbers[count + mesh.team] = step.seconds.compute / mesh.size("team")
+    numbers[-2:] = torch.tensor([step.own_labels if run.replica.island.is_first else 0, stopping])
     numbers = run.agree(numbers)
-    loss = numbers[: len(losses)].sum() / numbers[-2].clamp(min=1)
-    return Tally(loss.item(), numbers[len(losses) : -2].tolist(), bool(numbers[-1] > 0))
+    loss = numbers[:count].sum() / numbers[-2].clamp(min=1)
+    return Agreed(loss.item(), numbers[count:-2].tolist(), bool(numbers[-1] > 0), run.lap())
+
+
+def _evaluation_due(run: Run) -> bool:
+    """Whether to validate after the steps done, before the run's end, where it is always done."""
+    every, done = run.config.eval.eval_steps, run.progress.step
+    return bool(every) and done % every == 0 and done < run.total_steps
 
 
 def _improves(run: Run, metrics: dict[str, float] | None) -> bool:
-    if not metrics or not metrics["eval/loss"] < (run.progress.best or float("inf")):
+    """Whether these are the best metrics so far, by the one that the task names."""
+    if not metrics:
         return False
-    run.progress.best = metrics["eval/loss"]
-    return True
+    name, direction = run.task.best
+    found, best = metrics[name], run.progress.best
+    improves = best is None or (found < best if direction == "min" else found > best)
+    if improves and found == found:
+        run.progress.best = found
+    return improves and found == found
 
 
 def _give_up_if_not_finite(run: Run) -> None:

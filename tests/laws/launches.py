@@ -173,10 +173,10 @@ def insert(fault: Fault) -> None:
     from shoal.sync import SYNCS
     from shoal.sync.server_strategy import ServerStrategy
     from shoal.tasks.causal_lm import CausalLM
-    from shoal.training import run as running
-    from shoal.training.recorder import Observer
-    from shoal.training.run import Run
-    from shoal.wire import mesh
+    from shoal.training import evaluate as evaluation
+    from shoal.training import jobs, loop
+    from shoal.training.recorder import Recorder
+    from shoal.wire import meeting
 
     assert fault.kind in KINDS
     assert fault.phase in PHASES
@@ -221,18 +221,19 @@ def insert(fault: Fault) -> None:
         meet("backward")
         return grad
 
-    before(mesh, "_store", lambda *args: meet("join"))
+    before(meeting, "open_store", lambda *args: meet("join"))
     before(Replica, "gradients", forward)
     for sync in SYNCS.values():
         before(sync, "step", lambda *args: meet("exchange"))
     before(Replica, "update", lambda *args: meet("update"))
     before(ServerClient, "load", lambda *args: meet("update"))
-    before(Observer, "step", lambda *args: meet("observe"))
-    before(Run, "evaluate", lambda *args: meet("evaluate"))
+    before(Recorder, "step", lambda *args: meet("observe"))
+    for caller in (loop, jobs):
+        before(caller, "validate", lambda *args: meet("evaluate"))
     before(Stop, "hold", lambda *args: meet("start"))
     before(Stop, "_receive", lambda *args: setattr(at, "heard", True))
     before(ServerStrategy, "finish", lambda *args: meet("finish"))
-    running.evaluate = counting(running.evaluate, lambda turn: turn == 1 and meet("measure"))
+    evaluation.evaluate = counting(evaluation.evaluate, lambda turn: turn == 1 and meet("measure"))
     before(CausalLM, "export", lambda *args: meet("export"))
     before(
         saving, "write",  # in a thread, while the loop is at a later step

@@ -8,7 +8,6 @@ from laws.pool import Pool
 from laws.worlds import run_of
 
 from shoal.observe.memory import ACTIVATIONS
-from shoal.training.recorder import Observer
 from shoal.training.run import Memory
 from shoal.wire.mesh import Mesh
 
@@ -30,14 +29,13 @@ def reports(mesh: Mesh, folder: str, cases: list[dict[str, Any]]) -> list[Memory
             **case,
         )
         run.folder.mkdir(exist_ok=True)
-        with Observer(run) as observer:
-            for step in range(2):
-                batch = run.batches.at(step)
-                with observer.watching(step):
-                    taken = run.replica.gradients(batch)
-                    run.sync.step(run.replica, taken)
-        assert run.memory is not None
-        found.append(run.memory)
+        for step in range(2):
+            batch = run.batches.at(step)
+            with run.memory.watching(step):
+                taken = run.replica.gradients(batch)
+                run.sync.step(run.replica, taken)
+        assert run.memory.report is not None
+        found.append(run.memory.report)
     return found
 
 

@@ -18,7 +18,6 @@ from laws.worlds import first_difference, follow, run_of
 from shoal.errors import UserError
 from shoal.observe.memory import COPIES
 from shoal.optim import offload
-from shoal.training.recorder import Observer
 from shoal.training.run import Memory
 from shoal.wire.mesh import Mesh
 
@@ -147,15 +146,14 @@ def apart(mesh: Mesh, folder: str) -> tuple[bool, Memory]:
     """Whether state and copies share no memory with the replica; and what a step held."""
     run = run_of(mesh, "allreduce", TASK, **STEPS, offload="optimizer", output_dir=folder, memory_report=True)
     run.folder.mkdir()
-    with Observer(run) as observer:
-        for step in range(2):
-            with observer.watching(step):
-                taken = run.replica.gradients(run.batches.at(step))
-                run.sync.step(run.replica, taken)
+    for step in range(2):
+        with run.memory.watching(step):
+            taken = run.replica.gradients(run.batches.at(step))
+            run.sync.step(run.replica, taken)
     own = {p.untyped_storage().data_ptr() for _, p in run.replica.params}
     others = {piece.local.untyped_storage().data_ptr() for piece in run.replica.updated}
-    assert run.memory is not None
-    return not own & others and len(others) == len(own), run.memory
+    assert run.memory.report is not None
+    return not own & others and len(others) == len(own), run.memory.report
 
 
 def test_what_the_host_holds_is_told(pool: Pool, tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def insert(fault: Fault) -> None:
         before(caller, "validate", lambda *args: meet("evaluate"))
     before(Stop, "hold", lambda *args: meet("start"))
     before(Stop, "_receive", lambda *args: setattr(at, "heard", True))
-    before(ServerStrategy, "finish", lambda *args: meet("finish"))
+    before(ServerStrategy, "_leave", lambda *args: meet("finish"))
     evaluation.evaluate = counting(evaluation.evaluate, lambda turn: turn == 1 and meet("measure"))
     before(CausalLM, "export", lambda *args: meet("export"))
     before(

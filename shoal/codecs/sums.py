@@ -53,7 +53,7 @@ class EncodedSums:
         self.seed = seed
         self._channels: dict[str, Channel] = {}
         self._encoders: dict[str, Codec] = {}
-        self._before: dict[str, State] = {}  # of the channels whose last sums are not committed
+        self._before: dict[str, State] = {}  # the state of each key from before what is not committed
         self._loaded: State = {}  # of keys that were not used yet
 
     def start_sum(self, key: str, tensor: Tensor, shapes: Shapes | None = None) -> Advance:
@@ -72,15 +72,16 @@ class EncodedSums:
         return EncodedSum(channel.sum(tensor, self.wire)).advance
 
     def commit(self, *keys: str) -> None:
-        """The sums of `keys`, without any of all, count: forget the state from before them."""
+        """Keep what the sums and encodings of `keys` changed, those of all keys if none is given."""
         for key in keys or tuple(self._before):
             self._before.pop(key, None)
 
     def rollback(self, *keys: str) -> None:
-        """Undo what the sums of `keys`, without any of all, changed since the last commit, done or not."""
+        """Undo what the sums and encodings of `keys`, by default of all, changed since the last commit."""
         for key in keys or tuple(self._before):
             if key in self._before:
-                self._channels[key].load_state_dict(self._before.pop(key))
+                live = self._channels.get(key) or self._encoders[key]
+                live.load_state_dict(self._before.pop(key))
 
     def rounds(self, key: str) -> int:
         """How many exchanges the last sum of `key` takes, each of which needs the one before."""
@@ -100,6 +101,7 @@ class EncodedSums:
         if key not in self._encoders:
             self._encoders[key] = build(warm(self.options), self._subject(key, tensor, shapes))
             self._encoders[key].load_state_dict(self._take(key, tensor.device))
+        self._before.setdefault(key, self._encoders[key].state_dict())
         return self._encoders[key].encode(tensor)
 
     def decode(self, key: str, payload: Tensor, like: Tensor, shapes: Shapes | None = None) -> Tensor:

@@ -154,6 +154,7 @@ class Async(ServerStrategy, Guardable):
         if not self.under_way.running:
             return False
         pushed = self.under_way.wait()
+        self.encoder.commit()
         self.staleness, self.workers = pushed.staleness, pushed.workers
         self.max_staleness = pushed.bound if pushed.bound >= 0 else None
         self.rate = pushed.rate

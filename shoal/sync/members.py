@@ -1,4 +1,4 @@
-"""The ranks that train together: what they tell each other beside gradients and parameters, and how they part."""
+"""The ranks that train together: the numbers that they exchange, who is present, how they stop and leave."""
 
 import sys
 from collections.abc import Callable, Container
@@ -16,12 +16,11 @@ def say(text: str) -> None:
 
 
 class Members:
-    """Ranks that all take part in every step, and sum over the wire. Other strategies override what differs."""
+    """Ranks that all take part in every step, and sum numbers over the wire. Subclasses override what differs."""
 
     all_agree = True  # whether `agree` returns the same on every rank
-    evaluates_alone = (
-        False  # whether rank 0 evaluates while the others go on, since nobody may wait for a lost rank
-    )
+    # Whether rank 0 evaluates while the others train: where ranks do not wait for each other, as one may be lost.
+    evaluates_alone = False
     reached = 0  # where ranks stop that do not wait for each other: the steps that the foremost has done
 
     def __init__(self, wire: Wire) -> None:
@@ -35,7 +34,7 @@ class Members:
         return range(self.wire.world_size)
 
     def agree(self, numbers: Tensor) -> Tensor:
-        """The sum of the `numbers` [n] of a step over the ranks; where ranks do not wait, over those heard of so far.
+        """The sum of the `numbers` [n] of a step over the ranks; where ranks do not wait, of those received so far.
 
         The last number is positive where this rank wishes to stop. Where ranks do not wait for each other, it comes
         back as whether this rank stops after this step.
@@ -59,7 +58,7 @@ class Members:
         return
 
     def finish(self, replica: Replica) -> None:
-        """Part from the others, after this rank's last step, which need not be theirs."""
+        """Leave the others, after this rank's last step, which need not be theirs."""
         return
 
     def _sum(self, numbers: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ class Server(ServerStrategy):
                 norm = replica.norm(torch.tensor(own, dtype=torch.float64)).item()
                 reply = self.servers.pull(number + 1, norm)
             self.round = reply.clock
+            self.encoder.commit()
             self.servers.load()
             self._note(replica, step, norm)
             if self.host is not None and self.options.quorum is None:  # all wait for the last one anyway

@@ -44,7 +44,7 @@ _DOORS = itertools.count()  # for the names of doors: every rank attaches equall
 class ServerStrategy(Sync):
     """A worker of parameter servers, and on the first ranks the host of one.
 
-    `wait`: workers wait for each other, at the end of every step. `alone`: rank 0 evaluates while the others go on.
+    `wait`: workers wait for each other at the end of every step. `alone`: rank 0 evaluates while the others train.
     """
 
     ahead = 0  # the pushes of its own that a worker does not wait for

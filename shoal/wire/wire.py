@@ -37,7 +37,9 @@ class Exchange:
         with peer_lost(what, rank):
             self._works = list(start())
         self._wire.pending[self] = None
-        self._wire.bytes_sent += nbytes  # an exchange may be under way for several steps: the one that starts it pays
+        self._wire.bytes_sent += (
+            nbytes  # an exchange may be under way for several steps: the one that starts it pays
+        )
 
     def wait(self) -> None:
         """End it, and count the seconds waited. Again: do nothing."""

@@ -259,7 +259,11 @@ def hand_on(mesh: Mesh, cases: list[str]) -> list[Any]:
         exchange = EncodedSums(CASES[case], wire)
         for step in range(3):
             like = gradient(mesh.rank, step)
+            undone = exchange.encode_for("a", like, shapes_of(NUMEL))
+            exchange.rollback()
             payload = exchange.encode_for("a", like, shapes_of(NUMEL))
+            exchange.commit()
+            assert torch.equal(payload, undone), "what was rolled back leaves no trace"
             received = torch.empty(exchange.payload_bytes(like, shapes_of(NUMEL)), dtype=torch.uint8)
             sent = wire.bytes_sent
             for work in [wire.start_send(payload, after), wire.start_receive(received, before)]:

@@ -171,7 +171,7 @@ def insert(fault: Fault) -> None:
     from shoal.replica import Replica
     from shoal.servers.client import ServerClient
     from shoal.sync import SYNCS
-    from shoal.sync.server_members import ServerMembers
+    from shoal.sync.server_strategy import ServerStrategy
     from shoal.tasks.causal_lm import CausalSurroundings
     from shoal.training import evaluate as evaluation
     from shoal.training import jobs, loop
@@ -232,7 +232,7 @@ def insert(fault: Fault) -> None:
         before(caller, "validate", lambda *args: meet("evaluate"))
     before(Stop, "hold", lambda *args: meet("start"))
     before(Stop, "_receive", lambda *args: setattr(at, "heard", True))
-    before(ServerMembers, "finish", lambda *args: meet("finish"))
+    before(ServerStrategy, "_leave", lambda *args: meet("finish"))
     evaluation.evaluate = counting(evaluation.evaluate, lambda turn: turn == 1 and meet("measure"))
     before(CausalSurroundings, "export", lambda *args: meet("export"))
     before(

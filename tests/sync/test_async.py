@@ -54,7 +54,8 @@ def test_the_bound_holds(pool: Pool, max_staleness: int, updates: int) -> None:
 
 
 def test_workers_are_told_the_others_numbers(pool: Pool) -> None:
-    for end in pool.world(3, steps_of, "async", TASK):
+    """With a bound, for without one a worker may have done all of its steps before another has begun."""
+    for end in pool.world(3, steps_of, "async", TASK, max_staleness=2):
         assert end.numbers[0] <= 3
         assert end.numbers[-1] == 3
 
@@ -68,4 +69,4 @@ def test_a_dead_worker_does_not_stop_the_others(pool: Pool, max_staleness: int |
     assert first_difference([left[0].value.final], [left[1].value.final]) is None
     assert left[0].value.versions[0] in (2 * 12 + 5, 2 * 12 + 4)
     assert left[0].output.count("server: worker 2 is gone after step") == 1
-    assert left[0].output.endswith("go on\n")
+    assert left[0].output.endswith(("go on\n", "none is left\n")), "these may be done before it is noticed"

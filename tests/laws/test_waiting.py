@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from shoal import checkpoint
 from shoal.checkpoint import saving
 from shoal.errors import ShoalError
-from shoal.layouts.base import PlacedModel
-from shoal.sync.server_strategy import ServerStrategy
+from shoal.layouts.base import whole_model
+from shoal.sync.server_members import ServerMembers
 from shoal.tensors.precision import resolve
 from shoal.training.evaluate import ASK_EVERY, Evaluators, evaluate
 from shoal.wire import meeting
@@ -82,7 +82,7 @@ def test_writing_and_choosing_a_checkpoint_may_take_longer_than_a_collective(
 def finish_late(made: Mesh, late: int) -> int:
     meeting.TIMEOUT = DEADLINE / 2  # a line that has broken is made again, once
     if made.rank == late:
-        slow(ServerStrategy, "finish")
+        slow(ServerMembers, "finish")
     settings = {"global_batch_size": 4, "per_device_train_batch_size": 2, "max_steps": 3}
     run = run_of(made, "async", TASK, **settings)
     for step in range(3):
@@ -164,7 +164,7 @@ def measure(made: Mesh, stopped_at: int, count: int) -> tuple[Any, int, int]:
         return wire.sum(numbers)
 
     found = evaluate(
-        PlacedModel.whole(nn.Identity(), loss),
+        whole_model(nn.Identity(), loss),
         loss,
         Few(count),  # type: ignore[arg-type]
         micro_batch_size=1,

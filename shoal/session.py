@@ -16,7 +16,7 @@ from shoal.data.order import derive_seed
 from shoal.engines.environment import is_worker, placement, threads_of
 from shoal.errors import UserError
 from shoal.layouts import replicated
-from shoal.layouts.base import PlacedModel
+from shoal.layouts.base import whole_model
 from shoal.replica import Replica, Step
 from shoal.shares import equal
 from shoal.sync.allreduce import AllReduce
@@ -104,7 +104,7 @@ class Session:
         `torch.autocast`.) Raises UserError for float16 parameters: there is no loss scale here.
         """
         policy = precision.as_it_is(model)
-        placed = PlacedModel.whole(model.to(self.mesh.device), _taken_by_the_caller)
+        placed = whole_model(model.to(self.mesh.device), _taken_by_the_caller)
         take_wide_gradients(placed.pieces)
         replicated.broadcast_parameters(placed, self.mesh)
         _hand_over_rounded(optimizer)

@@ -9,7 +9,7 @@ from torch import nn
 
 from shoal import checkpoint
 from shoal.checkpoint import Progress
-from shoal.layouts.base import PlacedModel
+from shoal.layouts.base import whole_model
 from shoal.models.export import describe
 from shoal.tensors import tensor_files
 from shoal.tensors.piece import Block
@@ -17,7 +17,7 @@ from shoal.tensors.piece import Block
 
 def saved(model: nn.Module, tokenizer: Any, folder: Path, *, ranks: int = 1, dim: int = 0) -> Path:
     """`folder` with a checkpoint of `model`: whole, or cut along `dim` (or the last one) over so many ranks."""
-    tensors = {n: t.detach() for n, t in checkpoint.model_tensors(PlacedModel.whole(model, model)).items()}
+    tensors = {n: t.detach() for n, t in checkpoint.model_tensors(whole_model(model, model)).items()}
     progress, about = Progress(step=1, tokens=7), partial(describe, model, tokenizer)
     if ranks == 1:
         checkpoint.write(folder, {"model/model.safetensors": tensors}, progress, about)

@@ -17,13 +17,13 @@ from saved import piece_of
 from shoal import checkpoint, cli
 from shoal.checkpoint import Progress
 from shoal.errors import BAD_INPUT, DONE, UserError
-from shoal.layouts.base import PlacedModel
+from shoal.layouts.base import whole_model
 from shoal.optim.optimizers import NamedState
 from shoal.system import manifest
 from shoal.tensors import tensor_files
 
 Damage = Callable[[Path], None]
-placed = partial(PlacedModel.whole, loss=lambda model, inputs: model(inputs))
+placed = partial(whole_model, loss=lambda model, inputs: model(inputs))
 ONE, OTHER = "model/00000.safetensors", "model/00001.safetensors"
 STATE = "optimizer/00000.safetensors"
 

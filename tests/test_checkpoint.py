@@ -22,13 +22,13 @@ from safetensors import SafetensorError
 from shoal import checkpoint
 from shoal.checkpoint import Checkpoints, Progress, Tensors, candidates, find, load_tensors
 from shoal.errors import ShoalError, UserError
-from shoal.layouts.base import PlacedModel
+from shoal.layouts.base import whole_model
 from shoal.system import manifest
 from shoal.system.manifest import verify
 from shoal.system.run_folder import OWN
 from shoal.tensors import tensor_files
 
-alone = partial(PlacedModel.whole, loss=lambda model, inputs: model(inputs))
+alone = partial(whole_model, loss=lambda model, inputs: model(inputs))
 FILES = ("model/model.safetensors", "optimizer/state.safetensors")
 
 

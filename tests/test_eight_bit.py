@@ -18,7 +18,7 @@ from shoal import checkpoint
 from shoal.config import load_config
 from shoal.config.options import check_options
 from shoal.errors import UserError
-from shoal.layouts.base import PlacedModel
+from shoal.layouts.base import whole_model
 from shoal.optim.eight_bit import AdamW8bit, block_size
 from shoal.optim.optimizers import NamedState, build
 
@@ -186,7 +186,7 @@ def test_codes_that_do_not_fit_are_refused(tmp_path: Path, damage: str) -> None:
     DAMAGES[damage](held)
     checkpoint.write(folder, {"optimizer/state.safetensors": held}, checkpoint.Progress(step=1), None)
     with pytest.raises(UserError, match="do not fit"):
-        checkpoint.load_optimizer(folder, state, PlacedModel.whole(model, lambda *_: torch.zeros(())))
+        checkpoint.load_optimizer(folder, state, whole_model(model, lambda *_: torch.zeros(())))
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "adamw_torch_8bit", "adamw_bnb_8bit"])

@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shoal.config import LayoutConfig
+from shoal.layouts.cutting import Watched
 from shoal.tensors.piece import Piece, whole
+from shoal.tensors.precision import Policy
+from shoal.wire.mesh import Mesh
 
 Function = Callable[[Any, dict[str, Tensor]], Tensor]  # (model, inputs) -> what a forward pass finds
 Autocast = Callable[[], AbstractContextManager[object]]  # the context in which forward passes run
@@ -20,6 +24,21 @@ class MicroBatch:
 
     inputs: dict[str, Tensor]
     seed: int
+
+
+@dataclass
+class Request:
+    """What a layout is made from, beside the layout that it stands on.
+
+    `empty_micro_batch` has no samples, and the shape of every micro-batch. `watched` is what the whole model has
+    shown, where it is to be cut into stages.
+    """
+
+    mesh: Mesh
+    policy: Policy
+    options: LayoutConfig
+    empty_micro_batch: dict[str, Tensor]
+    watched: Watched | None = None
 
 
 def shape_of(inputs: dict[str, Tensor]) -> tuple[int, int]:
@@ -49,11 +68,6 @@ class PlacedModel:
             inner.pieces = pieces  # what was cut or left out is free
             inner = inner._inner
 
-    @classmethod
-    def whole(cls, model: nn.Module, loss: Function) -> "PlacedModel":
-        """A model as it is, whole in this process."""
-        return cls(model, whole(model), loss)
-
     def before_forward(self) -> None:
         """Fetch what other ranks train. Call it before the first forward pass after parameters have changed."""
         if self._inner is not None:
@@ -64,8 +78,8 @@ class PlacedModel:
     ) -> list[float]:
         """Compute the gradients of each micro-batch's loss times `scale`. Returns the losses, 0 where others report.
 
-        It is given one micro-batch, or, where they are not computed `singly`, all that this rank has in a step. After
-        the `last` call of a step its gradients are complete.
+        It gets one micro-batch or, where they are not computed `singly`, all that this rank has in a step. The
+        gradients of a step are complete after its `last` call.
         """
         self._begin(last=last)
         found = []
@@ -78,8 +92,9 @@ class PlacedModel:
         return found
 
     def call(self, function: Function, inputs: dict[str, Tensor]) -> Tensor | None:
-        """What `function(model, inputs)` finds in a forward pass; None where another rank of the team reports it.
+        """`function(model, inputs)`, forward only, of any shape; None where another rank of the team reports it.
 
+        The function runs the model once. Ranks that hold parts of one window return terms of a sum.
         Call `before_forward` before the first of several, and `after_evaluation` after the last.
         """
         found = self._apply(function, inputs)
@@ -107,16 +122,16 @@ class PlacedModel:
             self._inner._begin(last=last)
 
     def _hidden_shape(self, rows: int, tokens: int) -> tuple[int, int]:
-        """The rows and tokens of hidden states between the layers here, in a micro-batch of so many."""
+        """The rows and tokens of hidden states between layers on this rank, in a micro-batch of this shape."""
         return (rows, tokens) if self._inner is None else self._inner._hidden_shape(rows, tokens)
 
     def _begin_tokens(self, rows: int, tokens: int) -> None:
-        """A forward pass of so many goes on here, with hidden states that another worker has sent."""
+        """A forward pass begins in the middle of the model: with hidden states of this shape from another worker."""
         if self._inner is not None:
             self._inner._begin_tokens(rows, tokens)
 
     def _recompute_context(self) -> AbstractContextManager[object]:
-        """Asked while a layer computes: the context in which it can compute the same again, once."""
+        """While a layer computes: the context for its one second forward pass."""
         return nullcontext() if self._inner is None else self._inner._recompute_context()
 
     @property
@@ -145,8 +160,13 @@ class PlacedModel:
         return "every worker holds a whole replica"
 
 
+def whole_model(model: nn.Module, loss: Function) -> PlacedModel:
+    """A model as it is, whole in this process."""
+    return PlacedModel(model, whole(model), loss)
+
+
 def recompute_context(placed: PlacedModel) -> Callable[[], AbstractContextManager[object]]:
-    """For activation checkpointing: asked while a layer computes, the context in which it computes the same again."""
+    """For activation checkpointing: called while a layer computes, for the context of its second forward pass."""
     return placed._recompute_context
 
 

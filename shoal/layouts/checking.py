@@ -1,7 +1,7 @@
 """Every stage of a model is compared with the whole model, before anything of it is cut."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,16 +22,16 @@ def check(
     seen: Watched,
     layers: Sequence[range],
     empty_micro_batch: dict[str, Tensor],
-    arithmetic: AbstractContextManager[object],
+    autocast: AbstractContextManager[object],
 ) -> None:
     """Raise NoStages where a stage computes other hidden states than the whole model, or another loss.
 
-    They are compared on windows of one document and of several. `empty_micro_batch` is a micro-batch without samples.
+    They are compared on windows of one document and of several.
     """
     was_training = model.training
     model.eval()
     try:
-        with arithmetic:
+        with autocast:
             for inputs in _inputs(seen, empty_micro_batch):
                 _compare(model, loss, seen, layers, inputs)
     finally:
@@ -63,7 +63,7 @@ def _compare(
         hook.remove()
     for own in layers[1:]:
         expected = whole if own.stop == len(seen.layers) else entered[own.stop]
-        with _as_stage(model, seen, own, entered[own.start]):
+        with _stage(model, seen, own, entered[own.start]):
             found = _found(model, loss, inputs)
         near = torch.finfo(found.dtype).eps ** 0.5
         if found.shape != expected.shape or not torch.allclose(found, expected, rtol=near, atol=near):
@@ -81,30 +81,13 @@ def _found(model: nn.Module, loss: Function, inputs: dict[str, Tensor]) -> Tenso
         raise NoStages(f"without its first layers it ends in {type(error).__name__}: {error}") from error
 
 
-@contextmanager
-def _as_stage(model: nn.Module, seen: Watched, own: range, entering: Tensor) -> Iterator[None]:
-    """Within it, the model computes as a worker does that holds only its `own` layers."""
+def _stage(model: nn.Module, seen: Watched, own: range, entering: Tensor) -> AbstractContextManager[None]:
+    """Within it, the model computes as on a worker that holds only the layers `own`."""
 
     def enter(layer: nn.Module, args: Any) -> Any:
         return (entering, *args[1:])
 
-    last = own.stop == len(seen.layers)
-    hooks = [seen.layers[own.start].register_forward_pre_hook(enter)]
-    hooks += [] if last else [seen.layers[own.stop - 1].register_forward_hook(stubs.leave)]
-    kept = {*seen.after} if last else set()
+    kept = {*seen.after} if own.stop == len(seen.layers) else set()
     others = {module: stub for module, stub in stubs.before(seen).items() if module not in kept}
-    places = stubs.in_places(model, others)
-    before = [(parent, name, parent._modules[name]) for parent, name, _ in places]
-    whole = seen.layers._modules
-    stubs.put(places)
-    seen.layers._modules = {
-        str(index): seen.layers[index] if index in own else skip
-        for index, skip in enumerate(stubs.skips(seen))
-    }
-    try:
-        yield
-    finally:
-        seen.layers._modules = whole
-        stubs.put(before)
-        for hook in hooks:
-            hook.remove()
+    view = stubs.view(list(seen.layers), stubs.skips(seen), own)
+    return stubs.stage(seen.layers, own, view, stubs.in_places(model, others), enter)

@@ -1,7 +1,7 @@
 """Context parallel: each rank of a team computes a part of every window, and attends to all of it.
 
-Between two attentions a token knows of no other: embeddings, norms, products and the loss are taken of a rank's own
-tokens alone, and the losses of the ranks add up. Only attention needs the others: each layer gathers the keys and
+Between two attentions a token knows of no other: embeddings, norms, products and the loss need a rank's own tokens
+alone, and the losses of the ranks add up. Only attention needs the others: each layer gathers the keys and
 values of all ranks (Dubey et al. 2024, "The Llama 3 herd of models", section 3.3.2), and its backward pass sums what
 the ranks found as their gradients into each rank's part. That sends what the ring of Liu et al. 2023 ("Ring attention
 with blockwise transformers") does, in one exchange.
@@ -28,14 +28,12 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, PreTrainedModel
 
 from shoal.errors import UserError
-from shoal.layouts.base import Function, PlacedModel
+from shoal.layouts.base import Function, PlacedModel, Request
 from shoal.models import attention, blockwise
 from shoal.models.heads import final_hidden
 from shoal.models.isolation import document_positions, packed_inputs
 from shoal.models.loss import IGNORED
 from shoal.models.proof import trial
-from shoal.tensors.precision import Policy
-from shoal.wire.mesh import Mesh
 
 NAME = "shoal-context"
 SENT = "shoal_sent"  # of an attention: how many elements the keys and values of a token have
@@ -45,19 +43,17 @@ FITS = "leave it out, or take a model of causal attention (llama, gpt2, gpt_neox
 class Context(PlacedModel):
     """Another layout's model, whose windows are cut over the ranks of the `context` axis.
 
-    `empty_micro_batch` is as wide as any. Raises UserError where model or windows are no good.
+    Raises UserError where attention or windows cannot be cut.
     """
 
-    def __init__(
-        self, inner: PlacedModel, mesh: Mesh, policy: Policy, empty_micro_batch: dict[str, Tensor]
-    ) -> None:
+    def __init__(self, inner: PlacedModel, request: Request) -> None:
         super().__init__(inner.model, inner.pieces, inner._loss, inner)
-        axis = mesh.axes["context"]
+        axis = request.mesh.axes["context"]
         self.ranks, self.rank = axis.size, axis.index
-        self.wire = mesh.wire("context")
+        self.wire = request.mesh.wire("context")
         self._dropout: _DropoutOfPart  # of the forward pass that runs
-        self._itemsize = policy.compute.itemsize
-        self._prove(_checked(inner.model, self.ranks, empty_micro_batch))
+        self._itemsize = request.policy.compute.itemsize
+        self._prove(_checked(inner.model, self.ranks, request.empty_micro_batch))
 
     def _hidden_shape(self, rows: int, tokens: int) -> tuple[int, int]:
         return super()._hidden_shape(rows, 2 * chunk_tokens(self.ranks, tokens))
@@ -108,7 +104,9 @@ class Context(PlacedModel):
             kept = attention.kept(query, shape, dropout, part)[:, :, own]
         with torch.autocast(kind, enabled=False):
             part = torch.cat([key, value], dim=-1).to(compute)
-            keys, values = _Gathered.apply(part, self, length).split([key.shape[-1], value.shape[-1]], dim=-1)
+            keys, values = GatherWindow.apply(part, self, length).split(
+                [key.shape[-1], value.shape[-1]], dim=-1
+            )
             places = chunks(self.rank, self.ranks, length)
             out = blockwise.attend(query, keys, values, places, documents[:, 0, 0], scale, kept)
         return out.transpose(1, 2).contiguous(), None
@@ -116,13 +114,13 @@ class Context(PlacedModel):
     def gather(self, part: Tensor) -> Tensor:
         """Every rank's `part`, [ranks, ...]."""
         whole = part.new_empty(self.ranks, *part.shape)
-        self.wire.start_all_gather(whole.view(-1), part.contiguous().view(-1)).wait()
+        self.wire.start_all_gather(whole.view(-1), part.contiguous().view(-1), "keys and values").wait()
         return whole
 
     def scatter(self, whole: Tensor) -> Tensor:
         """The sum over the ranks of this rank's part of `whole` [ranks, ...]."""
         part = torch.empty_like(whole[0])
-        self.wire.start_reduce_scatter(part.view(-1), whole.view(-1)).wait()
+        self.wire.start_reduce_scatter(part.view(-1), whole.view(-1), "their gradients").wait()
         return part
 
     def _prove(self, model: PreTrainedModel) -> None:
@@ -193,7 +191,7 @@ def _both(first: AbstractContextManager[object], second: AbstractContextManager[
         yield
 
 
-class _Gathered(torch.autograd.Function):
+class GatherWindow(torch.autograd.Function):
     """Of the ranks' parts [B, heads, own tokens, D] the whole [B, heads, length, D], in the order of the window."""
 
     @staticmethod
@@ -239,7 +237,7 @@ class _DropoutOfPart(TorchFunctionMode):
 
 
 def _checked(model: nn.Module, ranks: int, empty_micro_batch: dict[str, Tensor]) -> PreTrainedModel:
-    """The model. Raises UserError where its attention is not ours, or windows are no good."""
+    """The model. Raises UserError where its attention is not ours, or windows cannot be cut."""
     asked, kind = f"--cp {ranks}", type(model).__name__
     if not isinstance(model, PreTrainedModel) or model.config._attn_implementation != attention.NAME:
         raise UserError(asked, f"{kind} has no attention that could be cut", FITS)

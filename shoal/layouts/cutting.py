@@ -34,7 +34,7 @@ def balance(layers: Sequence[float], before: float, after: float, stages: int) -
         return until[stop] - until[first] + ends
 
     def best(join: Callable[[float, float], float]) -> tuple[float, list[int]]:
-        """By dynamic programming over where the last stage begins: what is joined, and the stages' first layers."""
+        """By dynamic programming over where the last stage begins: the joined costs, and the stages' first layers."""
         found = {stop: (join(0.0, cost(0, stop)), [0]) for stop in range(1, count + 1)}
         for stage in range(1, stages):
             found = {
@@ -66,9 +66,7 @@ class Watched:
 
 
 @torch.no_grad()
-def watch(
-    model: nn.Module, arithmetic: AbstractContextManager[object], generator: torch.Generator
-) -> Watched:
+def watch(model: nn.Module, autocast: AbstractContextManager[object], generator: torch.Generator) -> Watched:
     """See how `model` computes. Raises NoStages where its stages would compute otherwise."""
     found = list(blocks(model))
     lists = [each for each in model.modules() if isinstance(each, nn.ModuleList) and [*each] == found]
@@ -88,7 +86,7 @@ def watch(
     ids = torch.zeros(2, 3, dtype=torch.long, device=next(model.parameters()).device)
     state = generator.get_state()
     try:
-        with arithmetic:
+        with autocast:
             model(input_ids=ids, use_cache=False)
     except (TypeError, IndexError) as error:
         raise NoStages("it does not compute from input_ids alone") from error

@@ -1,4 +1,4 @@
-"""Modules of which each rank of a line has a part: what they do instead of their own forward method."""
+"""Modules of which each rank of the tensor axis has a part: what runs in the place of their forward methods."""
 
 from typing import Any
 
@@ -8,30 +8,40 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from shoal.errors import UserError
-from shoal.layouts.tokens import Columns, Enter, Gather, Leave, Scatter, Share, Sum, TensorAxis, Tokens
+from shoal.layouts.tokens import (
+    GatherColumns,
+    GatherTokens,
+    JoinTokens,
+    ScatterTokens,
+    SplitTokens,
+    SumGradients,
+    SumPartials,
+    TensorGroup,
+    Tokens,
+)
 
 ENCODED = "encoder_hidden_states"  # what the models of Hugging Face call it
 
 
-def cut_tokens_within(layers: list[nn.Module], line: TensorAxis) -> None:
-    """Have each rank with a part of the tokens from the first of the layers to the last."""
+def cut_tokens_within(layers: list[nn.Module], group: TensorGroup) -> None:
+    """Cut hidden states by tokens from the first of the layers to the last."""
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        line.tokens = Tokens(line, *hidden.shape[:2])
-        return _with_hidden(Enter.apply(hidden, line.tokens), args, kwargs)
+        group.tokens = Tokens(group, *hidden.shape[:2])
+        return _with_hidden(SplitTokens.apply(hidden, group.tokens), args, kwargs)
 
     def leave(module: nn.Module, args: Any, output: Any) -> Any:
         if isinstance(output, tuple):
-            return (Leave.apply(output[0], line.tokens), *output[1:])
-        return Leave.apply(output, line.tokens)
+            return (JoinTokens.apply(output[0], group.tokens), *output[1:])
+        return JoinTokens.apply(output, group.tokens)
 
     layers[0].register_forward_pre_hook(enter, with_kwargs=True)
     layers[-1].register_forward_hook(leave)
 
 
-def share_encoded(module: nn.Module, line: TensorAxis) -> None:
-    """Have the layers within a module each attend, with the heads that are here, to what an encoder has found.
+def share_encoded(module: nn.Module, group: TensorGroup) -> None:
+    """Let each layer of a module attend to an encoder's hidden states with the heads of this rank.
 
     The gradient is summed over the layers first, and then once over the ranks.
     """
@@ -39,21 +49,21 @@ def share_encoded(module: nn.Module, line: TensorAxis) -> None:
     def share(module: nn.Module, args: Any, kwargs: Any) -> Any:
         if kwargs.get(ENCODED) is None:
             return None
-        (shared,) = Share.apply(line, kwargs[ENCODED])
+        (shared,) = SumGradients.apply(group, kwargs[ENCODED])
         return args, {**kwargs, ENCODED: shared}
 
     module.register_forward_pre_hook(share, with_kwargs=True)
 
 
-def gather_for(module: nn.Module, line: TensorAxis) -> None:
-    """Have a module see all tokens: one exchange, whatever it computes of them."""
+def gather_for(module: nn.Module, group: TensorGroup) -> None:
+    """Gather all tokens for a module, in one exchange."""
 
     def gather(module: nn.Module, args: Any, kwargs: Any) -> Any:
         part = args[0] if args else kwargs["hidden_states"]
         kind = part.device.type
         if torch.is_autocast_enabled(kind):  # which its products would do next: half the bytes
             part = part.to(torch.get_autocast_dtype(kind))
-        return _with_hidden(Gather.apply(part, line.tokens), args, kwargs)
+        return _with_hidden(GatherTokens.apply(part, group.tokens), args, kwargs)
 
     module.register_forward_pre_hook(gather, with_kwargs=True)
 
@@ -63,18 +73,18 @@ def _with_hidden(hidden: Tensor, args: Any, kwargs: Any) -> Any:
 
 
 class SummedUp:
-    """A linear layer with a part of the inputs: for its part of the tokens, what all ranks find together."""
+    """A linear layer with a part of the inputs: the ranks' products are summed, each gets its tokens of the sum."""
 
-    def __init__(self, module: Any, line: TensorAxis) -> None:
-        self.module, self.line = module, line
+    def __init__(self, module: Any, group: TensorGroup) -> None:
+        self.module, self.group = module, group
 
     def __call__(self, inputs: Tensor) -> Tensor:
         bias = self.module.bias
-        part: Tensor = Scatter.apply(self._product(inputs), self.line.tokens)
+        part: Tensor = ScatterTokens.apply(self._product(inputs), self.group.tokens)
         return part if bias is None else part + bias.to(part.dtype)
 
     def _product(self, inputs: Tensor) -> Tensor:
-        """As the layer computes it, in float8 perhaps, but without its bias, which belongs to the sum."""
+        """The layer's own product, which may be in float8, without the bias: that is added to the sum."""
         if isinstance(self.module, Conv1D):
             return inputs @ self.module.weight
         held, bias = self.module._parameters, self.module._parameters["bias"]
@@ -89,18 +99,18 @@ class SummedUp:
 class Dropout:
     """Dropout over a part of the tokens, as one process would draw it for all."""
 
-    def __init__(self, module: nn.Dropout, line: TensorAxis) -> None:
-        self.module, self.line = module, line
+    def __init__(self, module: nn.Dropout, group: TensorGroup) -> None:
+        self.module, self.group = module, group
 
     def __call__(self, part: Tensor) -> Tensor:
         return part * self._drawn(part) if self.module.training and self.module.p else part
 
     def _drawn(self, part: Tensor) -> Tensor:
-        """What this part is multiplied by."""
-        tokens = self.line.tokens
+        """The mask, scaled, for this part."""
+        tokens = self.group.tokens
         if part.shape[:2] != (1, tokens.share):
             found = "the model has a dropout within its layers of something else than hidden states"
-            raise UserError(f"--tp {self.line.size}", found, "set its dropout to 0")
+            raise UserError(f"--tp {self.group.size}", found, "set its dropout to 0")
         return tokens.own(self._draw(part, tokens.rows, tokens.length, part.shape[-1]))
 
     def _draw(self, part: Tensor, *whole: int) -> Tensor:
@@ -108,21 +118,21 @@ class Dropout:
 
 
 class DropoutBetween(Dropout):
-    """The same between the linear layers of a pair: of all tokens, over a part of the width."""
+    """Dropout between the two linear layers of a pair: over all tokens and a part of the width."""
 
     def _drawn(self, part: Tensor) -> Tensor:
-        width = self.line.size * part.shape[-1]
-        return self._draw(part, *part.shape[:-1], width).chunk(self.line.size, -1)[self.line.index]
+        width = self.group.size * part.shape[-1]
+        return self._draw(part, *part.shape[:-1], width).chunk(self.group.size, -1)[self.group.index]
 
 
 class Common:
-    """The parameters of a layer that every rank has whole: each finds a part of their gradients, which is summed.
+    """The parameters of a layer that every rank has whole: their gradients are summed over the ranks.
 
-    During the layer's forward pass they stand in their modules as what `Share` made of them.
+    During the layer's forward pass they stand in their modules as what `SumGradients` made of them.
     """
 
-    def __init__(self, layer: nn.Module, names: list[str], line: TensorAxis) -> None:
-        self.line = line
+    def __init__(self, layer: nn.Module, names: list[str], group: TensorGroup) -> None:
+        self.group = group
         self.places = [
             (layer.get_submodule(path), name) for path, _, name in (n.rpartition(".") for n in names)
         ]
@@ -133,7 +143,7 @@ class Common:
     def _share(self, module: nn.Module, args: Any) -> None:
         if torch.is_grad_enabled():
             self.own = [module._parameters[name] for module, name in self.places]
-            self._put(Share.apply(self.line, *self.own))
+            self._put(SumGradients.apply(self.group, *self.own))
 
     def _restore(self, module: nn.Module, args: Any, output: Any) -> None:
         self._put(self.own)
@@ -145,25 +155,25 @@ class Common:
 
 
 class Rows:
-    """The rows of the vocabulary that this rank has, for a loss taken of the hidden states."""
+    """The rows of the vocabulary that this rank has, for a loss computed from hidden states."""
 
-    def __init__(self, line: TensorAxis, first: int) -> None:
-        self.line, self.first = line, first
+    def __init__(self, group: TensorGroup, first: int) -> None:
+        self.group, self.first = group, first
 
     def gather(self, numbers: Tensor) -> Tensor:
-        """What every rank has found, [...]: [ranks, ...]."""
-        return self.line.gather(numbers[None])
+        """The `numbers` [...] of every rank: [ranks, ...]."""
+        return self.group.gather(numbers[None])
 
     def sum(self, numbers: Tensor) -> Tensor:
         """The sum over the ranks, in place."""
-        return self.line.sum(numbers)
+        return self.group.wire.sum(numbers)
 
 
 class Embedding:
-    """An embedding with a part of the rows: what the others have is zero here, and the sum is whole."""
+    """An embedding with a part of the rows: ids of other ranks give zeros, and the ranks' results are summed."""
 
-    def __init__(self, module: Any, line: TensorAxis, first: int) -> None:
-        self.module, self.line, self.first = module, line, first
+    def __init__(self, module: Any, group: TensorGroup, first: int) -> None:
+        self.module, self.group, self.first = module, group, first
         self.own = type(module).forward
         padding = module.padding_idx
         here = padding is not None and first <= padding < first + len(module.weight)
@@ -173,19 +183,19 @@ class Embedding:
         local = ids - self.first
         missing = (local < 0) | (local >= len(self.module.weight))
         found = self.own(self.module, local.masked_fill(missing, 0))
-        whole: Tensor = Sum.apply(found.masked_fill(missing[..., None], 0), self.line)
+        whole: Tensor = SumPartials.apply(found.masked_fill(missing[..., None], 0), self.group)
         return whole
 
 
 class Head:
-    """An output embedding with a part of the rows, for a loss that wants all logits."""
+    """An output embedding with a part of the rows, for a loss that needs all logits."""
 
-    def __init__(self, module: Any, line: TensorAxis, first: int, rows: int) -> None:
-        self.module, self.line, self.rows = module, line, rows
+    def __init__(self, module: Any, group: TensorGroup, first: int, rows: int) -> None:
+        self.module, self.group, self.rows = module, group, rows
         self.own = type(module).forward
-        module.vocabulary = Rows(line, first)
+        module.vocabulary = Rows(group, first)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        (shared,) = Share.apply(self.line, hidden)
-        whole: Tensor = Columns.apply(self.own(self.module, shared), self.line, self.rows)
+        (shared,) = SumGradients.apply(self.group, hidden)
+        whole: Tensor = GatherColumns.apply(self.own(self.module, shared), self.group, self.rows)
         return whole

@@ -1,7 +1,7 @@
-"""Pipeline-parallel: each worker of a line holds some of the layers, and micro-batches run through all of them.
+"""Pipeline-parallel: each worker of a pipeline holds some of the layers, and micro-batches run through all of them.
 
-The schedules are those of `torch.distributed.pipelining`; what they do not have is here: micro-batches of different
-shapes, dropout as of one process, tied embeddings, and bytes and seconds that are counted.
+The schedules are those of `torch.distributed.pipelining`. Here is what they lack: micro-batches of different shapes,
+dropout as of one process, and tied embeddings.
 
     stage 0   F0 F1 F2 F3                B0 B1 B2 B3      gpipe: every forward pass, then every backward pass
     stage 1      F0 F1 F2 F3          B0 B1 B2 B3
@@ -31,28 +31,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.config import LayoutConfig
 from shoal.layouts import schedule
-from shoal.layouts.base import Autocast, Function, MicroBatch, PlacedModel, shape_of
+from shoal.layouts.base import Autocast, Function, MicroBatch, PlacedModel, Request, shape_of
 from shoal.layouts.schedule import Stage
 from shoal.layouts.stages import Stages
 from shoal.tensors.piece import Piece
-from shoal.wire.mesh import Mesh
 from shoal.wire.wire import Exchange
 
 
 class Pipelined(PlacedModel):
-    """The stages of this worker, which take the micro-batches of a step together by a schedule."""
+    """The stages of this worker, which compute all micro-batches of a step by a schedule."""
 
     singly = False
 
-    def __init__(self, inner: PlacedModel, stages: Stages, mesh: Mesh, options: LayoutConfig) -> None:
+    def __init__(self, inner: PlacedModel, request: Request) -> None:
         super().__init__(inner.model, inner.pieces, inner._loss, inner)
-        logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)  # else an error is pages
-        self.stages = stages
-        self.schedule = options.schedule
-        self.wire = mesh.wire("pipeline")
-        self.wire.barrier()  # NCCL wants the first exchange of a group to be one of all its ranks
+        logging.getLogger("torch.distributed.pipelining").setLevel(
+            logging.CRITICAL
+        )  # it would log pages beside an error
+        self.stages = stages = _stages_of(inner)
+        self.schedule = request.options.schedule
+        self.wire = request.mesh.wire("pipeline")
+        self.wire.barrier()  # with NCCL the first exchange of a group must be one of all its ranks
         self.own = [
             Stage(stages, index, self.wire, self._compute, lambda last: inner._begin(last=last))
             for index in stages.mine
@@ -119,18 +119,19 @@ class Pipelined(PlacedModel):
             return super()._apply(function, inputs)
 
     def _apply(self, function: Function, inputs: dict[str, Tensor]) -> Tensor:
-        """The result where the last stage is, elsewhere 0. Who has sent goes on with the next micro-batch."""
+        """Stage by stage. A worker that has sent hidden states goes on with the next micro-batch."""
         made = torch.zeros((), device=self.stages.device)
         for stage in self.own:
             index = stage.stage_index
             if stage.is_apart(index - 1):
                 made = self.stages.room(index - 1, *shape_of(inputs))[0]
-                self.wire.start_receive(made, self.stages.owners[index - 1]).wait()
+                self.wire.start_receive(made, self.stages.owners[index - 1], "hidden states").wait()
             made = self._run(function, index, partial(_itself, made) if index else None, inputs)
             if stage.is_apart(index + 1):
                 self._finish_sending()
-                self._sending.append(self.wire.start_send(made.contiguous(), self.stages.owners[index + 1]))
-        return made if self._reports else torch.zeros((), device=self.stages.device)
+                after = self.stages.owners[index + 1]
+                self._sending.append(self.wire.start_send(made.contiguous(), after, "hidden states"))
+        return made
 
     def _finish_sending(self) -> None:
         while self._sending:
@@ -141,13 +142,13 @@ class Pipelined(PlacedModel):
         super().after_evaluation()
 
     def before_forward(self) -> None:
-        """Have the last stage's copy of tied embeddings follow those of the first one."""
+        """Copy tied embeddings from the first stage to the last one."""
         super().before_forward()
         for piece in self._tied:
             self._move(_values(piece), to_first=False)
 
     def _return_gradients(self) -> None:
-        """Add what the last stage has found for tied embeddings to what the first one has."""
+        """Add the last stage's gradient of tied embeddings to the first stage's."""
         for piece in self._tied:
             if not piece.source.requires_grad:
                 continue
@@ -161,13 +162,15 @@ class Pipelined(PlacedModel):
                 piece.unwrap(piece.source.grad).add_(grad)
 
     def _move(self, tensor: Tensor, *, to_first: bool) -> None:
-        """Overwrite `tensor` of the one by that of the other, of the workers of the first and the last stage."""
+        """Send `tensor` between the workers of the first and the last stage: it overwrites the receiver's."""
         if not tensor.numel():
             return
         if self.stages.follows == to_first:
-            self.wire.start_send(tensor.contiguous(), self.stages.owners[0 if to_first else -1]).wait()
+            other = self.stages.owners[0 if to_first else -1]
+            self.wire.start_send(tensor.contiguous(), other, "tied embeddings").wait()
         else:
-            self.wire.start_receive(tensor, self.stages.owners[-1 if to_first else 0]).wait()
+            other = self.stages.owners[-1 if to_first else 0]
+            self.wire.start_receive(tensor, other, "tied embeddings").wait()
 
     def cost(self, turns: int, shape: tuple[int, int]) -> float:
         """As the head of this file has it."""
@@ -189,8 +192,15 @@ class Pipelined(PlacedModel):
         return f"pipelines of {self.wire.world_size} workers by {self.schedule}, {self._inner}"
 
 
+def _stages_of(inner: PlacedModel | None) -> Stages:
+    while not isinstance(inner, Stages):
+        assert inner is not None, "`Stages` comes before"
+        inner = inner._inner
+    return inner
+
+
 def _values(piece: Piece) -> Tensor:
-    """What this worker has of a tied parameter, whether it trains it or follows."""
+    """This worker's values of a tied parameter, which it trains or copies."""
     return piece.unwrap(piece.source.detach())
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from shoal.layouts.base import Function, PlacedModel
+from shoal.layouts.base import Function, PlacedModel, whole_model
 from shoal.models.on_disk import cast, into_memory
 from shoal.tensors.precision import Policy
 from shoal.wire.mesh import Mesh
@@ -21,13 +21,16 @@ def place(model: nn.Module, loss: Function, mesh: Mesh, policy: Policy) -> Place
     for buffer in model.buffers():
         if buffer.is_floating_point():
             buffer.data = buffer.data.to(torch.promote_types(policy.parameters, torch.float32))
-    return PlacedModel.whole(model, loss)
+    return whole_model(model, loss)
 
 
 def broadcast_parameters(placed: PlacedModel, mesh: Mesh) -> None:
-    """Give every replica the parameters and buffers of the first one; each rank hears of its own pieces alone."""
+    """Give every replica the parameters and buffers of the first one; each rank receives its own pieces alone.
+
+    These bytes do not count: they belong to no step.
+    """
     wire = mesh.wire("replicate")
     into_memory(placed.model)
     for tensor in (*(piece.local for piece in placed.pieces), *placed.model.buffers()):
         if tensor.numel():
-            wire.broadcast(tensor.data)
+            wire.broadcast(tensor.data, "first parameters", counted=False)

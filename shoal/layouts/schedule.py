@@ -1,20 +1,20 @@
 """The schedules of `torch.distributed.pipelining`, and a stage as they see it.
 
-Of torch's stages it takes the forward and backward passes, whole or split into inputs and weights. What is received
-has its own buffer and shape for each micro-batch: torch's would have one shape for all, told by pickle.
+Torch's stages bring the forward and backward passes, whole or split into inputs and weights. What is received has a
+buffer and shape of its own for each micro-batch: torch's would have one shape for all, which it sends by pickle.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from shoal.layouts.base import MicroBatch, shape_of
 from shoal.layouts.stages import Stages
-from shoal.wire.wire import Exchange, Wire
+from shoal.wire.wire import Wire
 
 SCHEDULES: dict[str, Any] = {
     "gpipe": schedules.ScheduleGPipe,
@@ -27,36 +27,12 @@ SCHEDULES: dict[str, Any] = {
 }
 
 
-class _Message(dist.P2POp):
-    """A message between two stages, which is to go over a wire."""
-
-    def __init__(self, wire: Wire, kind: Any, tensor: Tensor, rank: int) -> None:
-        super().__init__(kind, tensor, group=wire.group, group_peer=rank)
-        self.wire = wire
-
-    def __new__(cls, wire: Wire, kind: Any, tensor: Tensor, rank: int) -> "_Message":
-        return object.__new__(cls)
-
-    def start(self) -> Exchange:
-        """Begin to send or to receive it alone."""
-        start = self.wire.start_send if self.op is dist.isend else self.wire.start_receive
-        return start(self.tensor, self.group_peer)
-
-
-def _start(messages: list[_Message], desc: str | None = None) -> list[Exchange]:
-    """Begin to exchange: one by one what goes one way, at once what goes both ways, as torch does."""
-    if len({message.op for message in messages}) > 1:
-        return [messages[0].wire.start_batch("hidden states and gradients", messages)]
-    return [message.start() for message in messages]
-
-
-schedules._batch_p2p = _start  # type: ignore[assignment]  # torch's would pass by the wire; it asks them to wait
-# (stage, what came, micro-batch) -> what goes on to the next stage, or the loss
+# (stage, what was received, micro-batch) -> what goes on to the next stage, or the loss
 Compute = Callable[[int, Sequence[Tensor], MicroBatch], Any]
 
 
 def filled(name: str, count: int, ranks: int, stages: int) -> int:
-    """How many micro-batches a schedule takes where there are `count`."""
+    """How many micro-batches a schedule runs where there are `count`: at least as many."""
     if name in ("1f1b", "dualpipev"):
         return max(count, stages)
     if name in ("interleaved-1f1b", "interleaved-zero-bubble"):
@@ -71,11 +47,40 @@ def make(name: str, own: list["Stage"], count: int) -> Any:
     return kind(mine, count, loss_fn=lambda loss, weight: loss * weight, scale_grads=False)
 
 
+@dataclass(frozen=True)
+class _Message:
+    """What a stage sends to or receives from `peer`, a rank of the wire. Schedules hand it on to `_start`."""
+
+    wire: Wire
+    tensor: Tensor
+    peer: int
+    sent: bool
+    what: str
+
+
+_torchs_start = schedules._batch_p2p
+
+
+def _start(messages: list[Any], desc: str | None = None) -> list[Any]:
+    """In the place of torch's function with which every schedule starts messages, all to and from one worker."""
+    if not messages or not isinstance(messages[0], _Message):
+        return _torchs_start(messages, desc)  # for other users of torch in this process
+    first = messages[0]
+    sent, received = ([each.tensor for each in messages if each.sent is way] for way in (True, False))
+    if sent and received:
+        return [first.wire.start_swap(sent, received, first.peer, first.what)]
+    start = first.wire.start_send if sent else first.wire.start_receive
+    return [start(each.tensor, each.peer, each.what) for each in messages]
+
+
+schedules._batch_p2p = _start  # type: ignore[assignment]  # schedules only call `wait` on what it returns
+
+
 class Stage(_PipelineStageBase):
     """One stage of this worker's: what it computes, and what it exchanges with its neighbours.
 
-    Memory is taken when something is to be received and given back once it is used: only the micro-batches on their
-    way are held. `before_backward` is told whether a pass is the last one of the step.
+    A buffer lives from the call that receives into it to its use: only micro-batches on their way are held.
+    `before_backward` is called with whether a backward pass is the last one of the step.
     """
 
     def __init__(
@@ -115,43 +120,43 @@ class Stage(_PipelineStageBase):
     def _create_grad_recv_info(self, act_send_info: dict[Any, Any]) -> tuple[Any, ...]:
         return ()
 
-    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+    def _get_init_p2p_neighbors_ops(self) -> list[Any]:
         return []
 
-    def get_fwd_recv_ops(self, chunk: int) -> list[dist.P2POp]:
+    def get_fwd_recv_ops(self, chunk: int) -> list[Any]:
         """Receive the hidden states of a micro-batch."""
         if self.is_first:
             return []
         self._entering[chunk] = self._room(self.stage_index - 1, chunk)
-        return [self._op(dist.irecv, each, self.stage_index - 1) for each in self._entering[chunk]]
+        return [self._message(False, each, self.stage_index - 1) for each in self._entering[chunk]]
 
-    def get_fwd_send_ops(self, chunk: int) -> list[dist.P2POp]:
+    def get_fwd_send_ops(self, chunk: int) -> list[Any]:
         """Send on what this stage has made of them."""
         if self.is_last:
             return []
         made, _ = self.fwd_cache[chunk]
-        return [self._op(dist.isend, each.detach(), self.stage_index + 1) for each in made]
+        return [self._message(True, each.detach(), self.stage_index + 1) for each in made]
 
-    def get_bwd_recv_ops(self, chunk: int) -> list[dist.P2POp]:
+    def get_bwd_recv_ops(self, chunk: int) -> list[Any]:
         """Receive the gradient of what it has sent on."""
         if self.is_last:
             return []
         self._returning[chunk] = self._room(self.stage_index, chunk)[0]
-        return [self._op(dist.irecv, self._returning[chunk], self.stage_index + 1)]
+        return [self._message(False, self._returning[chunk], self.stage_index + 1, "gradients")]
 
-    def get_bwd_send_ops(self, chunk: int) -> list[dist.P2POp]:
+    def get_bwd_send_ops(self, chunk: int) -> list[Any]:
         """Send back the gradient of what came."""
         if self.is_first:
             return []
         grad = self.bwd_cache.pop(chunk)[0]
         assert grad is not None
-        return [self._op(dist.isend, grad, self.stage_index - 1)]
+        return [self._message(True, grad, self.stage_index - 1, "gradients")]
 
     def _room(self, stage: int, chunk: int) -> list[Tensor]:
         return self.stages.room(stage, *shape_of(self._micro_batches[chunk].inputs))
 
-    def _op(self, kind: Any, tensor: Tensor, stage: int) -> dist.P2POp:
-        return _Message(self.wire, kind, tensor.contiguous(), self.stages.owners[stage])
+    def _message(self, sent: bool, tensor: Tensor, stage: int, what: str = "hidden states") -> _Message:
+        return _Message(self.wire, tensor.contiguous(), self.stages.owners[stage], sent, what)
 
     def set_local_fwd_input(self, made: Any, chunk: int) -> None:
         """Take hidden states from the stage before, which is this worker's too."""

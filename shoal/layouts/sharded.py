@@ -32,16 +32,15 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import _from_local_no_grad
 from torch.distributed.tensor import DTensor
 
 from shoal.errors import UserError
-from shoal.layouts.base import Function, PlacedModel
+from shoal.layouts.base import Function, PlacedModel, Request
 from shoal.models.blocks import blocks
 from shoal.tensors.piece import Piece, trained
-from shoal.tensors.precision import Policy
 from shoal.wire.mesh import Mesh
-from shoal.wire.wire import Exchange, Wire
+from shoal.wire.wire import Wire
 
 
 class Whole(nn.Module):
-    """A model and what is computed of it: parameters outside the blocks are whole only within its forward pass."""
+    """The root of FSDP: parameters outside the blocks are whole only within its forward pass."""
 
     def __init__(self, model: nn.Module, apply: Callable[[Function, dict[str, Tensor]], Tensor]) -> None:
         super().__init__()
@@ -49,20 +48,19 @@ class Whole(nn.Module):
         self._apply_to_model = apply
 
     def forward(self, function: Function, inputs: dict[str, Tensor]) -> Tensor:
-        """What `function` finds of a micro-batch."""
+        """`function` of the model, by the layout below."""
         return self._apply_to_model(function, inputs)
 
 
 class Sharded(PlacedModel):
     """The pieces of another layout cut over the ranks that compute other tokens, at a stage of ZeRO."""
 
-    def __init__(
-        self, inner: PlacedModel, mesh: Mesh, policy: Policy, stage: int, *, offload: bool = False
-    ) -> None:
-        axis, model = mesh.axes["zero"], inner.model
+    def __init__(self, inner: PlacedModel, request: Request) -> None:
+        mesh, policy, model = request.mesh, request.policy, inner.model
+        axis, offload = mesh.axes["zero"], request.options.offload == "parameters"
+        self.stage = stage = request.options.zero_stage or 3
         layers = [layer for layer in blocks(model) if any(True for _ in layer.parameters())]
         _check(model, layers, mesh)
-        self.stage = stage
         self.wire = mesh.wire("zero")
         self.root = Whole(model, inner._apply)
         self._parts = [_part_bytes(module, axis.size) for module in layers]
@@ -80,10 +78,10 @@ class Sharded(PlacedModel):
         )
         for module in layers:
             cut(module, reshard_after_forward=stage == 3)
-        # The backward pass of what is outside the blocks comes at once.
+        # Parameters outside the blocks are needed again as soon as the forward pass ends.
         cut(self.root, reshard_after_forward=False)
         self.parts = [module for module in self.root.modules() if isinstance(module, FSDPModule)]
-        gather, scatter = Gather(self.wire), Scatter(self.wire)
+        gather, scatter = GatherParameters(self.wire), ScatterGradients(self.wire)
         self._scattered = scatter.dtypes
         for part in self.parts:
             part.set_gradient_divide_factor(1.0)  # losses are divided by the labels of the step already
@@ -118,7 +116,7 @@ class Sharded(PlacedModel):
                 _sum_in(self._wide, group)
 
     def _groups(self) -> Iterator[Any]:
-        """What FSDP keeps of the parameters that it gathers together."""
+        """FSDP's groups of parameters, each of which it gathers at once."""
         for part in self.parts:
             yield from part._get_fsdp_state()._fsdp_param_groups
 
@@ -193,7 +191,7 @@ def _refuse(mesh: Mesh, found: str, change: str) -> None:
 
 
 def _sum_in(wide: torch.dtype, group: Any) -> None:
-    """Have FSDP keep its sums of gradients in `wide`, and give every trained parameter of the group one.
+    """Make FSDP sum gradients in `wide`, and give every trained parameter of the group a sum.
 
     FSDP would round the gradient of each micro-batch to the parameters' dtype, and refuse a group in which some
     parameters have a gradient and others none yet.
@@ -216,7 +214,7 @@ def _part_bytes(module: nn.Module, ranks: int, without: Container[int] = ()) -> 
 
 
 def _cut(piece: Piece, source: nn.Parameter, rank: int) -> Piece:
-    """What this rank holds of a piece, all of whose rows are in the model, as `source`."""
+    """This rank's part of a piece whose parameter FSDP has cut: `source`."""
     assert isinstance(source, DTensor)
     rows = -(-source.shape[0] // source.device_mesh.size())
     local, first = source.to_local().detach(), min(rank * rows, source.shape[0])
@@ -224,7 +222,7 @@ def _cut(piece: Piece, source: nn.Parameter, rank: int) -> Piece:
     blocks = (block.rows(first, first + held) for block in piece.parts)
 
     def wrap(view: Tensor) -> Tensor:
-        """The view where it lies: `DTensor.from_local` would copy one on the host to the mesh's device."""
+        """The view, without a copy: `DTensor.from_local` would move one on the host to the mesh's device."""
         return _from_local_no_grad(view, source._spec)
 
     return Piece(
@@ -240,38 +238,31 @@ def _cut(piece: Piece, source: nn.Parameter, rank: int) -> Piece:
 
 
 class _OverWire:
-    """An exchange of FSDP over a wire."""
+    """An exchange of FSDP over a wire. It is waited for at once: here FSDP never asks for one in the background."""
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
-        self.dtypes: set[torch.dtype] = set()  # of what was exchanged
+        self.dtypes: set[torch.dtype] = set()  # of what was summed
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A buffer for what is exchanged."""
+        """A buffer for an exchange."""
         return torch.empty(*size, dtype=dtype, device=device)
 
-    def finish(self, exchange: Exchange, async_op: bool) -> Any:
-        """Wait for it, unless FSDP wants to do so itself: what it asks of a `Work` is to wait."""
-        if async_op:
-            return exchange
-        exchange.wait()
-        return None
 
-
-class Gather(_OverWire, AllGather):
-    """Of all ranks' parts of the parameters of a block."""
+class GatherParameters(_OverWire, AllGather):
+    """The parameters of a block, from the parts of all ranks."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
-    ) -> Any:
-        return self.finish(self.wire.start_all_gather(output_tensor, input_tensor), async_op)
+    ) -> None:
+        self.wire.start_all_gather(output_tensor, input_tensor, "parameters").wait()
 
 
-class Scatter(_OverWire, ReduceScatter):
-    """Of the sums of all ranks' gradients of a block."""
+class ScatterGradients(_OverWire, ReduceScatter):
+    """This rank's part of the sums of all ranks' gradients of a block."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
-    ) -> Any:
+    ) -> None:
         self.dtypes.add(input_tensor.dtype)
-        return self.finish(self.wire.start_reduce_scatter(output_tensor, input_tensor), async_op)
+        self.wire.start_reduce_scatter(output_tensor, input_tensor, "gradients").wait()

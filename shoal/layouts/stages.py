@@ -3,12 +3,12 @@
 The family's own forward runs on every worker, so that positions, masks and rotary tables come from the inputs, which
 every worker has, and nothing but hidden states travels:
 
-- they enter in front of the first layer of a stage, in the place of whatever came there
-- they leave behind its last one, where the forward pass ends; the last stage goes on to the loss
-- a layer of other stages hands on what it gets, an embedding of others gives zeros of the right shape
+- they enter before the first layer of a stage, in the place of its input
+- they leave after its last layer, where the forward pass ends; the last stage goes on to the result
+- a layer of another stage returns its input, an embedding of another stage gives zeros of the right shape
 
-A worker may hold several stages. Embeddings that are tied to the head belong to the first stage; where the last one
-is another worker's, that one has a copy, which follows.
+A worker may hold several stages. Embeddings that are tied to the head belong to the first stage; if another worker
+has the last one, it holds a copy.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,24 +21,24 @@ from torch import Tensor, nn
 from shoal.config import THERE_AND_BACK, LayoutConfig
 from shoal.errors import UserError
 from shoal.layouts import checking, stubs
-from shoal.layouts.base import Function, PlacedModel
+from shoal.layouts.base import Function, PlacedModel, Request
 from shoal.layouts.cutting import NoStages, Watched, balance, watch
 from shoal.layouts.sharded import is_recent_torch
 from shoal.layouts.stubs import Left
 from shoal.models import proof
 from shoal.tensors.piece import Piece, empty
-from shoal.tensors.precision import Policy
-from shoal.wire.mesh import Mesh
 
 
 class Stages(PlacedModel):
     """The pieces of another layout that the stages of this worker need. `owners[s]` is the worker of stage s.
 
-    A forward pass is that of the stage which `only` has chosen: it finds hidden states, in the last stage the result.
+    A forward pass computes the stage that `only` has chosen: it returns hidden states, in the last stage the result.
     """
 
-    def __init__(self, inner: PlacedModel, mesh: Mesh, seen: Watched, options: LayoutConfig) -> None:
-        model, axis = inner.model, mesh.axes["pipeline"]
+    def __init__(self, inner: PlacedModel, request: Request) -> None:
+        mesh, options, seen, model = request.mesh, request.options, request.watched, inner.model
+        assert seen is not None, "`watch_whole` comes before"
+        axis = mesh.axes["pipeline"]
         self.device = mesh.device
         self.generator = _generator(mesh.device)
         self.owners = owners = _owners(options, axis.size)
@@ -57,7 +57,7 @@ class Stages(PlacedModel):
         kept = {*(seen.before if keeps_first else []), *(seen.after if keeps_last else [])}
         left_out = {module: stub for module, stub in all_stubs.items() if module not in kept}
         stubs.put(stubs.in_places(model, left_out))
-        # For later stages of whoever has the first one; of others it is empty.
+        # For the later stages of the worker that has the first one; on other workers it is empty.
         alone = {module: stub for module, stub in zeros.items() if module not in seen.after}
         self._zeros = stubs.in_places(model, alone)
         before, after = (
@@ -72,38 +72,24 @@ class Stages(PlacedModel):
 
     @contextmanager
     def only(self, stage: int, entering: Callable[[], Tensor] | None) -> Iterator[None]:
-        """Have the model be one stage of this worker's; `entering` gives the hidden states when they are wanted."""
-        own = self.layers[stage]
-        hooks = []
-        # In front of what other layouts do before a layer; behind what they do after one.
-        if entering is not None:
-            hooks.append(self._list[own.start].register_forward_pre_hook(self._entry(entering), prepend=True))
-        if stage < self.last:
-            hooks.append(self._list[own.stop - 1].register_forward_hook(stubs.leave))
-        whole, self._list._modules = self._list._modules, {**self._views[stage]}
-        before = [(parent, name, parent._modules[name]) for parent, name, _ in self._zeros]
-        if stage:  # whoever has the first stage as well computes nothing of it
-            stubs.put(self._zeros)
-        try:
+        """Within it the model is one stage of this worker's; `entering` returns the hidden states that enter it."""
+        entry = None if entering is None else self._entry(entering)
+        zeros = self._zeros if stage else []  # a worker's later stages compute nothing of its first one
+        with stubs.stage(self._list, self.layers[stage], {**self._views[stage]}, zeros, entry):
             yield
-        finally:
-            self._list._modules = whole
-            stubs.put(before)
-            for hook in hooks:
-                hook.remove()
 
     def _entry(self, entering: Callable[[], Tensor]) -> Callable[[nn.Module, Any], Any]:
         def enter(layer: nn.Module, args: Any) -> Any:
-            zeros, *others = args  # which have come through the layers of others
+            zeros, *others = args  # from the stubs of the layers before
             self._begin_tokens(*zeros.shape[:2])
             return (entering(), *others)
 
         return enter
 
     def room(self, stage: int, rows: int, tokens: int) -> list[Tensor]:
-        """Memory for what a stage hands on of a micro-batch: hidden states, `width` numbers for each token here.
+        """Buffers for what a stage hands on of a micro-batch: hidden states, `width` numbers for each token here.
 
-        And the state of the random numbers, in a model that draws some.
+        In a model with dropout the state of the random numbers too.
         """
         shape, dtype = self._hidden_shape(rows, tokens), self.dtypes[stage + 1]
         hidden = torch.empty(*shape, self.width, dtype=dtype, device=self.device)
@@ -118,17 +104,11 @@ class Stages(PlacedModel):
             return left.hidden
 
     def _leave_out(self, seen: Watched) -> dict[int, dict[str, nn.Module]]:
-        """Replace the layers of others; returns what the list is to hold in each stage of this worker's."""
+        """Replace the layers of other workers; returns what the list holds in each stage of this worker's."""
         skips = stubs.skips(seen)
         layers = list(seen.layers)
         held = {index for stage in self.mine for index in self.layers[stage]}
-        views: dict[int, dict[str, nn.Module]] = {
-            stage: {
-                str(index): layers[index] if index in self.layers[stage] else skip
-                for index, skip in enumerate(skips)
-            }
-            for stage in self.mine
-        }
+        views = {stage: stubs.view(layers, skips, self.layers[stage]) for stage in self.mine}
         for index, skip in enumerate(skips):
             if index not in held:
                 seen.layers[index] = skip
@@ -139,32 +119,26 @@ class Stages(PlacedModel):
         return stages if self._inner is None or self._inner._inner is None else f"{stages}; {self._inner}"
 
 
-def look(
-    placed: PlacedModel,
-    mesh: Mesh,
-    policy: Policy,
-    options: LayoutConfig,
-    empty_micro_batch: dict[str, Tensor],
-) -> Watched:
-    """See how a whole model computes, before anything of it is cut.
-
-    `empty_micro_batch` is a micro-batch without samples. Raises UserError where the model has no such stages.
-    """
+def watch_whole(placed: PlacedModel, request: Request) -> PlacedModel:
+    """Note how the model computes while it is whole. Raises UserError where it has no such stages."""
+    mesh, policy, options = request.mesh, request.policy, request.options
     asked, model = f"--pp {mesh.size('pipeline')}", placed.model
     if not is_recent_torch():
         raise UserError(asked, f"this is torch {torch.__version__}", "install torch 2.13 or later")
     stages = len(_owners(options, mesh.size("pipeline")))
     try:
         with proof.trial(asked, "leave it out"):
-            seen = watch(model, policy.autocast(mesh.device), _generator(mesh.device))
+            seen = request.watched = watch(model, policy.autocast(mesh.device), _generator(mesh.device))
             if len(seen.layers) < stages:
                 found = f"the model has {len(seen.layers)} layers, fewer than the {stages} stages"
                 raise UserError(asked, found, "take a smaller number, or another model")
             layers = balance(*seen.costs, stages)
-            checking.check(model, placed._loss, seen, layers, empty_micro_batch, policy.autocast(mesh.device))
+            checking.check(
+                model, placed._loss, seen, layers, request.empty_micro_batch, policy.autocast(mesh.device)
+            )
     except NoStages as error:
         raise UserError(asked, f"the model has no stages: {error}", "leave it out") from error
-    return seen
+    return placed
 
 
 def _owners(options: LayoutConfig, ranks: int) -> list[int]:

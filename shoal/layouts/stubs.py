@@ -1,10 +1,11 @@
-"""What stands in a stage in the place of the modules that other stages hold, and takes no memory.
+"""What stands in a stage in the place of the modules that other stages hold, without memory of its own.
 
 A layer hands on what it gets. What comes before the layers gives zeros of the right shape: an embedding looks up rows
 of zeros by its family's own code, which knows which of its inputs the indices are.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from shoal.layouts.cutting import Watched
 
-Place = tuple[nn.Module, str, nn.Module | None]  # a parent, a name in it, and what is to be there
+Place = tuple[nn.Module, str, nn.Module | None]  # a parent, a name in it, and the module for that name
 
 
 class Left(Exception):
@@ -22,7 +23,7 @@ class Left(Exception):
         self.hidden = hidden
 
 
-def leave(module: nn.Module, args: Any, made: Any) -> None:
+def _leave(module: nn.Module, args: Any, made: Any) -> None:
     """A hook behind a layer that ends the forward pass with the layer's hidden states."""
     raise Left(made[0] if isinstance(made, tuple) else made)
 
@@ -84,6 +85,42 @@ def put(places: Sequence[Place]) -> None:
     """Put each module in its place."""
     for parent, name, module in places:
         parent._modules[name] = module
+
+
+def view(layers: Sequence[nn.Module], skips: Sequence[Skip], own: range) -> dict[str, nn.Module]:
+    """What a list of layers holds while only the layers `own` compute."""
+    return {str(index): layers[index] if index in own else skip for index, skip in enumerate(skips)}
+
+
+@contextmanager
+def stage(
+    layers: nn.ModuleList,
+    own: range,
+    listed: dict[str, nn.Module],
+    places: Sequence[Place],
+    entry: Callable[[nn.Module, Any], Any] | None,
+) -> Iterator[None]:
+    """Within it the model is the stage of the layers `own`: its list holds `listed`, and stubs stand in `places`.
+
+    `entry` replaces what comes before the first of these layers. Behind the last one, unless it is the model's last,
+    the forward pass ends in `Left`.
+    """
+    hooks = []
+    # In front of what other layouts do before a layer; behind what they do after one.
+    if entry is not None:
+        hooks.append(layers[own.start].register_forward_pre_hook(entry, prepend=True))
+    if own.stop < len(layers):
+        hooks.append(layers[own.stop - 1].register_forward_hook(_leave))
+    before = [(parent, name, parent._modules[name]) for parent, name, _ in places]
+    whole, layers._modules = layers._modules, listed
+    put(places)
+    try:
+        yield
+    finally:
+        layers._modules = whole
+        put(before)
+        for hook in hooks:
+            hook.remove()
 
 
 def _empty(embedding: nn.Embedding, dtype: torch.dtype) -> nn.Module:

@@ -15,11 +15,11 @@ With t ranks, per micro-batch of N tokens with H numbers each, a rank sends
 - in a layer that is computed again in the backward pass half as much once more, which `cost` leaves out
 - for the loss  3 (t - 1) N numbers, and for norms and biases within the layers 2 (t - 1) / t of their gradients
 
-and holds of linear layers, embedding and head, their gradients and moments 1 / t. What is not cut every rank has,
-but the first alone trains it: the others follow, by one broadcast a step. Copies never part, whatever strategy runs.
+and holds of linear layers, embedding and head, their gradients and moments 1 / t. Parameters that are not cut are on
+every rank, but only the first one trains them and broadcasts them once a step: copies are equal under every strategy.
 
-What an encoder has found leaves its layers whole. An attention to it gathers the decoder's tokens alone, and takes
-keys and values of all of the encoder's, for the heads that are here.
+An encoder's hidden states leave its layers whole. An attention to them gathers the decoder's tokens alone, and has
+keys and values of all of the encoder's tokens for the heads of this rank.
 """
 
 import inspect
@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from shoal.errors import UserError
-from shoal.layouts.base import PlacedModel
+from shoal.layouts.base import PlacedModel, Request
 from shoal.layouts.modules import (
     Common,
     Dropout,
@@ -48,13 +48,13 @@ from shoal.layouts.modules import (
     gather_for,
     share_encoded,
 )
-from shoal.layouts.tokens import TensorAxis, Tokens
+from shoal.layouts.tokens import TensorGroup, Tokens
 from shoal.models import attention, plans
 from shoal.models.blocks import blocks, stacks
 from shoal.models.heads import has_plain_head
 from shoal.tensors.piece import Block, Piece, empty
 from shoal.tensors.precision import Policy
-from shoal.wire.mesh import Axis, Mesh
+from shoal.wire.mesh import Axis
 
 Styles = dict[nn.Module, plans.Style]
 
@@ -62,27 +62,27 @@ Styles = dict[nn.Module, plans.Style]
 class TensorParallel(PlacedModel):
     """The layers, embedding and head of another layout's model cut over the ranks of a team."""
 
-    def __init__(self, inner: PlacedModel, mesh: Mesh, policy: Policy) -> None:
-        axis, model = mesh.axes["tensor"], inner.model
-        self.line = TensorAxis(mesh.wire("tensor"))
+    def __init__(self, inner: PlacedModel, request: Request) -> None:
+        axis, model = request.mesh.axes["tensor"], inner.model
+        self.group = TensorGroup(request.mesh.wire("tensor"))
         self.is_first = axis.index == 0
         layers = list(blocks(model))
         styles = _styles(model, layers, axis.size)
         cuts = _cuts(model, styles)
-        self._sizes = _Sizes.of(model, layers, styles, cuts, policy, axis.size)
+        self._sizes = _Sizes.of(model, layers, styles, cuts, request.policy, axis.size)
         self._common = {piece.name for piece in inner.pieces if piece.source not in cuts}
         pieces = [_part(piece, cuts.get(piece.source), axis) for piece in inner.pieces]
         new = {old.source: piece.source for old, piece in zip(inner.pieces, pieces, strict=True)}
         parents = _parents(model)
         for stack in stacks(model):
-            cut_tokens_within(list(stack), self.line)
-            share_encoded(parents[stack], self.line)
-        _share(model, layers, cuts, self.line)
+            cut_tokens_within(list(stack), self.group)
+            share_encoded(parents[stack], self.group)
+        _share(model, layers, cuts, self.group)
         for module in model.modules():
             for name, p in module._parameters.items():
                 module._parameters[name] = new.get(p) if p is not None else None
-        _compute_in_part(model, styles, self.line)
-        _cut_vocabulary(model, self._sizes.vocabulary, axis, self.line)
+        _compute_in_part(model, styles, self.group)
+        _cut_vocabulary(model, self._sizes.vocabulary, axis, self.group)
         super().__init__(model, pieces, inner._loss, inner)
 
     @property
@@ -90,25 +90,25 @@ class TensorParallel(PlacedModel):
         return self.is_first and super()._reports  # all ranks of a team find the same
 
     def _hidden_shape(self, rows: int, tokens: int) -> tuple[int, int]:
-        return 1, Tokens(self.line, *super()._hidden_shape(rows, tokens)).share
+        return 1, Tokens(self.group, *super()._hidden_shape(rows, tokens)).share
 
     def _begin_tokens(self, rows: int, tokens: int) -> None:
-        self.line.tokens = Tokens(self.line, rows, tokens)
+        self.group.tokens = Tokens(self.group, rows, tokens)
 
     def _recompute_context(self) -> AbstractContextManager[object]:
-        return self._with_tokens(self.line.tokens, super()._recompute_context())
+        return self._with_tokens(self.group.tokens, super()._recompute_context())
 
     @contextmanager
     def _with_tokens(self, tokens: Tokens, below: AbstractContextManager[object]) -> Iterator[None]:
-        now, self.line.tokens = self.line.tokens, tokens
+        now, self.group.tokens = self.group.tokens, tokens
         try:
             with below:
                 yield
         finally:
-            self.line.tokens = now
+            self.group.tokens = now
 
     def _common_here(self) -> list[nn.Parameter]:
-        """What is not cut, of the layers that this rank has."""
+        """The parameters of this rank's layers that are not cut."""
         return [p for name, p in self.model.named_parameters() if name in self._common]
 
     def before_forward(self) -> None:
@@ -118,26 +118,26 @@ class TensorParallel(PlacedModel):
         if not held:
             return
         flat = torch.cat([each.flatten() for each in held])
-        self.line.broadcast(flat)
+        self.group.wire.broadcast(flat, "parameters that are not cut")
         if not self.is_first:
-            for p, own, told in zip(params, held, flat.split([each.numel() for each in held]), strict=True):
-                own.copy_(told.view_as(own))
+            for p, own, first in zip(params, held, flat.split([each.numel() for each in held]), strict=True):
+                own.copy_(first.view_as(own))
                 p.grad = None
 
     def cost(self, turns: int, shape: tuple[int, int]) -> float:
         """As the head of this file has it. Encoder and decoder are taken to read as many tokens, those of `shape`."""
         told = sum(_local(p).nbytes for p in self._common_here())
         here = [any(True for _ in layer.parameters()) for layer in blocks(self.model)]
-        sent = turns * self._sizes.sent(Tokens(self.line, *shape), here)
+        sent = turns * self._sizes.sent(Tokens(self.group, *shape), here)
         return super().cost(turns, shape) + sent + (told if self.is_first else 0)
 
     def __str__(self) -> str:
-        return f"replicas of {self.line.size} workers, each with its part of every layer"
+        return f"replicas of {self.group.size} workers, each with its part of every layer"
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """Along which dim a parameter is cut; `parts` as large as each other lie end to end there, each cut alike."""
+    """The dim along which a parameter is cut; there lie `parts` equal parts end to end, and each is cut."""
 
     dim: int
     parts: int = 1
@@ -158,7 +158,7 @@ def _cuts(model: Any, styles: Styles) -> dict[Tensor, _Cut]:
 
 
 def _part(piece: Piece, cut: _Cut | None, axis: Axis) -> Piece:
-    """What this rank holds of a whole piece; nothing of what another one trains."""
+    """The part of a whole piece that this rank trains, which may be empty."""
     source = piece.source
     if cut is None:
         return piece if axis.index == 0 else empty(piece, source)
@@ -176,42 +176,42 @@ def _part(piece: Piece, cut: _Cut | None, axis: Axis) -> Piece:
 
 
 def _span(length: int, axis: Axis) -> tuple[int, int]:
-    """Of so many rows the first of this rank, and how many it has: as many as the others, the last one fewer."""
+    """This rank's first of `length` rows, and how many it has: all ranks have as many, the last one perhaps fewer."""
     most = -(-length // axis.size)
     first = axis.index * most
     return first, min(most, length - first)
 
 
 def _local(p: Tensor) -> Tensor:
-    """What this rank holds of a parameter, however it is cut further."""
+    """This rank's values of a parameter, which ZeRO may have cut further."""
     return p.to_local().detach() if isinstance(p, DTensor) else p.detach()
 
 
-def _share(model: Any, layers: list[nn.Module], cuts: dict[Tensor, _Cut], line: TensorAxis) -> None:
-    """Have what layers hold whole, and their dropout, be as of one process."""
+def _share(model: Any, layers: list[nn.Module], cuts: dict[Tensor, _Cut], group: TensorGroup) -> None:
+    """Make dropout, and gradients of parameters that are not cut, equal to those of one process."""
     between = plans.BETWEEN.get(model.config.model_type, ())
     for layer in layers:
         common = [name for name, p in layer.named_parameters() if p.requires_grad and p not in cuts]
         if common:
-            Common(layer, common, line)
+            Common(layer, common, group)
         dropouts: dict[str, Any] = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Dropout)}
         for name, dropout in dropouts.items():
-            dropout.forward = (DropoutBetween if name.endswith(between) else Dropout)(dropout, line)
+            dropout.forward = (DropoutBetween if name.endswith(between) else Dropout)(dropout, group)
 
 
-def _compute_in_part(model: Any, styles: Styles, line: TensorAxis) -> None:
-    """Have linear layers, and the modules around them, compute with a part of heads and widths."""
+def _compute_in_part(model: Any, styles: Styles, group: TensorGroup) -> None:
+    """Make linear layers, and the modules around them, compute a part of the heads and widths."""
     for module, style in styles.items():
         if style.side == "in":
-            module.forward = SummedUp(module, line)
+            module.forward = SummedUp(module, group)
         elif isinstance(module, Conv1D):
-            module.nf //= line.size
+            module.nf //= group.size
     for parent in _pairs(model, styles):
-        gather_for(parent, line)
-        setattr(parent, attention.HEADS, (line.index, line.size))
+        gather_for(parent, group)
+        setattr(parent, attention.HEADS, (group.index, group.size))
         for width in plans.WIDTHS.get(model.config.model_type, ()):
             if hasattr(parent, width):
-                setattr(parent, width, getattr(parent, width) // line.size)
+                setattr(parent, width, getattr(parent, width) // group.size)
 
 
 def _pairs(model: nn.Module, styles: Styles) -> dict[nn.Module, nn.Module]:
@@ -228,14 +228,14 @@ def _parents(model: nn.Module) -> dict[nn.Module, nn.Module]:
     return {child: parent for parent in model.modules() for child in parent.children()}
 
 
-def _cut_vocabulary(model: Any, rows: int, axis: Axis, line: TensorAxis) -> None:
+def _cut_vocabulary(model: Any, rows: int, axis: Axis, group: TensorGroup) -> None:
     first, _ = _span(rows, axis)
     weight, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     embeddings: list[Any] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     for embedding in embeddings:
         if embedding.weight is weight:  # encoder and decoder have one each
-            embedding.forward = Embedding(embedding, line, first)
-    head.forward = Head(head, line, first, rows)
+            embedding.forward = Embedding(embedding, group, first)
+    head.forward = Head(head, group, first, rows)
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ class _Sizes:
     between: tuple[int, ...]  # numbers of a token that are gathered or scattered in each layer, one way
     common: tuple[int, ...]  # numbers of each layer that are trained and not cut
     vocabulary: int
-    logits: bool  # whether they are gathered, where no loss can be taken without
+    logits: bool  # whether they are gathered, for a loss that needs them all
     wide: int  # bytes of a number, where they are not those of matrix products:
     narrow: int
     summed: int  # of a sum of gradients

@@ -1,6 +1,6 @@
-"""The hidden states of a micro-batch, whole or cut by tokens over the ranks of a line: from one to the other.
+"""Hidden states whole on each rank, or cut by tokens over the ranks that compute a layer: from one to the other.
 
-Each function here is what its backward pass is not: where one gathers the other sums up and scatters.
+The two passes of each function here are each other's transpose: where one gathers, the other scatters a sum.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from shoal.wire.wire import Wire
 
 
-class TensorAxis:
+class TensorGroup:
     """The ranks that compute a layer together, and the tokens of the forward pass that runs."""
 
     def __init__(self, wire: Wire) -> None:
@@ -25,7 +25,7 @@ class TensorAxis:
     def gather(self, part: Tensor) -> Tensor:
         """The ranks' parts [n, ...] one after the other: [size * n, ...]."""
         whole = part.new_empty(self.size * len(part), *part.shape[1:])
-        self.wire.start_all_gather(whole.view(-1), part.contiguous().view(-1)).wait()
+        self.wire.start_all_gather(whole.view(-1), part.contiguous().view(-1), "tokens").wait()
         return whole
 
     def scatter(self, whole: Tensor) -> Tensor:
@@ -35,54 +35,46 @@ class TensorAxis:
         """
         sent = whole.contiguous()
         received = torch.empty_like(sent)
-        part = sent.numel() // self.size
-        self.wire.start_exchange(received.view(-1), [part] * self.size, sent.view(-1)).wait()
+        counts = [sent.numel() // self.size] * self.size
+        self.wire.start_exchange(received.view(-1), counts, sent.view(-1), "sums of tokens").wait()
         return reduce(torch.add, received.chunk(self.size))
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over the ranks, in place."""
-        return self.wire.sum(tensor)
-
-    def broadcast(self, tensor: Tensor) -> None:
-        """Overwrite `tensor` with the one of the first rank."""
-        self.wire.broadcast(tensor)
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of a micro-batch [rows, length], laid end to end and cut: each rank of the line has as many.
+    """The tokens of a micro-batch [rows, length], laid end to end and cut: each rank has as many.
 
     Hidden states are [1, share, H] in part, the last ones filled up with zeros, and [rows, length, H] whole.
     """
 
-    line: TensorAxis
+    group: TensorGroup
     rows: int
     length: int
 
     @property
     def share(self) -> int:
         """How many tokens a rank has."""
-        return -(-self.rows * self.length // self.line.size)
+        return -(-self.rows * self.length // self.group.size)
 
     def gather(self, part: Tensor) -> Tensor:
         """The whole of the ranks' parts."""
-        return self.line.gather(part[0])[: self.rows * self.length].view(self.rows, self.length, -1)
+        return self.group.gather(part[0])[: self.rows * self.length].view(self.rows, self.length, -1)
 
     def scatter(self, whole: Tensor) -> Tensor:
         """This rank's part of the sum of the ranks' wholes."""
-        missing = self.share * self.line.size - self.rows * self.length
+        missing = self.share * self.group.size - self.rows * self.length
         flat = whole.flatten(0, 1)
-        return self.line.scatter(F.pad(flat, (0, 0, 0, missing)) if missing else flat)[None]
+        return self.group.scatter(F.pad(flat, (0, 0, 0, missing)) if missing else flat)[None]
 
     def own(self, whole: Tensor) -> Tensor:
         """This rank's part of what all ranks have whole."""
-        first = self.line.index * self.share
+        first = self.group.index * self.share
         part = whole.flatten(0, 1)[first : first + self.share]
         return F.pad(part, (0, 0, 0, self.share - len(part)))[None]
 
 
-class Enter(torch.autograd.Function):
-    """From what all ranks have whole to each rank's part."""
+class SplitTokens(torch.autograd.Function):
+    """From a whole that all ranks have to each rank's part."""
 
     @staticmethod
     def forward(ctx: Any, whole: Tensor, tokens: Tokens) -> Tensor:
@@ -96,8 +88,8 @@ class Enter(torch.autograd.Function):
         return ctx.tokens.gather(grad), None
 
 
-class Leave(torch.autograd.Function):
-    """From the ranks' parts to a whole with which all of them do the same."""
+class JoinTokens(torch.autograd.Function):
+    """From the ranks' parts to the whole, of which all ranks then compute the same."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, tokens: Tokens) -> Tensor:
@@ -111,8 +103,8 @@ class Leave(torch.autograd.Function):
         return ctx.tokens.own(grad), None
 
 
-class Gather(torch.autograd.Function):
-    """From the ranks' parts to a whole with which each of them does something else."""
+class GatherTokens(torch.autograd.Function):
+    """From the ranks' parts to the whole, of which each rank then computes something else."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, tokens: Tokens) -> Tensor:
@@ -126,8 +118,8 @@ class Gather(torch.autograd.Function):
         return ctx.tokens.scatter(grad), None
 
 
-class Scatter(torch.autograd.Function):
-    """From what each rank adds to a whole to each rank's part of the sum."""
+class ScatterTokens(torch.autograd.Function):
+    """From each rank's term of a sum to each rank's part of the sum."""
 
     @staticmethod
     def forward(ctx: Any, whole: Tensor, tokens: Tokens) -> Tensor:
@@ -141,13 +133,13 @@ class Scatter(torch.autograd.Function):
         return ctx.tokens.gather(grad), None
 
 
-class Sum(torch.autograd.Function):
-    """From what each rank adds to the sum, with which all of them do the same."""
+class SumPartials(torch.autograd.Function):
+    """From each rank's term to the sum, of which all ranks then compute the same."""
 
     @staticmethod
-    def forward(ctx: Any, addend: Tensor, line: TensorAxis) -> Tensor:
+    def forward(ctx: Any, addend: Tensor, group: TensorGroup) -> Tensor:
         """The sum."""
-        return line.sum(addend.clone())
+        return group.wire.sum(addend.clone())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -155,37 +147,37 @@ class Sum(torch.autograd.Function):
         return grad, None
 
 
-class Share(torch.autograd.Function):
-    """From what all ranks have alike to the same, with which each of them does something else."""
+class SumGradients(torch.autograd.Function):
+    """Tensors alike on all ranks, of which each rank computes something else: their gradients are summed."""
 
     @staticmethod
-    def forward(ctx: Any, line: TensorAxis, *alike: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, group: TensorGroup, *alike: Tensor) -> tuple[Tensor, ...]:
         """As they are."""
-        ctx.line = line
+        ctx.group = group
         return tuple(each.view_as(each) for each in alike)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The sums of the ranks' gradients, in one exchange and in at least float32."""
         wide = torch.promote_types(grads[0].dtype, torch.float32)
-        flat = ctx.line.sum(torch.cat([grad.flatten().to(wide) for grad in grads]))
+        flat = ctx.group.wire.sum(torch.cat([grad.flatten().to(wide) for grad in grads]))
         parts = flat.split([grad.numel() for grad in grads])
         return (None, *(part.view_as(grad) for part, grad in zip(parts, grads, strict=True)))
 
 
-class Columns(torch.autograd.Function):
-    """From the columns [..., n] that each rank has to all of them, with which all ranks do the same.
+class GatherColumns(torch.autograd.Function):
+    """From each rank's columns [..., n] to all `count` columns, of which all ranks then compute the same.
 
-    `count` is how many there are; the ranks before the last have as many each, the last one what is left.
+    The ranks before the last have equally many, the last one the rest.
     """
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, line: TensorAxis, count: int) -> Tensor:
+    def forward(ctx: Any, own: Tensor, group: TensorGroup, count: int) -> Tensor:
         """All columns."""
-        most = -(-count // line.size)
-        ctx.own = slice(line.index * most, line.index * most + own.shape[-1])
+        most = -(-count // group.size)
+        ctx.own = slice(group.index * most, group.index * most + own.shape[-1])
         filled = F.pad(own, (0, most - own.shape[-1]))
-        return line.gather(filled.movedim(-1, 0)).movedim(0, -1)[..., :count]
+        return group.gather(filled.movedim(-1, 0)).movedim(0, -1)[..., :count]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

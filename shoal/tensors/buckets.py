@@ -11,7 +11,7 @@ from shoal.tensors.tree_sum import TreeSum
 
 
 class Bucket:
-    """Gradients that travel together: `flat` [n], of which every piece's `.grad` becomes a view.
+    """Gradients that are sent together: `flat` [n], of which every piece's `.grad` becomes a view.
 
     `flat` is padded with zeros to a multiple of `multiple`, so that it cuts into equal parts. Its dtype is the
     parameters' `grad_dtype`: their own, or a wider one for the sum of many gradients.
@@ -40,12 +40,12 @@ class Bucket:
             yield p, part.view_as(p)
 
     def clear(self) -> None:
-        """Forget all gradients: the next ones are copied in, which costs less than to zero and to add."""
+        """Drop all gradients: the next ones are copied in, which costs less than zeros and an addition."""
         for piece in self.pieces:
             piece.source.grad = None
 
     def take(self, piece: Piece) -> None:
-        """Have the gradient of `piece`, zero if there is none, in the buffer."""
+        """Copy the gradient of `piece`, or zeros if there is none, into the buffer."""
         view, held = self.views[piece.local], self._grads[piece]
         if piece.source.grad is None:
             view.zero_()
@@ -58,8 +58,8 @@ class Buckets:
     """All gradients of a replica, in the reverse order of its parameters: as the backward pass makes them.
 
     The layout depends on the parameters and `bucket_bytes` alone, and never changes during a run. In a step each
-    bucket is announced to `on_complete` exactly once, in their order, whichever parameters got a gradient: within the
-    last backward pass, if there is one for each micro-batch (`listen`), else after it.
+    bucket is announced to `on_complete` exactly once, in their order, whichever parameters got a gradient: during
+    the last backward pass, if each micro-batch has one (`listen`), else after it.
     """
 
     def __init__(
@@ -73,14 +73,14 @@ class Buckets:
     ) -> None:
         self.all = [Bucket(group, multiple) for group in _cut(list(reversed(pieces)), bucket_bytes)]
         self.exact = exact
-        self.scale = 1.0  # that gradients come with, and are divided by when they are complete
+        self.scale = 1.0  # of the loss: complete gradients are divided by it
         self.on_begin: Callable[[], object] = lambda: None  # before the first forward pass of a step
         self.on_complete: Callable[[Bucket], object] = lambda bucket: None
         self._leaf = 0
         self._last = False
         self._announced = len(self.all)
         self._places = {piece.source: (piece, bucket) for bucket in self.all for piece in bucket.pieces}
-        # The garbage collector does not see into these hooks: held by one, this and the model would stay for ever.
+        # The garbage collector does not follow hooks: a strong reference in one would keep the model for ever.
         ours = weakref.ref(self)
         for p in self._places if listen else ():
             p.register_post_accumulate_grad_hook(

@@ -1,4 +1,4 @@
-"""Dynamic loss scaling: gradients of float16 activations are kept above what float16 takes for zero."""
+"""Dynamic loss scaling: gradients of float16 activations are kept above the smallest number of float16."""
 
 from torch import Tensor
 
@@ -15,9 +15,9 @@ class Scaler:
     """What losses are multiplied by before the backward pass, and gradients divided by as soon as they are complete.
 
     Micikevicius et al. 2018, "Mixed Precision Training", section 3.2, with the constants of torch.amp.GradScaler.
-    Whether a step is taken follows from the norm that clips it: ranks that update by one gradient know one norm, and
-    so hold one scale. Where replicas update alone (local, diloco, gossip, async) each follows its own gradient:
-    one overflow then costs one replica a step, and nobody waits to hear of it; what they exchange is unscaled.
+    A step is skipped if the norm of its gradient is not finite: ranks that update by one gradient know the same norm,
+    and so hold the same scale. Replicas that update alone each follow their own gradient: an overflow costs one
+    replica one step, without an exchange about it; what they exchange is unscaled.
 
     The scale is a power of two, so that scaling rounds nothing. Outside of 16-mixed it stays 1, the floor.
     """
@@ -28,7 +28,7 @@ class Scaler:
         self.good_steps = 0  # in a row, at this scale
 
     def update(self, *, finite: bool) -> bool:
-        """Follow a step whose gradient was `finite` or not; whether a lower scale than its own can still be tried."""
+        """Adapt to a step whose gradient was `finite` or not; returns whether its scale could be lowered."""
         can_lower = self.scale > FLOOR
         if not finite:
             self.scale, self.good_steps = max(FLOOR, self.scale * BACKOFF), 0
@@ -39,11 +39,11 @@ class Scaler:
         return can_lower
 
     def state_dict(self) -> dict[str, float]:
-        """Where it stands; nothing where it never moves."""
+        """The scale and its steps; empty where it is constant."""
         return {"scale": self.scale, "good_steps": self.good_steps} if self.dynamic else {}
 
     def load_state_dict(self, state: dict[str, float] | dict[str, Tensor]) -> None:
-        """Take back what `state_dict` gave; what was saved without a scale leaves it as it is."""
+        """Load what `state_dict` gave; an empty state changes nothing."""
         if self.dynamic and state:
             self.scale, self.good_steps = float(state["scale"]), int(state["good_steps"])
 

@@ -1,4 +1,4 @@
-"""What one rank holds of each parameter. Everything but the layouts sees a replica as these pieces alone."""
+"""What one rank holds of each parameter. Outside the layouts, a replica is these pieces and no more."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ def _itself(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Block:
-    """Values that lie together in a piece as in the whole: they begin `at` in the one and `offset` in the other."""
+    """Values that lie together in a piece and in the whole: they begin `at` in the piece, `offset` in the whole."""
 
     at: tuple[int, ...]
     offset: tuple[int, ...]
@@ -25,12 +25,12 @@ class Block:
         return tuple(slice(begin, begin + n) for begin, n in zip(self.at, self.size, strict=True))
 
     def along_last(self, of_each: int) -> "Block":
-        """The same of a tensor that has one number for every so many along the last dim."""
+        """This block of a tensor that has one number for every `of_each` along the last dim."""
         at, offset, size = ((*dims[:-1], dims[-1] // of_each) for dims in (self.at, self.offset, self.size))
         return Block(at, offset, size)
 
     def rows(self, first: int, stop: int) -> "Block":
-        """What of it stands in the rows from `first` to `stop` of the piece, as a block of these alone."""
+        """The part in rows `first` to `stop` of the piece, as a block of a piece of these rows."""
         begin, end = max(self.at[0], first), min(self.at[0] + self.size[0], stop)
         return Block(
             (begin - first, *self.at[1:]),
@@ -59,13 +59,13 @@ class Piece:
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """What it holds of the whole."""
+        """The blocks of the whole that it holds."""
         return self.parts or (Block((0,) * self.local.dim(), self.offset, tuple(self.local.shape)),)
 
     def place(self, held: torch.Size) -> tuple[tuple[int, ...], tuple[Block, ...]]:
-        """The whole's shape, and the blocks, of a tensor with a number for every so many values along the last dim.
+        """The whole's shape and the blocks of a tensor of shape `held`, coarser than the piece along the last dim.
 
-        These many have to divide what each block has of that dim, and where it begins.
+        The factor has to divide the size and the offset of each block in that dim.
         """
         of_each = self.local.shape[-1] // held[-1]
         shape = (*self.shape[:-1], self.shape[-1] // of_each)
@@ -78,7 +78,7 @@ def whole(model: nn.Module) -> list[Piece]:
 
 
 def take_wide_gradients(pieces: Iterable[Piece]) -> None:
-    """Have the gradients of trained pieces come and add up in at least float32, whatever their values are held in."""
+    """Give trained pieces gradients in at least float32, whatever the dtype of their values."""
     for piece in pieces:
         for p in (piece.source, piece.local):
             if p.requires_grad:
@@ -96,6 +96,6 @@ def named(pieces: Iterable[Piece]) -> list[tuple[str, nn.Parameter]]:
 
 
 def empty(piece: Piece, source: nn.Parameter | None = None) -> Piece:
-    """Nothing of a parameter that other ranks train; `source` is a copy that the model has of it here."""
+    """The empty piece of a parameter that other ranks train; `source` is the copy in this rank's model, if any."""
     local = nn.Parameter(piece.local.detach()[:0].clone(), requires_grad=piece.source.requires_grad)
     return replace(piece, local=local, source=local if source is None else source, parts=())

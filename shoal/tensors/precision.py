@@ -1,4 +1,4 @@
-"""One policy says in which dtype everything is held, whatever the layout and the strategy."""
+"""One policy for the dtypes of everything, under every layout and strategy."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -52,13 +52,13 @@ class Policy:
         state: Iterable[torch.Tensor],
         reduced: Iterable[torch.dtype] = (),
     ) -> None:
-        """Raise ShoalError where parameters, gradients or optimizer `state` are held, or sums were, otherwise."""
+        """Raise ShoalError where parameters, gradients, optimizer `state` or sums have another dtype than here."""
         for p in params:
             self._expect("a parameter", self.parameters, p.dtype)
             if p.grad is not None:
                 self._expect("a gradient", self.gradients, p.grad.dtype)
         for tensor in state:
-            # Beside codes there are their scales, and what is too small for codes.
+            # 8-bit state also has scales, and tensors too small for codes.
             beside = self.optimizer == torch.uint8 and tensor.dtype == self.parameters
             if tensor.dim() and not beside:  # the count of steps is a scalar of its own dtype
                 self._expect("optimizer state", self.optimizer, tensor.dtype)
@@ -86,9 +86,9 @@ def resolve(precision: str, device: torch.device) -> Policy:
 
 
 def as_it_is(model: nn.Module) -> Policy:
-    """The policy of a model that is trained in the dtypes it has: that of the widest.
+    """The policy of a model that is trained in the dtypes it has: the one of the widest.
 
-    Raises UserError for a dtype in which nothing is trained.
+    Raises UserError for a dtype in which gradients would be lost.
     """
     params = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
     for name, dtype in params.items():

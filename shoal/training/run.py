@@ -51,13 +51,12 @@ class Run:
     watch: Callable[[float], None]  # hears the loss of every step
 
     def __post_init__(self) -> None:
-        self._sent_before = self.mesh.bytes_sent  # to start the run
         self._lap = perf_counter()
 
     @property
     def bytes_sent(self) -> int:
-        """By this rank in training so far: to other replicas, and within its own."""
-        return self.mesh.bytes_sent - self._sent_before
+        """By this rank so far: to other replicas, and within its own."""
+        return self.mesh.bytes_sent
 
     def agree(self, numbers: Tensor) -> Tensor:
         """The sum of `numbers` over the ranks, as far as the strategy hears of them."""

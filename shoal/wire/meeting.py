@@ -16,7 +16,7 @@ from shoal.wire.rendezvous import Rendezvous
 TIMEOUT = timedelta(minutes=10)  # how long a collective waits for the slowest rank
 FOREVER = timedelta(days=365)
 JOIN = timedelta(hours=24)  # how long ranks wait for the last one, which may have data to prepare first
-WORD = timedelta(minutes=1)  # between two lines that say who is awaited
+WORD = timedelta(minutes=1)  # between two lines that name the missing ranks
 LOOK = 0.1  # seconds: the longest pause between two looks
 PARTING = 5.0  # seconds that the rank which keeps the store stays for the others, of whom some may have died
 
@@ -115,5 +115,5 @@ def shared_store() -> Any:
 
 
 def new_group(ranks: list[int]) -> dist.ProcessGroup:
-    """A group of these ranks, which they alone make: it goes by their names, whatever else others make meanwhile."""
+    """A process group of these ranks. They alone call it: its name follows from their ranks."""
     return dist.new_group(ranks, timeout=TIMEOUT, use_local_synchronization=True)

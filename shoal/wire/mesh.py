@@ -19,7 +19,7 @@ from shoal.wire.wire import Wire
 # The outermost first: the ranks of an island, which hold one replica, are neighbours, and among them those of a team,
 # which compute a micro-batch together.
 AXES = ("replicate", "shard", "pipeline", "context", "tensor")
-# Axes taken as one. What is cut by ZeRO is cut over all ranks that compute other tokens with the same weights.
+# Several axes as one. ZeRO cuts over all ranks that compute other tokens with the same weights.
 MERGED = {"island": AXES[1:], "team": AXES[2:], "zero": ("shard", "context")}
 
 
@@ -34,9 +34,9 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process among the others. `group` has all of them; `axes` has the grid, as far as it has several ranks.
+    """This process among the others. `group` has all of them; `axes` has every axis of more than one rank.
 
-    `replicate` is always there, and at first alone.
+    `replicate` is always among them, and before `cut` the only one.
     """
 
     rank: int
@@ -44,7 +44,7 @@ class Mesh:
     device: torch.device
     group: dist.ProcessGroup
     axes: Mapping[str, Axis]
-    epoch: int = 0  # rises when the ranks that take part change: every wire is made anew
+    epoch: int = 0  # of the membership: a mesh of other ranks has a higher one, and wires of its own
     _wires: dict[str, Wire] = field(default_factory=dict, repr=False)
 
     @property
@@ -54,12 +54,12 @@ class Mesh:
 
     @property
     def replicate(self) -> Axis:
-        """The ranks that hold the same part of the other replicas: those that agree."""
+        """The ranks that hold the same part of the other replicas."""
         return self.axes["replicate"]
 
     @property
     def teams(self) -> int:
-        """How many share the micro-batches of a step: each team computes its own ones."""
+        """The number of teams. Each computes micro-batches of its own."""
         return self.world_size // self.size("team")
 
     @property
@@ -68,7 +68,7 @@ class Mesh:
         return self.rank // self.size("team")
 
     def size(self, axis: str) -> int:
-        """How many ranks an axis has, or several taken as one; 1 where it is not there."""
+        """How many ranks an axis has, or a merged axis; 1 where the mesh has none of that name."""
         return self.axes[axis].size if axis in self.axes else 1
 
     def index(self, axis: str) -> int:
@@ -76,7 +76,7 @@ class Mesh:
         return self.axes[axis].index if axis in self.axes else 0
 
     def wire(self, axis: str) -> Wire:
-        """The wire along an axis, or along several taken as one; "world" is to all ranks. The same at each call.
+        """The wire along an axis or a merged axis, or to all ranks: "world". It is the same one at each call.
 
         Where every rank holds a whole replica, "world" is "replicate".
         """
@@ -159,7 +159,7 @@ def join(rendezvous: Rendezvous, wanted: str = "auto") -> Iterator[Mesh]:
 
 
 def check_own(identity: str, world_size: int) -> None:
-    """Refuse, on all ranks alike, a GPU that several ranks take: NCCL would fail at the first exchange.
+    """Raise UserError on every rank if several ranks use one GPU: NCCL would fail at the first exchange.
 
     A worker that sees one GPU cannot know by itself whether others see the same one.
     """

@@ -1,6 +1,6 @@
-"""Two processes that talk to each other alone, beside the exchanges of all: how they find each other, and talk.
+"""Messages between two processes alone, beside the collectives: how the two find each other, send and receive.
 
-All of it raises PeerLost when the other side is gone.
+Everything here raises PeerLost when the other side is gone.
 """
 
 from contextlib import suppress
@@ -16,14 +16,14 @@ from shoal.wire import meeting
 from shoal.wire.lost import peer_lost
 
 Work = dist.Work  # what was started on a pair: done after `Pair.finish`
-MEET = timedelta(seconds=20)  # how long who opens a door waits for the guest that has knocked
+MEET = timedelta(seconds=20)  # the longest wait at a door for a guest that has knocked
 
 
 class Pair:
-    """One end of a pair, `number` 0 or 1: for one thread at each end.
+    """One end of a pair, `number` 0 or 1. One thread may use it.
 
-    What one sends on a channel the other receives, in order. After PeerLost, also where the other was silent for
-    `meeting.TIMEOUT`, the pair is of no use.
+    What one sends on a channel the other receives, in order. PeerLost, which also comes after `meeting.TIMEOUT`
+    of silence, makes the pair unusable.
     """
 
     def __init__(self, store: dist.Store, name: str, number: int, patience: timedelta) -> None:
@@ -60,7 +60,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Guest:
-    """Another process that has come to a door."""
+    """A process that has asked for a pair at a door."""
 
     number: int
     store: dist.Store
@@ -72,7 +72,7 @@ class Guest:
 
 
 class Door:
-    """Where other processes may come at any time to be talked to alone."""
+    """A name at which other processes can ask for a pair at any time."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -80,7 +80,7 @@ class Door:
         self._count = 0
 
     def wait(self) -> Guest:
-        """The next guest, whenever it comes."""
+        """Wait, without a deadline, for the next guest."""
         self._count += 1
         key = f"{self.name}/{self._count}"
         with peer_lost("the next guest"):
@@ -89,14 +89,14 @@ class Door:
 
 
 class Visitor:
-    """One process that comes to the doors of others, as guest `number`."""
+    """A process that asks for pairs at the doors of others, as guest `number`."""
 
     def __init__(self, number: int) -> None:
         self.number = number
         self._store = meeting.own_store()
 
     def knock(self, door: str, patience: timedelta = meeting.TIMEOUT) -> Pair:
-        """The pair with whoever opens. Raises PeerLost when nobody does for so long."""
+        """The pair with the process behind `door`. Raises PeerLost when it has not opened after `patience`."""
         with peer_lost(door):
             key = f"{door}/{self._store.add(f'{door}/count', 1)}"
             self._store.set(key, str(self.number))
@@ -104,7 +104,7 @@ class Visitor:
 
 
 class Bell:
-    """A signal from one process to another, through the store: whatever exchanges either of them is in."""
+    """A signal from one process to another through the store, which works during any exchange of theirs."""
 
     def __init__(self, name: str) -> None:
         self._key = f"bell/{name}"
@@ -116,6 +116,6 @@ class Bell:
             self._store.set(self._key, "rung")
 
     def wait(self) -> None:
-        """Return once it is rung. One process may wait."""
+        """Return once it rings. Only one process may wait."""
         with peer_lost("a bell"):
             self._store.wait([self._key], meeting.FOREVER)

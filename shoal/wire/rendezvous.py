@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """What an engine says of one process: who it is, how many there are, and where they meet.
+    """What an engine gives a process: its rank, the world size, and where the ranks meet.
 
     Rank 0 serves the store, on the listening socket `store_fd` if it inherited one from the launcher, unless the
     engine itself serves it. `attempt` counts restarts by the engine: each meets under fresh keys. `local_size` is

@@ -1,7 +1,8 @@
 """The wire: every exchange between ranks goes through here, is listed while it is open, and is counted.
 
 Bytes are what the algorithm has a rank send (the payload of a ring or of direct exchanges), without the
-headers of the transport.
+headers of the transport. They count when an exchange begins: one that ends in a later step belongs to the step that
+sent it.
 """
 
 import time
@@ -34,15 +35,13 @@ class Exchange:
         self.what = what
         self.rank = rank
         self._wire = wire.counter
+        self._wire.bytes_sent += nbytes  # that this rank sends
         with peer_lost(what, rank):
             self._works = list(start())
         self._wire.pending[self] = None
-        self._wire.bytes_sent += (
-            nbytes  # an exchange may be under way for several steps: the one that starts it pays
-        )
 
     def wait(self) -> None:
-        """End it, and count the seconds waited. Again: do nothing."""
+        """Wait until it is done, and count the seconds. A second call does nothing."""
         if self not in self._wire.pending:
             return
         started = time.perf_counter()
@@ -80,15 +79,17 @@ class Wire:
         first = self.rank // size * size
         return Wire(meeting.new_group(ranks[first : first + size]), self.counter)
 
-    def start_all_reduce(self, tensor: Tensor) -> Exchange:
+    def start_all_reduce(self, tensor: Tensor, what: str = "all-reduce") -> Exchange:
         """Begin to sum `tensor` in place over the ranks."""
         return self._start(
-            "all-reduce",
+            what,
             lambda: dist.all_reduce(tensor, group=self.group, async_op=True),
             2 * self._others_part(tensor),
         )
 
-    def start_exchange(self, received: Tensor, counts: list[int], sent: Tensor) -> Exchange:
+    def start_exchange(
+        self, received: Tensor, counts: list[int], sent: Tensor, what: str = "all-to-all"
+    ) -> Exchange:
         """Begin to send the r-th of `world_size` equal parts of `sent` to rank r.
 
         What rank q sends, `counts[q]` elements, lands in `received` in the order of the ranks.
@@ -98,58 +99,50 @@ class Wire:
         def start() -> dist.Work:
             return dist.all_to_all_single(received, sent, counts, parts, group=self.group, async_op=True)
 
-        return self._start("all-to-all", start, self._others_part(sent))
+        return self._start(what, start, self._others_part(sent))
 
-    def start_all_gather(self, whole: Tensor, part: Tensor) -> Exchange:
+    def start_all_gather(self, whole: Tensor, part: Tensor, what: str = "all-gather") -> Exchange:
         """Begin to fill `whole` [world_size * n] with every rank's `part` [n], in the order of the ranks."""
         nbytes = (self.world_size - 1) * part.nbytes
-        return self._start(
-            "all-gather", lambda: _all_gather(whole, part, group=self.group, async_op=True), nbytes
-        )
+        return self._start(what, lambda: _all_gather(whole, part, group=self.group, async_op=True), nbytes)
 
-    def start_reduce_scatter(self, part: Tensor, whole: Tensor) -> Exchange:
+    def start_reduce_scatter(self, part: Tensor, whole: Tensor, what: str = "reduce-scatter") -> Exchange:
         """Begin to fill `part` [n] with the sum over the ranks of this rank's part of `whole` [world_size * n]."""
         return self._start(
-            "reduce-scatter",
+            what,
             lambda: _reduce_scatter(part, whole, group=self.group, async_op=True),
             self._others_part(whole),
         )
 
-    def start_send(self, tensor: Tensor, rank: int) -> Exchange:
+    def start_send(self, tensor: Tensor, rank: int, what: str = "send") -> Exchange:
         """Begin to send `tensor` to `rank`. It must not change before `wait`."""
         return self._start(
-            "send", lambda: dist.isend(tensor, group=self.group, group_dst=rank), tensor.nbytes, rank
+            what, lambda: dist.isend(tensor, group=self.group, group_dst=rank), tensor.nbytes, rank
         )
 
-    def start_receive(self, tensor: Tensor, rank: int) -> Exchange:
+    def start_receive(self, tensor: Tensor, rank: int, what: str = "receive") -> Exchange:
         """Begin to overwrite `tensor` with what `rank` sends: of this size, in the order in which it was sent."""
-        return self._start("receive", lambda: dist.irecv(tensor, group=self.group, group_src=rank), 0, rank)
+        return self._start(what, lambda: dist.irecv(tensor, group=self.group, group_src=rank), 0, rank)
 
-    def start_swap(self, sent: Sequence[Tensor], received: Sequence[Tensor], rank: int) -> Exchange:
-        """Begin to exchange tensors with `rank`, which calls this too."""
+    def start_swap(
+        self, sent: Sequence[Tensor], received: Sequence[Tensor], rank: int, what: str = "swap"
+    ) -> Exchange:
+        """Begin to exchange tensors with `rank`, which calls this too. NCCL would hang on one after the other."""
         ways = ((dist.irecv, received), (dist.isend, sent))
-        return self.start_batch(
-            "swap", [dist.P2POp(way, t, group=self.group, group_peer=rank) for way, ts in ways for t in ts]
-        )
+        posted = [dist.P2POp(way, t, group=self.group, group_peer=rank) for way, ts in ways for t in ts]
+        nbytes = sum(tensor.nbytes for tensor in sent)
+        return Exchange(self, what, lambda: dist.batch_isend_irecv(posted), nbytes, rank)
 
-    def start_batch(self, what: str, posted: Sequence[dist.P2POp]) -> Exchange:
-        """Begin to send and to receive at once. NCCL would run one after the other, and so both ranks wait."""
-        nbytes = sum(each.tensor.nbytes for each in posted if each.op is dist.isend)
-        (rank, *others) = {each.group_peer for each in posted}
-        return Exchange(
-            self, what, lambda: dist.batch_isend_irecv(list(posted)), nbytes, None if others else rank
-        )
-
-    def sum(self, tensor: Tensor) -> Tensor:
+    def sum(self, tensor: Tensor, what: str = "sum") -> Tensor:
         """The sum of `tensor` over the ranks, in place, at once. For numbers, not for gradients."""
-        self.start_all_reduce(tensor).wait()
+        self.start_all_reduce(tensor, what).wait()
         return tensor
 
-    def broadcast(self, tensor: Tensor) -> None:
-        """Overwrite `tensor` with the one of rank 0."""
-        nbytes = tensor.nbytes if self.rank == 0 else 0
+    def broadcast(self, tensor: Tensor, what: str = "broadcast", *, counted: bool = True) -> None:
+        """Overwrite `tensor` with the one of rank 0. Its bytes count unless `counted` is false."""
+        nbytes = tensor.nbytes if counted and self.rank == 0 else 0
         start = lambda: dist.broadcast(tensor, group=self.group, group_src=0, async_op=True)  # noqa: E731
-        self._start("broadcast", start, nbytes).wait()
+        self._start(what, start, nbytes).wait()
 
     def share_text(self, text: str) -> str:
         """The text that rank 0 gives, on every rank. Rank 0 may come as late as it likes.

@@ -14,7 +14,9 @@ from laws.test_layouts import STEPS, follow_in_pieces, resume_all, sent_and_pred
 from laws.worlds import first_difference, follow, run_of
 from torch import Tensor
 
+from shoal.config import LayoutConfig
 from shoal.layouts import replicated
+from shoal.layouts.base import Request
 from shoal.layouts.context import Context
 from shoal.models.heads import final_hidden
 from shoal.models.isolation import packed_inputs
@@ -84,7 +86,7 @@ def moved(mesh: Mesh, task: PackedTask, row: int) -> list[set[int]]:
     mesh = mesh.cut({"context": mesh.world_size})
     inputs = samples.collate(np.array([row]))
     placed = replicated.place(task.model().eval(), task.loss, mesh, policy)
-    context = Context(placed, mesh, policy, inputs)
+    context = Context(placed, Request(mesh, policy, LayoutConfig(), inputs))
     documents = inputs["documents"][0]
 
     def hidden(ids: Tensor) -> Tensor:

@@ -118,9 +118,9 @@ def _exchanges(placed: Any, inputs: dict[str, torch.Tensor], policy: Any) -> Cou
     originals = {name: getattr(Wire, name) for name in EXCHANGES}
 
     def counting(name: str) -> Any:
-        def start(*args: Any) -> Any:
+        def start(*args: Any, **named: Any) -> Any:
             counted[name] += 1
-            return originals[name](*args)
+            return originals[name](*args, **named)
 
         return start
 

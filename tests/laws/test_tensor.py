@@ -135,12 +135,12 @@ def test_strategies_between_teams(pool: Pool, strategy: str, tmp_path: Path) -> 
 def exchanges(mesh: Mesh, task: ModelTask) -> Counter[str]:
     """How often a rank begins an exchange of each kind within a micro-batch."""
     run = run_of(mesh, "allreduce", task, **{**STEPS, "global_batch_size": 2}, tp=2)
-    wire, told = run.replica.placed.line.wire, Counter[str]()
+    wire, told = run.mesh.wire("tensor"), Counter[str]()
 
     def count(name: str, start: Callable[..., Any]) -> None:
-        def counted(*args: Any) -> Any:
+        def counted(*args: Any, **named: Any) -> Any:
             told[name] += 1
-            return start(*args)
+            return start(*args, **named)
 
         setattr(wire, name, counted)
 

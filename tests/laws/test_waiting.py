@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from shoal import checkpoint
 from shoal.checkpoint import saving
 from shoal.errors import ShoalError
-from shoal.layouts.base import PlacedModel
-from shoal.sync.server_strategy import ServerStrategy
+from shoal.layouts.base import whole_model
 from shoal.tensors.precision import resolve
 from shoal.training.evaluate import ASK_EVERY, Evaluators, evaluate
 from shoal.wire import meeting
@@ -164,7 +163,7 @@ def measure(made: Mesh, stopped_at: int, count: int) -> tuple[Any, int, int]:
         return wire.sum(numbers)
 
     found = evaluate(
-        PlacedModel.whole(nn.Identity(), loss),
+        whole_model(nn.Identity(), loss),
         loss,
         Few(count),  # type: ignore[arg-type]
         micro_batch_size=1,

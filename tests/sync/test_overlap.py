@@ -24,14 +24,14 @@ def started(mesh: Mesh, **settings: Any) -> list[tuple[int, str]]:
     found: list[tuple[int, str]] = []
 
     def watched(name: str, original: Any) -> Any:
-        def start(wire: Wire, *tensors: Any) -> Any:
+        def start(wire: Wire, *tensors: Any, **named: Any) -> Any:
             if (
                 wire is run.mesh.wire("replicate")
                 and not isinstance(tensors[0], list)
                 and tensors[0].numel() > 64
             ):
                 found.append((run.progress.step + 1, name))
-            return original(wire, *tensors)
+            return original(wire, *tensors, **named)
 
         return start
 

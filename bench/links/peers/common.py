@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from shoal.config import load_config
 from shoal.config.batch import resolve_batch
 from shoal.data.batches import Batch, Batches
-from shoal.layouts.base import PlacedModel
+from shoal.layouts.base import whole_model
 from shoal.optim import optimizers
 from shoal.shares import equal
 from shoal.tasks import TASKS
 from shoal.tensors import precision
 from shoal.training.evaluate import Evaluators, evaluate
-from shoal.wire.wire import Wire
 
 
 class Job:
@@ -84,14 +83,17 @@ class Job:
 
     def validate(self) -> float:
         """The loss a token over all held-out windows, shared out among the workers of the default group."""
-        everyone = dist.group.WORLD
-        assert everyone is not None
+
+        def summed(numbers: torch.Tensor) -> torch.Tensor:
+            dist.all_reduce(numbers)
+            return numbers
+
         measured = evaluate(
-            PlacedModel.whole(self.model, self.task.loss),
+            whole_model(self.model, self.task.loss),
             self.task.measure,
             self.task.samples("eval"),
             micro_batch_size=self.batches.shape[1],
-            among=Evaluators(dist.get_rank(), dist.get_world_size(), Wire(everyone).sum),
+            among=Evaluators(dist.get_rank(), dist.get_world_size(), summed),
             policy=self.policy,
             device=torch.device("cpu"),
         )

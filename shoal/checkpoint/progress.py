@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 
 from shoal.config import Order
+from shoal.config.strategies import DEFAULT
 from shoal.errors import UserError
 from shoal.tensors import tensor_files
 
@@ -28,7 +29,7 @@ class Progress:
     best: float | None = None  # the lowest eval/loss so far
     data: str = ""  # the key of the prepared data
     order: Order = field(default_factory=dict)  # the settings that decide it
-    strategy: str = "allreduce"
+    strategy: str = DEFAULT
     island_size: Count = 1  # ranks that held a replica together
     precision: str = ""
     optimizer: str = ""

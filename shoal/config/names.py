@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from shoal.config.record import RunConfig
 from shoal.config.section import Section
+from shoal.config.strategies import readers
 from shoal.errors import UserError, quoted
 
 
@@ -51,7 +52,8 @@ class Fact:
     @property
     def readers(self) -> list[str]:
         """The strategies and codecs that read it; empty: every run does."""
-        return self._extra["of"]
+        strategies = readers(self.field).split() if self.section == "strategy" else []
+        return [*strategies, *self._extra["of"]]
 
     @property
     def _extra(self) -> dict[str, Any]:

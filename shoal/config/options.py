@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from shoal.config.names import facts
 from shoal.config.record import RunConfig
 from shoal.config.resolve import Resolved
+from shoal.config.strategies import SUMMING
 from shoal.config.strategy import StrategyConfig
 from shoal.errors import UserError
 
@@ -32,8 +33,12 @@ def _unread(resolved: Resolved) -> Iterator[Refusal]:
             asked = fact.flag if origin.startswith("flag") else f"{fact.flag} ({origin})"
             found = f"strategy {strategy.name} with codec {strategy.codec} does not read it"
             yield asked, found, f"leave it out; it belongs to {', '.join(fact.readers)}"
-    if strategy.name == "demo" and resolved.origins["train.optim"] != "default":
-        yield f"--optim {resolved.config.train.optim}", "demo is the optimizer itself", "leave it out"
+    if strategy.traits.is_optimizer and resolved.origins["train.optim"] != "default":
+        yield (
+            f"--optim {resolved.config.train.optim}",
+            f"{strategy.name} is the optimizer itself",
+            "leave it out",
+        )
 
 
 def _contradictions(config: RunConfig) -> Iterator[Refusal]:
@@ -43,9 +48,9 @@ def _contradictions(config: RunConfig) -> Iterator[Refusal]:
     if "tensorboard" in config.log.report_to and find_spec("tensorboard") is None:
         yield "--report-to tensorboard", "the package tensorboard is missing", "pip install tensorboard"
     yield from _bfloat16(config)
-    if config.train.exact and (options.name != "allreduce" or options.codec != "none"):
+    if config.train.exact and (not options.traits.sums_gradients or options.codec != "none"):
         found = f"strategy {options.name} with codec {options.codec} does not add up gradients as they are"
-        yield "--exact", found, "take --strategy allreduce without a codec, or leave --exact out"
+        yield "--exact", found, f"take --strategy {SUMMING} without a codec, or leave --exact out"
     if config.train.exact and (options.clip_each or options.normalize == "each"):
         found = "each worker's own gradient is changed before the sum"
         yield "--exact", found, "leave --exact, or --clip-each and --normalize each, out"
@@ -57,7 +62,7 @@ def _contradictions(config: RunConfig) -> Iterator[Refusal]:
     yield from _timing(options)
     if (options.guard_steps or options.guard_drift) and options.guard is None:
         yield "--guard-steps and --guard-drift", "there is no guard", "add --guard 0.05, or leave them out"
-    if options.normalize == "each" and options.name != "allreduce":
+    if options.normalize == "each" and not options.traits.sums_gradients:
         yield (
             "--normalize each",
             f"with {options.name} every worker updates by its own",
@@ -67,10 +72,10 @@ def _contradictions(config: RunConfig) -> Iterator[Refusal]:
     if config.log.memory_report and config.train.compile:
         found = "what a compiled graph holds within it cannot be seen"
         yield "--memory-report", found, "leave --compile out, or the report"
-    if config.log.memory_report and options.name in ("server", "async"):
+    if config.log.memory_report and options.traits.is_central:
         found = f"with {options.name} the optimizer computes in the threads of servers, which cannot be seen"
         yield "--memory-report", found, "take another strategy, or leave it out"
-    if config.layout.offload == "optimizer" and options.name in ("server", "async", "demo"):
+    if config.layout.offload == "optimizer" and not options.traits.keeps_optimizer:
         found = f"with {options.name} a worker keeps no state of an optimizer"
         yield "--offload optimizer", found, "leave it out, or take another strategy"
     yield from _momentum(config)
@@ -92,9 +97,9 @@ def _bfloat16(config: RunConfig) -> Iterator[Refusal]:
     if config.train.optim != "adamw":
         found = f"{config.train.optim} would round small updates of bf16 parameters away"
         yield "--precision bf16-true", found, f"take --optim adamw, {mixed}"
-    if config.strategy.name != "allreduce":
+    if not config.strategy.traits.sums_gradients:
         found = f"what {config.strategy.name} shares would be rounded to bf16 at each agreement"
-        yield "--precision bf16-true", found, f"take --strategy allreduce, zero1, zero2 or zero3, {mixed}"
+        yield "--precision bf16-true", found, f"take --strategy {SUMMING}, zero1, zero2 or zero3, {mixed}"
 
 
 def _eight_bit(config: RunConfig) -> Iterator[Refusal]:
@@ -103,7 +108,7 @@ def _eight_bit(config: RunConfig) -> Iterator[Refusal]:
         return
     if config.train.precision == "64-true":
         yield "--optim adamw-8bit", "it computes in float32", "take adamw, or leave --precision 64-true out"
-    if config.strategy.name in ("server", "async"):
+    if config.strategy.traits.is_central:
         found = f"with {config.strategy.name} the servers hold the optimizer's state, once for all"
         yield "--optim adamw-8bit", found, "take adamw"
     if config.strategy.guard is not None:
@@ -116,7 +121,7 @@ def _momentum(config: RunConfig) -> Iterator[Refusal]:
     options, optim = config.strategy, config.train.optim
     if optim == "onebit-adam":
         needed = {
-            "--strategy allreduce": options.name == "allreduce",
+            f"--strategy {SUMMING}": options.traits.sums_gradients,
             "--codec sign": options.codec == "sign",
             "--codec-momentum 0.9": options.codec_momentum > 0,
             "--codec-warmup 100": options.codec_warmup > 0,
@@ -132,17 +137,17 @@ def _momentum(config: RunConfig) -> Iterator[Refusal]:
     if optim != "sgd":
         found = f"{optim} would take its momentum a second time"
         yield "--codec-momentum", found, "take --optim sgd or onebit-adam, or leave it out"
-    if options.name in ("local", "diloco"):
+    if options.traits.sends == "deltas":
         yield "--codec-momentum", "what is sent are ways of many steps, no gradients", "leave it out"
-    if options.codec == "sign" and options.name in ("server", "async"):
+    if options.codec == "sign" and options.traits.is_central:
         found = "servers are sent gradients, and the momentum of sign is that of all ranks"
         yield "--codec-momentum", found, "leave it out"
 
 
 def _timing(options: StrategyConfig) -> Iterator[Refusal]:
     """Of syncs, in fragments and in flight."""
-    every, overlap = options.sync_every or options.own_period, options.overlap_steps or 0
-    if options.name == "gossip":
+    every, overlap = options.period, options.overlap_steps or 0
+    if not every:
         return
     if (options.fragments > 1 or overlap) and not every.isdigit():
         yield f"--sync-every {every}", "fragments and overlap are timed in steps", "give a number of steps"
@@ -165,13 +170,11 @@ def _codec(options: StrategyConfig) -> Iterator[Refusal]:
     for flag in ("--error-feedback", "--error-decay") if options.codec == "none" else ():
         if given[flag]:
             yield flag, "nothing is encoded, and so nothing left out", "add --codec, or leave it out"
-    if options.name == "gossip":
+    if options.traits.sends == "differences":
         for flag in (flag for flag, is_given in given.items() if is_given):
-            found = (
-                "gossip encodes differences to what was sent, which bring back what is left out by themselves"
-            )
+            found = f"{options.name} encodes differences to what was sent, which bring back what is left out by themselves"
             yield flag, found, "leave it out"
-    if options.codec_warmup and options.name in ("server", "async"):
+    if options.codec_warmup and options.traits.is_central:
         found = f"strategy {options.name} sends from one rank to another, where lengths must be known"
         yield f"--codec-warmup {options.codec_warmup}", found, "leave it out"
 
@@ -182,7 +185,7 @@ def _outer(options: StrategyConfig) -> Iterator[Refusal]:
         "--outer-lr": options.outer_lr is not None,
         "--outer-momentum": options.outer_momentum is not None,
     }
-    if options.name == "local" and options.averaging == "mean":
+    if "averaging" in options.traits.options and options.averaging == "mean":
         for flag in (flag for flag, is_given in given.items() if is_given):
             yield flag, "the plain mean of the replicas reads none", "add --averaging slowmo, or leave it out"
     if options.averaging == "elastic" and given["--outer-momentum"]:

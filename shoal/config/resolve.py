@@ -15,6 +15,7 @@ from shoal.config.layout import STAGES
 from shoal.config.names import Setting, sections, setting
 from shoal.config.record import RunConfig
 from shoal.config.sources import environment_settings, file_settings
+from shoal.config.strategies import SUMMING
 from shoal.config.values import at_home
 from shoal.errors import UserError, quoted
 
@@ -73,7 +74,7 @@ def _spelled_out(entry: Setting) -> list[Setting]:
     if stage is None:
         return [entry]
     return [
-        replace(entry, value="allreduce"),
+        replace(entry, value=SUMMING),
         replace(entry, section="layout", field="zero_stage", value=stage),
     ]
 

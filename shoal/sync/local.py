@@ -52,7 +52,7 @@ class Period:
 
 def period_of(options: StrategyConfig) -> Period:
     """A new period, from the options."""
-    return Period(options.sync_every or options.own_period)
+    return Period(options.period)
 
 
 @dataclass

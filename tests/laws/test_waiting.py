@@ -26,6 +26,7 @@ from shoal import checkpoint
 from shoal.checkpoint import saving
 from shoal.errors import ShoalError
 from shoal.layouts.base import whole_model
+from shoal.sync.server_strategy import ServerStrategy
 from shoal.tensors.precision import resolve
 from shoal.training.evaluate import ASK_EVERY, Evaluators, evaluate
 from shoal.wire import meeting

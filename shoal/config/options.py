@@ -172,7 +172,7 @@ def _codec(options: StrategyConfig) -> Iterator[Refusal]:
             yield flag, "nothing is encoded, and so nothing left out", "add --codec, or leave it out"
     if options.traits.sends == "differences":
         for flag in (flag for flag, is_given in given.items() if is_given):
-            found = f"{options.name} encodes differences to what was sent, which bring back what is left out by themselves"
+            found = f"{options.name} encodes differences to what was sent, which bring back what is left out"
             yield flag, found, "leave it out"
     if options.codec_warmup and options.traits.is_central:
         found = f"strategy {options.name} sends from one rank to another, where lengths must be known"

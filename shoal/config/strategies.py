@@ -1,18 +1,10 @@
-"""The table of strategies: what each one is, as data. Whatever depends on a strategy, and is no strategy, asks here."""
+"""The table of strategies: what each one is, as data. Whatever depends on a strategy, and is none, asks here."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-LOCAL = (
-    "sync_every",
-    "outer_lr",
-    "outer_momentum",
-    "local_after",
-    "normalize",
-    "guard",
-    "guard_drift",
-    "guard_steps",
-)
+GUARDED = ("guard", "guard_drift", "guard_steps")
+LOCAL = ("sync_every", "outer_lr", "outer_momentum", "local_after", "normalize", *GUARDED)
 ENCODED = ("codec", "error_feedback", "error_decay")
 SERVERS = ("servers", "share_memory", *ENCODED)
 
@@ -26,6 +18,7 @@ class Traits:
     # What replicas send: gradients of every step, which add up; how far parameters have moved in several steps;
     # differences to what was sent before; gradients to a server; or something of their own.
     sends: Literal["gradients", "deltas", "differences", "pushes", "own"] = "own"
+    replicas_differ: bool = False  # whether they may, after a step, in parameters or optimizer state
     period: str = ""  # steps between two agreements, where `sync_every` is empty and may be given
     keeps_optimizer: bool = True  # whether a worker keeps the state of the optimizer that was asked for
     is_optimizer: bool = False  # whether it is the optimizer itself
@@ -66,19 +59,30 @@ STRATEGIES: dict[str, Traits] = {
         (*LOCAL, *ENCODED, "averaging", "group_size", "global_every"),
         aliases=("local-sgd",),
         sends="deltas",
+        replicas_differ=True,
         period="16",
     ),
-    "diloco": Traits((*LOCAL, *ENCODED, "fragments", "overlap_steps", "mixing"), sends="deltas", period="30"),
-    "noloco": Traits(LOCAL, period="30"),
+    "diloco": Traits(
+        (*LOCAL, *ENCODED, "fragments", "overlap_steps", "mixing"),
+        sends="deltas",
+        replicas_differ=True,
+        period="30",
+    ),
+    "noloco": Traits(LOCAL, replicas_differ=True, period="30"),
     "gossip": Traits(
         (
             *ENCODED,
             *("topology", "overlap_steps", "mixing", "normalize", *GUARDED),
         ),
         sends="differences",
+        replicas_differ=True,
         spares="workers",
     ),
-    "demo": Traits(("demo_decay", "demo_chunk", "demo_topk"), keeps_optimizer=False, is_optimizer=True),
+    "demo": Traits(
+        ("demo_decay", "demo_chunk", "demo_topk"),
+        keeps_optimizer=False,
+        is_optimizer=True,
+    ),
 }
 DEFAULT, *_ = STRATEGIES
 SUMMING, *_ = (name for name, traits in STRATEGIES.items() if traits.sums_gradients)

@@ -43,7 +43,7 @@ class AllReduce(Sync):
     def send(self, replica: Replica, bucket: Bucket) -> None:
         """Begin to sum a complete bucket, where it is sent as it is."""
         if replica.buckets.exact:
-            self.pending.append(start_exact_sum(self.wire, bucket, replica.shares))
+            self.pending.append(start_exact_sum(self._wire, bucket, replica.shares))
         elif not self.changes_own:
             self._start(bucket)
 

@@ -78,7 +78,7 @@ class Async(ServerStrategy, Guardable):
     @property
     def ahead(self) -> int:  # type: ignore[override]
         """The pushes of its own that a worker does not wait for."""
-        return int(self.wire.world_size > 1 and self.max_staleness != 0)
+        return int(self._wire.world_size > 1 and self.max_staleness != 0)
 
     def update_rule(self, replica: Replica) -> Arrivals:
         options = self.options
@@ -132,8 +132,8 @@ class Async(ServerStrategy, Guardable):
         # Half the staleness, down to synchronous training. Rank 0's server passes it on to the others.
         if self.max_staleness == 0:
             return ""
-        bound = self.wire.world_size if self.max_staleness is None else self.max_staleness
-        if self.wire.rank == 0 and self.host is not None:
+        bound = self._wire.world_size if self.max_staleness is None else self.max_staleness
+        if self._wire.rank == 0 and self.host is not None:
             self.host.tighten(bound // 2)
         return f"workers may be {bound // 2} steps ahead of the last one"
 

@@ -45,10 +45,8 @@ def mean_of(states: Sequence[State]) -> State:
 class Sync(ABC):
     """How one replica agrees with the others. A strategy performs the update, since some update elsewhere."""
 
-    replicas_differ = False  # whether they may, after a step, in parameters or optimizer state
-
     def __init__(self, config: RunConfig, wire: Wire) -> None:
-        self.wire = wire
+        self._wire = wire
         self.members = Members(wire)
 
     @abstractmethod

@@ -74,9 +74,9 @@ class DeMo(Sync):
     def _share(self, replica: Replica, step: Step) -> float:
         """Leave the signs of the shared waves in the buckets; returns N times the norm of the own gradient."""
         own = replica.norm(get_total_norm([bucket.flat for bucket in replica.buckets]))
-        norm = self.wire.world_size * own.item()
+        norm = self._wire.world_size * own.item()
         clip = min(1.0, self.max_grad_norm / (norm + TINY)) if self.max_grad_norm else 1.0
-        rate = replica.schedule(step.number) * self.wire.world_size * clip
+        rate = replica.schedule(step.number) * self._wire.world_size * clip
         gathers = [self._start_gather(momentum.add(rate)) for momentum in self.momenta]
         received = [
             momentum.unpack(self._finish(step, *gather))
@@ -86,7 +86,7 @@ class DeMo(Sync):
         finite = not replica.sum(torch.tensor(float(broken)))
         for momentum, (values, indices) in zip(self.momenta, received, strict=True):
             if finite:
-                momentum.share(values, indices, self.wire.rank)
+                momentum.share(values, indices, self._wire.rank)
             else:
                 for _, part in momentum.bucket.parts(momentum.bucket.flat):
                     part.fill_(math.nan)  # so that the update skips the step
@@ -97,8 +97,8 @@ class DeMo(Sync):
 
     def load_state_dict(self, states: Sequence[State]) -> None:
         # With another number of ranks each continues with the mean, as what is shared is a mean over its senders.
-        same = len(states) == self.wire.world_size
-        state = states[self.wire.rank] if same else mean_of(states)
+        same = len(states) == self._wire.world_size
+        state = states[self._wire.rank] if same else mean_of(states)
         for name, part in self.state_dict().items():
             part.copy_(state[name])
 
@@ -111,13 +111,13 @@ class DeMo(Sync):
         return Cost(sent=(sizes.world_size - 1) * sent * each, held=sizes.nbytes)
 
     def _start_gather(self, part: Tensor) -> tuple[Tensor, Exchange]:
-        whole = part.new_empty(self.wire.world_size * part.numel())
-        return whole, self.wire.start_all_gather(whole, part)
+        whole = part.new_empty(self._wire.world_size * part.numel())
+        return whole, self._wire.start_all_gather(whole, part)
 
     def _finish(self, step: Step, whole: Tensor, exchange: Exchange) -> Tensor:
         with step.timed("communication"):
             exchange.wait()
-        return whole.view(self.wire.world_size, -1)
+        return whole.view(self._wire.world_size, -1)
 
 
 class Momentum:

@@ -95,8 +95,6 @@ class Round:
 class Gossip(Sync, Guardable):
     """See the module. A neighbour that dies is left out, its part kept; its micro-batches are not computed again."""
 
-    replicas_differ = True
-
     def __init__(self, config: RunConfig, wire: Wire) -> None:
         super().__init__(config, wire)
         self.options = config.strategy
@@ -116,7 +114,7 @@ class Gossip(Sync, Guardable):
 
     def attach(self, replica: Replica) -> None:
         if self.options.codec != "none":
-            rank, turn = self.wire.rank, range(self.wire.world_size.bit_length())
+            rank, turn = self._wire.rank, range(self._wire.world_size.bit_length())
             edges = torch.stack([self.matrix(step) for step in turn]).sum(0)
             self.copies = Copies(
                 self.options,
@@ -160,8 +158,8 @@ class Gossip(Sync, Guardable):
 
     def load_state_dict(self, states: Sequence[State]) -> None:
         # With another number of ranks all start from the mean, whose weight is 1, and of which no copies are needed.
-        same = len(states) == self.wire.world_size
-        state = states[self.wire.rank if same else 0]
+        same = len(states) == self._wire.world_size
+        state = states[self._wire.rank if same else 0]
         self.rounds = int(state["rounds"])
         if same:
             self.weight.copy_(state["weight"])
@@ -182,7 +180,7 @@ class Gossip(Sync, Guardable):
         return Cost(sent=neighbours * (payload + 8 * (topology == "push-sum")), held=held)
 
     def _start(self, replica: Replica) -> Round:
-        matrix, rank = self.matrix(self.rounds), self.wire.rank
+        matrix, rank = self.matrix(self.rounds), self._wire.rank
         senders = [peer for peer in self.peers.alive if matrix[rank, peer]]
         receivers = [peer for peer in self.peers.alive if matrix[peer, rank]]
         own, weight = self._numerators(replica), [self.weight] * self.push_sum
@@ -215,7 +213,7 @@ class Gossip(Sync, Guardable):
             exchange = self.under_way or self._start(replica)
             self.under_way = None
             self.peers.wait(exchange.posted)
-        alive, matrix, rank = self.peers.alive, exchange.matrix, self.wire.rank
+        alive, matrix, rank = self.peers.alive, exchange.matrix, self._wire.rank
         inboxes = {peer: inbox for peer, inbox in exchange.inboxes.items() if peer in alive}
         theirs = {peer: self.copies.receive(peer, x) if self.copies else x for peer, x in inboxes.items()}
         added = {peer: self.mixing * matrix[rank, peer].item() for peer in theirs}
@@ -269,7 +267,7 @@ class Gossip(Sync, Guardable):
         weight = self.weight.item()
         _scale(replica, weight)
         # Divided by 1/N, so that the mean of all replicas follows the gradient of the step.
-        replica.update(step, 1 / self.wire.world_size)
+        replica.update(step, 1 / self._wire.world_size)
         _scale(replica, 1 / weight)
 
 

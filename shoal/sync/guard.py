@@ -31,11 +31,10 @@ class Guard(Sync):
     """
 
     def __init__(self, config: RunConfig, wire: Wire, guarded: Sync, say: Callable[[str], None]) -> None:
-        self.wire = wire
+        self._wire = wire
         self.options = config.strategy
         self.guarded = guarded
         self.guardable = guarded if isinstance(guarded, Guardable) else Guardable()
-        self.replicas_differ = guarded.replicas_differ
         self.synchronous = AllReduce(config, wire)
         # Shares that follow the speed of the ranks in one phase would be left as they are in the next.
         self.synchronous.members.all_agree = guarded.members.all_agree
@@ -130,10 +129,10 @@ class Guard(Sync):
 
     def _fall_back(self) -> None:
         """Every replica becomes the mean of all, in parameters and optimizer state."""
-        for bucket, flat in zip(self.replica.buckets, mean(self.replica, self.wire), strict=True):
+        for bucket, flat in zip(self.replica.buckets, mean(self.replica, self._wire), strict=True):
             write(bucket, flat)
         for _, tensor in self.replica.optimizer_state.tensors():
             if tensor.is_floating_point():
-                self.wire.sum(tensor).div_(self.wire.world_size)
+                self._wire.sum(tensor).div_(self._wire.world_size)
         self.phase = FALLEN_BACK
         self.attach(self.replica)

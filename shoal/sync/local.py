@@ -92,8 +92,6 @@ class Local(Sync, Guardable):
     are dealt out to that many fragments, synced in turn; with `overlap_steps` a sum may take that many steps.
     """
 
-    replicas_differ = True
-
     def __init__(self, config: RunConfig, wire: Wire) -> None:
         super().__init__(config, wire)
         self.options = config.strategy
@@ -138,7 +136,7 @@ class Local(Sync, Guardable):
         return f"a sync every {self.period.steps} steps from now on"
 
     def shared_model(self, replica: Replica) -> AbstractContextManager[None]:
-        return averaged(replica, self.wire)
+        return averaged(replica, self._wire)
 
     def metrics(self) -> dict[str, float]:
         # From the mean of all at the last sync; with an outer rule from the parameters shared last, since a codec may
@@ -161,7 +159,7 @@ class Local(Sync, Guardable):
     def load_state_dict(self, states: Sequence[State]) -> None:
         # What is shared was the same on all ranks; what the codec left out is refitted by `EncodedSums`.
         state = self._own_state(states)
-        scale = self.wire.world_size / len(states)  # of sums over the ranks, divided by today's count
+        scale = self._wire.world_size / len(states)  # of sums over the ranks, divided by today's count
         self.period.seen, halvings = state["period"].tolist()
         for _ in range(halvings):
             self.tighten()
@@ -196,7 +194,7 @@ class Local(Sync, Guardable):
 
     def outer(self) -> Outer:
         """A new outer rule, from the options."""
-        world_size = self.wire.world_size
+        world_size = self._wire.world_size
         if self.options.averaging == "slowmo":
             return self._rule(SlowMo, 1.0, SLOW_MOMENTUM)
         if self.options.averaging == "bmuf":
@@ -215,7 +213,7 @@ class Local(Sync, Guardable):
 
     def _own_state(self, states: Sequence[State]) -> State:
         """Of what all ranks have saved, the state that this one continues with; what is shared is alike in all."""
-        return states[self.wire.rank if len(states) == self.wire.world_size else 0]
+        return states[self._wire.rank if len(states) == self._wire.world_size else 0]
 
     def _begin(self, replica: Replica) -> None:
         if self.has_outer(self.options):
@@ -227,7 +225,7 @@ class Local(Sync, Guardable):
         everyone = self.options.global_every is not None and done % self.options.global_every == 0
         if not (self.period.due(done, step.labels) or everyone):
             return
-        wire = self.wire if everyone else self.neighbours
+        wire = self._wire if everyone else self.neighbours
         means = mean(replica, wire)
         own = [read(bucket) for bucket in replica.buckets]
         self.drift = apart([a - b for a, b in zip(own, means, strict=True)], means)
@@ -250,7 +248,7 @@ class Local(Sync, Guardable):
             self.under_way.remove(sums)
             self._wait(sums)
             parts = [self.shared[i] for i in self._fragment(sums.fragment)]
-            means = [delta.div_(self.wire.world_size) for delta in sums.deltas]
+            means = [delta.div_(self._wire.world_size) for delta in sums.deltas]
             for shared, delta in zip(parts, means, strict=True):
                 shared.outer_step(delta, step.learning_rate)
 

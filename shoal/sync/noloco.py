@@ -71,8 +71,8 @@ class NoLoCo(Local):
 
     def _own_state(self, states: Sequence[State]) -> State:
         """Each rank's own; with another number of ranks all continue from the mean of all."""
-        same = len(states) == self.wire.world_size
-        state: State = states[self.wire.rank] if same else mean_of(states)
+        same = len(states) == self._wire.world_size
+        state: State = states[self._wire.rank] if same else mean_of(states)
         self.syncs = int(state["syncs"])
         return state
 
@@ -88,10 +88,10 @@ class NoLoCo(Local):
             shared.outer_step(delta + pull, step.learning_rate)
 
     def _means_of_pair(self, own: list[Tensor]) -> list[Tensor]:
-        other = partner(self.wire.rank, self.wire.world_size, self.seed, self.syncs)
+        other = partner(self._wire.rank, self._wire.world_size, self.seed, self.syncs)
         self.syncs += 1
-        if other == self.wire.rank:
+        if other == self._wire.rank:
             return own
         theirs = [torch.empty_like(tensor) for tensor in own]
-        self.wire.start_swap(own, theirs, other).wait()
+        self._wire.start_swap(own, theirs, other).wait()
         return [(a + b).div_(2) for a, b in zip(own, theirs, strict=True)]

@@ -81,17 +81,17 @@ class ServerStrategy(Sync):
         # Ranks that hold other pieces of a replica have servers of their own.
         number = next(_DOORS)
         doors = f"servers/{number}/{replica.rank}"
-        if self.wire.rank < len(ranges):
-            params = ranges[self.wire.rank]
+        if self._wire.rank < len(ranges):
+            params = ranges[self._wire.rank]
             server = ParameterServer(params, self.build, self.update_rule(replica))
-            self.host = Host(server, self._push_format(self.wire.rank, params), self._say)
-            if self.wire.world_size > 1:
-                self.host.open(f"{doors}/{self.wire.rank}", share_memory=self.options.share_memory)
-            if self.wire.rank == 0:
+            self.host = Host(server, self._push_format(self._wire.rank, params), self._say)
+            if self._wire.world_size > 1:
+                self.host.open(f"{doors}/{self._wire.rank}", share_memory=self.options.share_memory)
+            if self._wire.rank == 0:
                 self.host.listen(Bell(f"stop/{number}"), 1 + self.ahead)
-        visitor = Visitor(self.wire.rank)
+        visitor = Visitor(self._wire.rank)
         stubs = [self._stub(s, params, visitor, f"{doors}/{s}") for s, params in enumerate(ranges)]
-        self.servers = ServerClient(stubs, ranges, self.wire.rank)
+        self.servers = ServerClient(stubs, ranges, self._wire.rank)
         self.members.connect(self.servers, self.host, Bell(f"stop/{number}"))
 
     def step(self, replica: Replica, step: Step) -> None:
@@ -104,7 +104,7 @@ class ServerStrategy(Sync):
 
     def _count_bytes(self) -> None:
         sent = self.servers.bytes_sent + (self.host.bytes_sent if self.host else 0)
-        self.wire.count(sent - self._sent_before)
+        self._wire.count(sent - self._sent_before)
         self._sent_before = sent
 
     def _leave(self, replica: Replica) -> None:
@@ -140,20 +140,20 @@ class ServerStrategy(Sync):
         if self.host is not None:
             held = dict(replica.optimizer_state.tensors())
             self.host.server.optimizer_state.load(lambda name: _parts_of(name, held))
-            self.host.begin(self.servers.ranges[self.wire.rank], range(self.wire.world_size), step)
+            self.host.begin(self.servers.ranges[self._wire.rank], range(self._wire.world_size), step)
         for optimizer in replica.optimizers:
             optimizer.state.clear()
         self.begun = True
 
     def _show_state(self, replica: Replica) -> None:
-        if self.wire.rank == 0:
+        if self._wire.rank == 0:
             held = self.servers.state()
             replica.optimizer_state.load(lambda name: _parts_of(name, held))
 
     def _stub(self, number: int, params: NamedParams, visitor: Visitor, door: str) -> ServerStub:
         push_format = self._push_format(number, params)
-        if self.host is not None and number == self.wire.rank:
-            return LocalStub(self.host, self.wire.rank, push_format)
+        if self.host is not None and number == self._wire.rank:
+            return LocalStub(self.host, self._wire.rank, push_format)
         down = sum(p.nbytes for _, p in params)
         connect = partial(_connect, visitor, door, push_format.nbytes, down)
         return RemoteStub(connect, f"the parameter server in rank {number}", push_format)
@@ -172,7 +172,7 @@ class ServerStrategy(Sync):
         )
 
     def _say(self, text: str) -> None:
-        if self.wire.rank == 0:  # the other servers see the same
+        if self._wire.rank == 0:  # the other servers see the same
             say(f"server: {text}")
 
 

@@ -98,7 +98,7 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
         batches,
         replica,
         sync,
-        Saver(checkpoints, replica, sync, surroundings),
+        Saver(checkpoints, replica, sync, surroundings, config.strategy.traits.replicas_differ),
         balancer,
         MemoryReport(
             replica,

@@ -82,7 +82,9 @@ def resume(run: Run, folder: Path, progress: Progress) -> None:
             f"{folder} was saved under --precision {progress.precision}: going on with {now.precision}"
         )
     same_strategy = (progress.strategy, progress.island_size) == (now.strategy, now.island_size)
-    same_ranks = len(syncs) == run.mesh.replicate.size and same_strategy and run.sync.replicas_differ
+    same_ranks = (
+        len(syncs) == run.mesh.replicate.size and same_strategy and run.config.strategy.traits.replicas_differ
+    )
     own = run.mesh.replicate.index if same_ranks else None
     placed = run.replica.placed
     checkpoint.load_model(folder, placed, None if own is None else line("model")[own])

@@ -18,12 +18,18 @@ class Saver:
     """Saves the one model of all replicas, and what each rank alone holds. Every rank calls its methods."""
 
     def __init__(
-        self, checkpoints: Checkpoints, replica: Replica, sync: Sync, surroundings: Surroundings
+        self,
+        checkpoints: Checkpoints,
+        replica: Replica,
+        sync: Sync,
+        surroundings: Surroundings,
+        replicas_differ: bool,
     ) -> None:
         self.checkpoints = checkpoints
         self._replica = replica
         self._sync = sync
         self._surroundings = surroundings
+        self._replicas_differ = replicas_differ
         self._is_read = True  # whether no save reads parameters any more, here or on rank 0
         self._model: tuple[int, checkpoint.Tensors] = (
             -1,
@@ -72,7 +78,7 @@ class Saver:
             names = [checkpoint.rank_file(folder, mesh.rank) for folder in ("model", "optimizer")]
         model = checkpoint.model_tensors(replica.placed, buffers=mesh.is_first)
         files = dict(zip(names, (model, dict(replica.optimizer_state.tensors())), strict=True))
-        if self._sync.replicas_differ:
+        if self._replicas_differ:
             files = {name: {n: t.clone() for n, t in held.items()} for name, held in files.items()}
         return {name: held for name, held in files.items() if held or replica.is_cut}
 
@@ -82,7 +88,7 @@ class Saver:
             return {}
         kept = self._sync.state_dict()  # a codec's changes as soon as the next backward pass begins
         headings = {"sync": {name: tensor.clone() for name, tensor in kept.items()}}
-        if self._sync.replicas_differ:
+        if self._replicas_differ:
             replica = self._replica
             headings["model"] = checkpoint.model_tensors(replica.placed)
             headings["optimizer"] = dict(replica.optimizer_state.tensors())

@@ -104,7 +104,7 @@ class Context(PlacedModel):
             kept = attention.kept(query, shape, dropout, part)[:, :, own]
         with torch.autocast(kind, enabled=False):
             part = torch.cat([key, value], dim=-1).to(compute)
-            keys, values = GatherWindow.apply(part, self, length).split(
+            keys, values = _GatherWindow.apply(part, self, length).split(
                 [key.shape[-1], value.shape[-1]], dim=-1
             )
             places = chunks(self.rank, self.ranks, length)
@@ -191,8 +191,8 @@ def _both(first: AbstractContextManager[object], second: AbstractContextManager[
         yield
 
 
-class GatherWindow(torch.autograd.Function):
-    """Of the ranks' parts [B, heads, own tokens, D] the whole [B, heads, length, D], in the order of the window."""
+class _GatherWindow(torch.autograd.Function):
+    """From the ranks' parts [B, heads, own tokens, D] to the whole [B, heads, length, D], in the window's order."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, context: Context, length: int) -> Tensor:

@@ -202,6 +202,10 @@ def overrides() -> set[ast.AST]:
         if node is None or name in below:
             return set()
         own = {each.name for each in node.body if isinstance(each, ast.FunctionDef)}
+        for each in node.body:
+            if isinstance(each, ast.Assign | ast.AnnAssign):
+                targets = each.targets if isinstance(each, ast.Assign) else [each.target]
+                own |= {dotted(target) for target in targets}
         bases = (dotted(base).split(".")[-1] for base in node.bases)
         return own.union(*(declared(base, below | {name}) for base in bases))
 

@@ -146,7 +146,7 @@ def _momentum(config: RunConfig) -> Iterator[Refusal]:
 
 def _timing(options: StrategyConfig) -> Iterator[Refusal]:
     """Of syncs, in fragments and in flight."""
-    every, overlap = options.period, options.overlap_steps or 0
+    every, overlap = options.sync_every or options.traits.period, options.overlap_steps or 0
     if not every:
         return
     if (options.fragments > 1 or overlap) and not every.isdigit():

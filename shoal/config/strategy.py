@@ -142,11 +142,6 @@ class StrategyConfig(Section):
         return STRATEGIES.get(self.name, Traits())
 
     @property
-    def period(self) -> str:
-        """Steps or tokens between two agreements: `sync_every`, or the strategy's own."""
-        return self.sync_every or self.traits.period
-
-    @property
     def remembers(self) -> str:
         """In words what decides what is remembered between steps: where it is another, that is of no use."""
         words = [self.name]

@@ -52,7 +52,7 @@ class Period:
 
 def period_of(options: StrategyConfig) -> Period:
     """A new period, from the options."""
-    return Period(options.period)
+    return Period(options.sync_every or options.traits.period)
 
 
 @dataclass

@@ -46,7 +46,7 @@ def follow_in_pieces(
     losses: list[float] = []
     held: list[Pieces] = []
     after(run, "commit", lambda *_: held.append(pieces_of(run)))
-    after(run, "commit", lambda batch, step, loss: losses.append(loss))
+    after(run, "commit", lambda batch, step, agreed: losses.append(agreed.loss))
     metrics = train(run, lambda: False)
     return losses, held, metrics
 

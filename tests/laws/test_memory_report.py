@@ -7,15 +7,14 @@ from laws.deep import DeepTask, narrow_inside
 from laws.pool import Pool
 from laws.worlds import run_of
 
-from shoal.observe.memory import ACTIVATIONS
-from shoal.training.run import Memory
+from shoal.observe.memory import ACTIVATIONS, Report
 from shoal.wire.mesh import Mesh
 
 STEPS = {"precision": "32-true", "max_steps": 2, "global_batch_size": 8, "per_device_train_batch_size": 4}
 EXACT = ("parameters", "gradients", "optimizer state")
 
 
-def reports(mesh: Mesh, folder: str, cases: list[dict[str, Any]]) -> list[Memory]:
+def reports(mesh: Mesh, folder: str, cases: list[dict[str, Any]]) -> list[Report]:
     """The report of this rank under each of several settings."""
     found = []
     for case in cases:
@@ -50,12 +49,12 @@ CASES: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def measured(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> list[list[Memory]]:
+def measured(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> list[list[Report]]:
     return pool.world(2, reports, str(tmp_path_factory.mktemp("reports")), CASES)
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=[str(case) for case in CASES])
-def test_parts_are_those_of_the_formula(measured: list[list[Memory]], case: int) -> None:
+def test_parts_are_those_of_the_formula(measured: list[list[Report]], case: int) -> None:
     for on_rank in measured:
         for part in EXACT:
             assert on_rank[case][part]["bytes"] == on_rank[case][part]["formula"], part
@@ -63,7 +62,7 @@ def test_parts_are_those_of_the_formula(measured: list[list[Memory]], case: int)
         assert (gathered["bytes"] or 0) <= (gathered["formula"] or 0)
 
 
-def test_computed_again_activations_are_not_held(measured: list[list[Memory]]) -> None:
+def test_computed_again_activations_are_not_held(measured: list[list[Report]]) -> None:
     for on_rank in measured:
         plain, again = (each[ACTIVATIONS]["bytes"] or 0 for each in on_rank[:2])
         assert 0 < again < plain

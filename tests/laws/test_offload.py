@@ -16,9 +16,8 @@ from laws.test_layouts import LAYOUTS, STEPS, follow_in_pieces, resume_all, toge
 from laws.worlds import first_difference, follow, run_of
 
 from shoal.errors import UserError
-from shoal.observe.memory import COPIES
+from shoal.observe.memory import COPIES, Report
 from shoal.optim import offload
-from shoal.training.run import Memory
 from shoal.wire.mesh import Mesh
 
 TASK = RowsTask("stacked", dropout=0.1)
@@ -142,7 +141,7 @@ def test_saved_under_one_and_loaded_under_another(pool: Pool, tmp_path: Path) ->
             assert first_difference([whole.tensors[-1]], [trained], 1e-10) is None, (name, start)
 
 
-def apart(mesh: Mesh, folder: str) -> tuple[bool, Memory]:
+def apart(mesh: Mesh, folder: str) -> tuple[bool, Report]:
     """Whether state and copies share no memory with the replica; and what a step held."""
     run = run_of(mesh, "allreduce", TASK, **STEPS, offload="optimizer", output_dir=folder, memory_report=True)
     run.folder.mkdir()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -154,8 +155,8 @@ class Session:
         divisor = max(1, int(labels))
         step = Step(self.progress.step, int(labels), own_labels, losses, divisor)
         self._sync.step(self._replica, step)
-        self.progress.step += 1
-        self.progress.tokens += int(labels)
+        done, tokens = self.progress.step + 1, self.progress.tokens + int(labels)
+        self.progress = replace(self.progress, step=done, tokens=tokens)
         return float(loss / max(1.0, labels))
 
     def save(self, folder: str | Path) -> None:

@@ -143,18 +143,18 @@ class PlacedModel:
         """See `gathered_tensors`."""
         return iter(()) if self._inner is None else self._inner._gathered()
 
-    def held(self) -> dict[str, int]:
+    def _held(self) -> dict[str, int]:
         """The bytes of parameters on this rank and, at most, of what is gathered at a time, as arithmetic."""
         if self._inner is not None:
-            return self._inner.held()
+            return self._inner._held()
         return {"parameters": sum(p.nbytes for p in self.model.parameters())}
 
-    def cost(self, turns: int, shape: tuple[int, int]) -> float:
+    def _cost(self, turns: int, shape: tuple[int, int]) -> float:
         """The bytes that it sends there in a step of so many micro-batches each, as arithmetic.
 
         `shape` is that of a micro-batch: rows, and tokens in each.
         """
-        return 0.0 if self._inner is None else self._inner.cost(turns, shape)
+        return 0.0 if self._inner is None else self._inner._cost(turns, shape)
 
     def __str__(self) -> str:
         return "every worker holds a whole replica"
@@ -178,3 +178,16 @@ def reduced_dtypes(placed: PlacedModel) -> set[torch.dtype]:
 def gathered_tensors(placed: PlacedModel) -> Iterator[Tensor]:
     """The tensors into which other ranks' pieces are gathered, whether they hold any memory now or not."""
     return placed._gathered()
+
+
+def bytes_held(placed: PlacedModel) -> dict[str, int]:
+    """The bytes of parameters on this rank and, at most, of those gathered at a time, as arithmetic."""
+    return placed._held()
+
+
+def bytes_sent(placed: PlacedModel, turns: int, shape: tuple[int, int]) -> float:
+    """The bytes that this rank sends within its island in a step of so many micro-batches, as arithmetic.
+
+    `shape` is that of a micro-batch: rows, and tokens in each.
+    """
+    return placed._cost(turns, shape)

@@ -156,13 +156,13 @@ class Context(PlacedModel):
                 f"--cp {self.ranks}", f"{kind} makes other hidden states of a window that is cut", FITS
             )
 
-    def cost(self, turns: int, shape: tuple[int, int]) -> float:
+    def _cost(self, turns: int, shape: tuple[int, int]) -> float:
         """As the head of this file has it, of windows filled up to whole chunks."""
         rows, length = shape
         own = 2 * chunk_tokens(self.ranks, length)
         of_token = sum(getattr(module, SENT, 0) for module in self.model.modules()) * self._itemsize
         sent = (self.ranks - 1) * rows * own * of_token
-        return super().cost(turns, (rows, own)) + turns * 2 * sent
+        return super()._cost(turns, (rows, own)) + turns * 2 * sent
 
     def __str__(self) -> str:
         return f"sequences cut over {self.ranks} workers"

@@ -172,7 +172,7 @@ class Pipelined(PlacedModel):
             other = self.stages.owners[-1 if to_first else 0]
             self.wire.start_receive(tensor, other, "tied embeddings").wait()
 
-    def cost(self, turns: int, shape: tuple[int, int]) -> float:
+    def _cost(self, turns: int, shape: tuple[int, int]) -> float:
         """As the head of this file has it."""
         sent = 0
         for stage in self.own:
@@ -186,7 +186,7 @@ class Pipelined(PlacedModel):
         once = sum(
             _values(piece).numel() * _sent_dtype(piece, self.stages.follows).itemsize for piece in tied
         )
-        return super().cost(count, shape) + count * sent + once
+        return super()._cost(count, shape) + count * sent + once
 
     def __str__(self) -> str:
         return f"pipelines of {self.wire.world_size} workers by {self.schedule}, {self._inner}"

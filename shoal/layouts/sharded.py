@@ -130,7 +130,7 @@ class Sharded(PlacedModel):
             for each in group.fsdp_params:
                 yield from each.all_gather_outputs
 
-    def held(self) -> dict[str, int]:
+    def _held(self) -> dict[str, int]:
         """As the head of this file has it: rows filled up to be even; whole, two blocks at a time or all of them."""
         *layers, rest = [whole for whole, _ in self._parts]
         whole = sorted(layers)[-2:] if self.stage == 3 else layers
@@ -141,7 +141,7 @@ class Sharded(PlacedModel):
     def _reduced(self) -> set[torch.dtype]:
         return super()._reduced | self._scattered
 
-    def cost(self, turns: int, shape: tuple[int, int]) -> float:
+    def _cost(self, turns: int, shape: tuple[int, int]) -> float:
         """As the head of this file has it; what stands outside the blocks is gathered once for both passes."""
         *layers, rest = self._parts
         scattered = turns if self.stage > 1 else 1
@@ -149,7 +149,7 @@ class Sharded(PlacedModel):
         again = gathered if self.stage == 3 else 0  # for the backward pass
         sent = sum((gathered + again) * whole + scattered * trained for whole, trained in layers)
         sent += gathered * rest[0] + scattered * rest[1]
-        return super().cost(turns, shape) + (self.wire.world_size - 1) * sent
+        return super()._cost(turns, shape) + (self.wire.world_size - 1) * sent
 
     def __str__(self) -> str:
         what = {

@@ -124,12 +124,12 @@ class TensorParallel(PlacedModel):
                 own.copy_(first.view_as(own))
                 p.grad = None
 
-    def cost(self, turns: int, shape: tuple[int, int]) -> float:
+    def _cost(self, turns: int, shape: tuple[int, int]) -> float:
         """As the head of this file has it. Encoder and decoder are taken to read as many tokens, those of `shape`."""
         told = sum(_local(p).nbytes for p in self._common_here())
         here = [any(True for _ in layer.parameters()) for layer in blocks(self.model)]
         sent = turns * self._sizes.sent(Tokens(self.group, *shape), here)
-        return super().cost(turns, shape) + sent + (told if self.is_first else 0)
+        return super()._cost(turns, shape) + sent + (told if self.is_first else 0)
 
     def __str__(self) -> str:
         return f"replicas of {self.group.size} workers, each with its part of every layer"

@@ -15,6 +15,12 @@ from shoal.tensors.buckets import Bucket
 from shoal.wire.wire import Exchange, Wire
 
 
+def cost(config: RunConfig, sizes: Sizes) -> Cost:
+    """The gradients, encoded; uncoded and in exact mode a reduce-scatter and an all-gather of them."""
+    options = config.strategy
+    return Cost(EncodedSums.bytes_sent(options, sizes), EncodedSums.bytes_held(options, sizes))
+
+
 class AllReduce(Sync):
     """Sums each bucket over the replicas while the backward pass still computes the next one.
 
@@ -64,12 +70,6 @@ class AllReduce(Sync):
 
     def load_state_dict(self, states: Sequence[State]) -> None:
         self.sums.load_state_dict(states)
-
-    @classmethod
-    def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
-        """The gradients, encoded; uncoded and in exact mode a reduce-scatter and an all-gather of them."""
-        options = config.strategy
-        return Cost(EncodedSums.bytes_sent(options, sizes), EncodedSums.bytes_held(options, sizes))
 
     def _start(self, bucket: Bucket) -> None:
         self.pending.append(self.sums.start_sum(self.keys[bucket], bucket.flat, bucket.shapes))

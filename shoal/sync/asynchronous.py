@@ -61,6 +61,14 @@ class BackgroundCall:
                 self._done.put(error)
 
 
+def cost(config: RunConfig, sizes: Sizes) -> Cost:
+    """Of the rank that sends most: one with a server. Delay compensation holds up to three copies a worker."""
+    traffic, count, bound = Traffic.of(config, sizes), sizes.world_size, config.strategy.max_staleness
+    most = traffic.most(count)
+    backups = 3 * count * max(traffic.down) if config.strategy.delay_compensation else 0
+    return replace(most, held=most.held + backups, staleness=count - 1 if bound is None else bound)
+
+
 class Async(ServerStrategy, Guardable):
     """Pushes and pulls overlap the computation of the next step, whose parameters are therefore one push older.
 
@@ -140,14 +148,6 @@ class Async(ServerStrategy, Guardable):
     def metrics(self) -> dict[str, float]:
         # By how many updates this rank's last push came late, and how many workers there are.
         return {"sync/staleness": self.staleness, "sync/workers": self.workers}
-
-    @classmethod
-    def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
-        """Of the rank that sends most: one with a server. Delay compensation holds up to three copies a worker."""
-        traffic, count, bound = Traffic.of(config, sizes), sizes.world_size, config.strategy.max_staleness
-        most = traffic.most(count)
-        backups = 3 * count * max(traffic.down) if config.strategy.delay_compensation else 0
-        return replace(most, held=most.held + backups, staleness=count - 1 if bound is None else bound)
 
     def _await_exchange(self) -> bool:
         """Wait for the exchange under way; returns whether there was one."""

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from shoal.config import RunConfig
-from shoal.cost import Cost, Sizes
 from shoal.replica import Replica, Step
 from shoal.sync.members import Members
 from shoal.wire.wire import Wire
@@ -74,11 +73,6 @@ class Sync(ABC):
         assert not any(states), (
             f"{type(self).__name__} has no state, but a checkpoint holds {states[0].keys()}"
         )
-
-    @classmethod
-    @abstractmethod
-    def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
-        """What it sends and holds, and how stale it may be."""
 
 
 class Guardable:

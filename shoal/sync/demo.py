@@ -41,6 +41,14 @@ from shoal.tensors.buckets import Bucket
 from shoal.wire.wire import Exchange, Wire
 
 
+def cost(config: RunConfig, sizes: Sizes) -> Cost:
+    """A value and an index for each coefficient, to each other rank; the momentum. No optimizer's state."""
+    chunk, topk = config.strategy.demo_chunk, config.strategy.demo_topk
+    sent = sum(Waves(shape, chunk, topk).sent for shape in sizes.shapes)
+    each = sizes.itemsize + _index_dtype(chunk).itemsize
+    return Cost(sent=(sizes.world_size - 1) * sent * each, held=sizes.nbytes)
+
+
 class DeMo(Sync):
     """See the module."""
 
@@ -101,14 +109,6 @@ class DeMo(Sync):
         state = states[self._wire.rank] if same else mean_of(states)
         for name, part in self.state_dict().items():
             part.copy_(state[name])
-
-    @classmethod
-    def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
-        """A value and an index for each coefficient, to each other rank; the momentum. No optimizer's state."""
-        chunk, topk = config.strategy.demo_chunk, config.strategy.demo_topk
-        sent = sum(Waves(shape, chunk, topk).sent for shape in sizes.shapes)
-        each = sizes.itemsize + _index_dtype(chunk).itemsize
-        return Cost(sent=(sizes.world_size - 1) * sent * each, held=sizes.nbytes)
 
     def _start_gather(self, part: Tensor) -> tuple[Tensor, Exchange]:
         whole = part.new_empty(self._wire.world_size * part.numel())

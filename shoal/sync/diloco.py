@@ -15,12 +15,20 @@ a 1, chunks of 4096, of which 1 to 3 % are sent, b 0.95. Here a chunk is a run o
 of 64 x 64; Q has four levels as there, with other bounds between them.
 """
 
+from shoal.config import RunConfig
 from shoal.config.strategy import StrategyConfig
+from shoal.cost import Cost, Sizes
+from shoal.sync import local
 from shoal.sync.local import Local
 from shoal.sync.outer import Nesterov, Outer
 
 OUTER_RATE = 0.7
 OUTER_MOMENTUM = 0.9
+
+
+def cost(config: RunConfig, sizes: Sizes) -> Cost:
+    """That of local training with an outer rule."""
+    return local.cost(config, sizes, outer=True)
 
 
 class DiLoCo(Local):

@@ -92,6 +92,19 @@ class Round:
     posted: Posted
 
 
+def cost(config: RunConfig, sizes: Sizes) -> Cost:
+    """The parameters to every neighbour; a copy to send and one of each neighbour. The first steps average."""
+    topology, ranks = config.strategy.topology or DEFAULT_TOPOLOGY, sizes.world_size
+    neighbours = len(TOPOLOGIES[topology](0, ranks, 0))
+    payload, held = sizes.nbytes, (1 + neighbours) * sizes.nbytes
+    if config.strategy.codec != "none":
+        dtype = {4: torch.float32, 8: torch.float64}[sizes.itemsize]
+        payload = payload_bytes(config.strategy, Subject(sizes.shapes, dtype))
+        edges = neighbours if topology == "ring" else (ranks - 1).bit_length()
+        held = (1 + 2 * edges) * sizes.nbytes + neighbours * payload
+    return Cost(sent=neighbours * (payload + 8 * (topology == "push-sum")), held=held)
+
+
 class Gossip(Sync, Guardable):
     """See the module. A neighbour that dies is left out, its part kept; its micro-batches are not computed again."""
 
@@ -165,19 +178,6 @@ class Gossip(Sync, Guardable):
             self.weight.copy_(state["weight"])
         if self.copies:
             self.copies.load_state_dict(state if same else None)
-
-    @classmethod
-    def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
-        """The parameters to every neighbour; a copy to send and one of each neighbour. The first steps average."""
-        topology, ranks = config.strategy.topology or DEFAULT_TOPOLOGY, sizes.world_size
-        neighbours = len(TOPOLOGIES[topology](0, ranks, 0))
-        payload, held = sizes.nbytes, (1 + neighbours) * sizes.nbytes
-        if config.strategy.codec != "none":
-            dtype = {4: torch.float32, 8: torch.float64}[sizes.itemsize]
-            payload = payload_bytes(config.strategy, Subject(sizes.shapes, dtype))
-            edges = neighbours if topology == "ring" else (ranks - 1).bit_length()
-            held = (1 + 2 * edges) * sizes.nbytes + neighbours * payload
-        return Cost(sent=neighbours * (payload + 8 * (topology == "push-sum")), held=held)
 
     def _start(self, replica: Replica) -> Round:
         matrix, rank = self.matrix(self.rounds), self._wire.rank

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from shoal.config import RunConfig
-from shoal.cost import Cost, Sizes
 from shoal.replica import Replica, Step
 from shoal.sync.allreduce import AllReduce
 from shoal.sync.base import Guardable, State, Sync
@@ -97,11 +96,6 @@ class Guard(Sync):
         if self.acting is not before:
             self.attach(self.replica)
         self.acting.load_state_dict(states)
-
-    @classmethod
-    def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
-        """Never asked: the guarded strategy's counts."""
-        raise NotImplementedError
 
     def _own_drift(self) -> Tensor:
         drift = self.guardable.drift if self.phase == GUARDED else 0.0

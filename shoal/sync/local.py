@@ -84,6 +84,16 @@ class FragmentSum:
         self.advance, self.rounds = [], []
 
 
+def cost(config: RunConfig, sizes: Sizes, *, outer: bool | None = None) -> Cost:
+    """The parameters once in a period; for an `outer` rule (None: by the options) they and its momentum are held."""
+    every = period_of(config.strategy).steps or math.inf
+    outer = Local.has_outer(config.strategy) if outer is None else outer
+    held = 2 * sizes.nbytes if outer else 0
+    held += EncodedSums.bytes_held(config.strategy, sizes)
+    sent = EncodedSums.bytes_sent(config.strategy, sizes) / every
+    return Cost(sent=sent, held=held, staleness=config.strategy.overlap_steps or 0)
+
+
 class Local(Sync, Guardable):
     """Periodic averaging, with an outer rule on request.
 
@@ -176,15 +186,6 @@ class Local(Sync, Guardable):
                 self.under_way.append(FragmentSum(f, end, end, deltas, [], []))
         self.sums.load_state_dict(Changed(states, partial(_scaled, scale=scale)))
         self.synchronous.load_state_dict(Changed(states, _of_synchronous))
-
-    @classmethod
-    def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
-        """The parameters once in a period; for an outer rule they and its momentum are held."""
-        every = period_of(config.strategy).steps or math.inf
-        held = 2 * sizes.nbytes if cls.has_outer(config.strategy) else 0
-        held += EncodedSums.bytes_held(config.strategy, sizes)
-        sent = EncodedSums.bytes_sent(config.strategy, sizes) / every
-        return Cost(sent=sent, held=held, staleness=config.strategy.overlap_steps or 0)
 
     @classmethod
     def has_outer(cls, options: StrategyConfig) -> bool:

@@ -45,6 +45,12 @@ def partner(rank: int, world_size: int, seed: int, number: int) -> int:
     return int(order[other]) if other < world_size else rank
 
 
+def cost(config: RunConfig, sizes: Sizes) -> Cost:
+    """Delta and slow parameters, to one rank a period."""
+    every = period_of(config.strategy).steps or math.inf
+    return Cost(sent=2 * sizes.nbytes / every if sizes.world_size > 1 else 0, held=2 * sizes.nbytes)
+
+
 class NoLoCo(Local):
     """Local training under an outer momentum, agreed on in pairs."""
 
@@ -62,12 +68,6 @@ class NoLoCo(Local):
 
     def state_dict(self) -> State:
         return super().state_dict() | {"syncs": torch.tensor(self.syncs)}
-
-    @classmethod
-    def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
-        """Delta and slow parameters, to one rank a period."""
-        every = period_of(config.strategy).steps or math.inf
-        return Cost(sent=2 * sizes.nbytes / every if sizes.world_size > 1 else 0, held=2 * sizes.nbytes)
 
     def _own_state(self, states: Sequence[State]) -> State:
         """Each rank's own; with another number of ranks all continue from the mean of all."""

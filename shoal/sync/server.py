@@ -22,6 +22,11 @@ from shoal.sync.server_strategy import ServerStrategy, Traffic
 from shoal.wire.wire import Wire
 
 
+def cost(config: RunConfig, sizes: Sizes) -> Cost:
+    """Of the rank that sends most: one with a server."""
+    return Traffic.of(config, sizes).most(sizes.world_size)
+
+
 class Server(ServerStrategy):
     """One round a step. A worker that is late for a round that a quorum has closed skips the steps that are over."""
 
@@ -71,11 +76,6 @@ class Server(ServerStrategy):
 
     def metrics(self) -> dict[str, float]:
         return {"sync/late_steps": self.late} if self.options.quorum is not None else {}
-
-    @classmethod
-    def cost(cls, config: RunConfig, sizes: Sizes) -> Cost:
-        """Of the rank that sends most: one with a server."""
-        return Traffic.of(config, sizes).most(sizes.world_size)
 
     def _note(self, replica: Replica, step: Step, norm: float) -> None:
         if math.isnan(norm):

@@ -16,7 +16,7 @@ from shoal.config import RunConfig, order_of, resolve_batch, resolve_grid
 from shoal.data import cache
 from shoal.data.batches import Batches
 from shoal.errors import UserError, choose
-from shoal.layouts.base import Function, PlacedModel, recompute_context
+from shoal.layouts.base import Function, PlacedModel, bytes_held, recompute_context
 from shoal.models.on_disk import on_disk
 from shoal.models.recompute import recompute
 from shoal.observe.console import Screen
@@ -120,7 +120,7 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
 
 def _predicted_memory(config: RunConfig, replica: Replica) -> dict[str, int]:
     """The bytes of parts of the memory, as arithmetic."""
-    return replica.placed.held() | {
+    return bytes_held(replica.placed) | {
         "gradients": sum(bucket.flat.nbytes for bucket in replica.buckets),
         "optimizer state": optimizing.state_bytes(replica.optimizers),
         "sync and codec": cost_of(config, replica).held,

@@ -12,7 +12,7 @@ import transformers
 
 from shoal.config import Resolved, dump_yaml
 from shoal.errors import described
-from shoal.layouts.base import shape_of
+from shoal.layouts.base import bytes_sent, shape_of
 from shoal.models.pretrained import remarks
 from shoal.models.quantize import quantize, weight_bytes
 from shoal.observe.console import GIB, Screen, duration, shown_number
@@ -133,7 +133,7 @@ def _facts(run: Run) -> dict[str, Any]:
 def _layout(run: Run) -> str:
     """Where a replica lives, and what its workers are to send each other in a step."""
     placed = run.replica.placed
-    sent = placed.cost(run.replica.turns, shape_of(run.batches.at(run.progress.step).micro_batch(0)))
+    sent = bytes_sent(placed, run.replica.turns, shape_of(run.batches.at(run.progress.step).micro_batch(0)))
     return f"{placed}" + (f", {sent / 1e6:,.3g} MB sent by each within it in a step" if sent else "")
 
 

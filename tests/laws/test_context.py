@@ -67,7 +67,7 @@ def test_predicted_bytes_are_sent(pool: Pool, kind: str) -> None:
 def own_bytes(mesh: Mesh, task: PackedTask, **settings: Any) -> float:
     run = run_of(mesh, "allreduce", task, **settings)
     assert run.replica.placed._inner is not None
-    return run.replica.placed._inner.cost(1, (2, 16))
+    return run.replica.placed._inner._cost(1, (2, 16))
 
 
 @pytest.mark.parametrize(("kind", "width"), [("llama", 2 * 2 * 8), ("gpt2", 2 * 4 * 8)])

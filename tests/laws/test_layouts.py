@@ -11,7 +11,7 @@ from laws.pool import Pool
 from laws.rows import RowsTask
 from laws.worlds import Arrays, after, as_array, first_difference, follow, run_of, sent_within
 
-from shoal.layouts.base import shape_of
+from shoal.layouts.base import bytes_sent, shape_of
 from shoal.tensors.piece import Block
 from shoal.training.loop import train
 from shoal.training.run import Run
@@ -135,7 +135,7 @@ def sent_and_predicted(mesh: Mesh, task: RowsTask, **settings: Any) -> list[tupl
         batch = run.batches.at(step)
         taken = run.replica.gradients(batch)
         run.sync.step(run.replica, taken)
-        predicted = run.replica.placed.cost(run.replica.turns, shape_of(batch.micro_batch(0)))
+        predicted = bytes_sent(run.replica.placed, run.replica.turns, shape_of(batch.micro_batch(0)))
         found.append((sent_within(run) - before, predicted))
     return found
 

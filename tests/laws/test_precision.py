@@ -14,7 +14,7 @@ from laws.worlds import Arrays, as_array, first_difference, follow, run_of, sent
 from torch import nn
 
 from shoal.errors import ShoalError
-from shoal.layouts.base import reduced_dtypes, shape_of
+from shoal.layouts.base import bytes_sent, reduced_dtypes, shape_of
 from shoal.optim.rounding import RoundedAdamW, draws, places, round_by_chance
 from shoal.tensors.piece import Piece, trained
 from shoal.training.loop import train
@@ -106,7 +106,7 @@ def summed_over_many(mesh: Mesh, task: RowsTask, **settings: Any) -> Pieces:
     batch, placed, before = run.batches.at(0), run.replica.placed, sent_within(run)
     taken = run.replica.gradients(batch)
     run.sync.step(run.replica, taken)
-    predicted = placed.cost(run.replica.turns, shape_of(batch.micro_batch(0)))
+    predicted = bytes_sent(placed, run.replica.turns, shape_of(batch.micro_batch(0)))
     assert sent_within(run) - before == predicted
     assert {bucket.flat.dtype for bucket in run.replica.buckets} == {torch.float32}
     assert reduced_dtypes(run.replica.placed) <= {torch.float32}

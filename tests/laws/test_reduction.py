@@ -15,6 +15,7 @@ from laws.strategies import STRATEGIES, each_that_keeps
 from laws.worlds import Arrays, first_difference, gradient, run_of
 
 from shoal.cost import Sizes
+from shoal.sync import COSTS
 from shoal.tensors.buckets import Bucket
 from shoal.wire.mesh import Mesh
 
@@ -142,7 +143,7 @@ def bytes_of_a_period(mesh: Mesh, strategy: str, **settings: Any) -> Sent:
     run.sync.state_dict()  # what still travels has to arrive first
     counted, measured = run.mesh.wire("replicate").bytes_sent, sent_by_this_process() - before
     run.mesh.wire("replicate").barrier()
-    cost = run.sync.cost(run.config, Sizes(padded, mesh.world_size, itemsize=8))
+    cost = COSTS[run.config.strategy.name](run.config, Sizes(padded, mesh.world_size, itemsize=8))
     predicted = period * cost.sent
     return Sent(predicted, counted, measured, len(run.replica.buckets.all))
 

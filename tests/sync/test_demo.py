@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from shoal.cost import Sizes
 from shoal.data.batches import Batches
+from shoal.sync import COSTS
 from shoal.sync.demo import DeMo, Waves, _cut
 from shoal.training.run import Run
 from shoal.wire.mesh import Mesh
@@ -264,7 +265,11 @@ def bytes_of_a_step(mesh: Mesh, **settings: Any) -> tuple[float, int, int]:
     run.mesh.wire("replicate").bytes_sent = 0
     take(run, 0)
     sizes = Sizes(tuple(p.shape for _, p in run.replica.params), mesh.world_size, itemsize=8)
-    return run.sync.cost(run.config, sizes).sent, run.mesh.wire("replicate").bytes_sent, sizes.nbytes
+    return (
+        COSTS[run.config.strategy.name](run.config, sizes).sent,
+        run.mesh.wire("replicate").bytes_sent,
+        sizes.nbytes,
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

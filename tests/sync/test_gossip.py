@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from shoal.cost import Sizes
 from shoal.data.batches import Batches
 from shoal.replica import Step
+from shoal.sync import COSTS
 from shoal.sync.gossip import TOPOLOGIES, Gossip, mixing_matrix
 from shoal.training.run import Run
 from shoal.wire.mesh import Mesh
@@ -364,9 +365,9 @@ def bytes_of(mesh: Mesh, steps: int, unpadded: bool = False, **settings: Any) ->
     shapes = tuple(bucket.flat.shape for bucket in run.replica.buckets)
     if unpadded:
         shapes = tuple(shape for bucket in run.replica.buckets for shape in bucket.shapes)
-    return steps * run.sync.cost(run.config, Sizes(shapes, mesh.world_size, itemsize=8)).sent, run.mesh.wire(
-        "replicate"
-    ).bytes_sent
+    return steps * COSTS[run.config.strategy.name](
+        run.config, Sizes(shapes, mesh.world_size, itemsize=8)
+    ).sent, run.mesh.wire("replicate").bytes_sent
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])

@@ -40,8 +40,8 @@ class Codec(ABC):
     )
 
     def __init__(self, dtype: torch.dtype, *, counts: bool = False) -> None:
-        self.dtype = dtype  # float32 or float64: of what is encoded, and of what is decoded
-        self.calls = 0  # tensors encoded so far; a subclass counts them, and with `counts` they are saved
+        self._dtype = dtype  # float32 or float64: of what is encoded, and of what is decoded
+        self._calls = 0  # tensors encoded so far; a subclass counts them, and with `counts` they are saved
         self._saves_calls = counts
 
     @abstractmethod
@@ -62,11 +62,11 @@ class Codec(ABC):
 
     def state_dict(self) -> State:
         """The state: live tensors."""
-        return {"calls": torch.tensor(self.calls)} if self._saves_calls else {}
+        return {"calls": torch.tensor(self._calls)} if self._saves_calls else {}
 
     def load_state_dict(self, state: State) -> None:
         """Load what `state_dict` returned."""
-        self.calls = int(state.get("calls", 0))
+        self._calls = int(state.get("calls", 0))
 
 
 class ChunkCodec(Codec):

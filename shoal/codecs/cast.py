@@ -19,10 +19,10 @@ class Plain(Codec):
         return to_bytes(tensor.clone())
 
     def decode(self, payload: Tensor, numel: int) -> Tensor:
-        return from_bytes(payload, self.dtype)
+        return from_bytes(payload, self._dtype)
 
     def nbytes(self, numel: int) -> int:
-        return numel * self.dtype.itemsize
+        return numel * self._dtype.itemsize
 
 
 class Cast(ChunkCodec):
@@ -47,7 +47,7 @@ class Cast(ChunkCodec):
         return to_bytes(tensor.to(self.to))
 
     def decode(self, payload: Tensor, numel: int) -> Tensor:
-        return from_bytes(payload, self.to).to(self.dtype)
+        return from_bytes(payload, self.to).to(self._dtype)
 
     def nbytes(self, numel: int) -> int:
         return numel * self.to.itemsize

@@ -218,7 +218,7 @@ class EncodedRows(Codec):
     """A codec of chunks on a whole tensor, which it encodes as `count` rows, the last ones filled up with zeros."""
 
     def __init__(self, codec: Codec, count: int) -> None:
-        super().__init__(codec.dtype)
+        super().__init__(codec._dtype)
         self.codec = codec
         self.count = count
         self.biased = codec.biased

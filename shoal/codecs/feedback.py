@@ -25,7 +25,7 @@ class ErrorFeedback(Codec):
     biased = False
 
     def __init__(self, codec: Codec, decay: float = 1.0) -> None:
-        super().__init__(codec.dtype)
+        super().__init__(codec._dtype)
         self.codec = codec
         self.decay = decay
         self.residual: Tensor | None = None
@@ -43,7 +43,7 @@ class ErrorFeedback(Codec):
         return self.codec.nbytes(numel)
 
     def held(self, numel: int) -> int:
-        return numel * self.dtype.itemsize + self.codec.held(numel)
+        return numel * self._dtype.itemsize + self.codec.held(numel)
 
     def state_dict(self) -> State:
         residual = {} if self.residual is None else {"residual": self.residual}

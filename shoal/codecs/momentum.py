@@ -28,7 +28,7 @@ class MomentumCorrection(ErrorFeedback):
         self.velocity: Tensor | None = None
 
     def held(self, numel: int) -> int:
-        return numel * self.dtype.itemsize + super().held(numel)
+        return numel * self._dtype.itemsize + super().held(numel)
 
     def state_dict(self) -> State:
         velocity = {} if self.velocity is None else {"velocity": self.velocity}

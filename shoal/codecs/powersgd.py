@@ -87,7 +87,7 @@ class PowerSGD(LinearCodec):
         return to_bytes(_joined([*columns, *raw, self.factors], tensor))
 
     def decode(self, payload: Tensor, numel: int) -> Tensor:
-        numbers = from_bytes(payload, self.dtype)
+        numbers = from_bytes(payload, self._dtype)
         cut = self._first_numel()
         columns, raw = self._split_first(numbers[:cut])
         return self._whole(columns, raw, numbers[cut:], numel)
@@ -108,10 +108,10 @@ class PowerSGD(LinearCodec):
 
     def round_bytes(self, numel: int) -> list[int]:
         second = sum(part.columns * part.rank for part in self.matrices)
-        return [each * self.dtype.itemsize for each in (self._first_numel(), second) if each]
+        return [each * self._dtype.itemsize for each in (self._first_numel(), second) if each]
 
     def held(self, numel: int) -> int:
-        return sum(part.columns * part.rank for part in self.matrices) * self.dtype.itemsize
+        return sum(part.columns * part.rank for part in self.matrices) * self._dtype.itemsize
 
     def state_dict(self) -> State:
         return {} if self.factors is None else {"factors": self.factors}
@@ -122,13 +122,13 @@ class PowerSGD(LinearCodec):
     def _starts(self, tensor: Tensor) -> list[tuple[Part, Tensor]]:
         """Each matrix's Q to start from, its columns orthonormal so that their size never matters."""
         if self.factors is None:
-            self.factors = tensor.new_zeros(self.held(tensor.numel()) // self.dtype.itemsize)
+            self.factors = tensor.new_zeros(self.held(tensor.numel()) // self._dtype.itemsize)
         starts = []
         for i, (part, q) in enumerate(zip(self.matrices, self._split_factors(self.factors), strict=True)):
             usable = torch.isfinite(q).all(0) & (q != 0).any(0)
             if not usable.all():
                 generator = torch.Generator().manual_seed(derive_seed(self.seed, "powersgd", i))
-                fresh = torch.randn(q.shape, generator=generator, dtype=self.dtype).to(q.device)
+                fresh = torch.randn(q.shape, generator=generator, dtype=self._dtype).to(q.device)
                 q = torch.where(usable, q, fresh)
             starts.append((part, _orthonormal(q)))
         return starts

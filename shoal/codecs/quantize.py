@@ -52,15 +52,15 @@ class Quantizer(ChunkCodec):
         # The scales, then the numbers.
         blocks = blocked(tensor, self.block)
         scales = blocks.abs().amax(-1).div_(self.levels).to(SCALE)
-        numbers = blocks / scales.to(self.dtype).unsqueeze(-1)
+        numbers = blocks / scales.to(self._dtype).unsqueeze(-1)
         numbers = numbers.round_() if self.biased else numbers.add_(self._noise(numbers)).floor_()
         numbers = numbers.clamp_(-self.levels, self.levels).nan_to_num_(0.0)  # 0 / 0 is a block of zeros
-        self.calls += 1
+        self._calls += 1
         return torch.cat([to_bytes(scales), self._pack(numbers.flatten(-2)[..., : tensor.shape[-1]])], -1)
 
     def decode(self, payload: Tensor, numel: int) -> Tensor:
         cut = self._scale_bytes(numel)
-        scales = from_bytes(payload[..., :cut], SCALE).to(self.dtype)
+        scales = from_bytes(payload[..., :cut], SCALE).to(self._dtype)
         blocks = blocked(self._unpack(payload[..., cut:], numel), self.block)
         return blocks.mul_(scales.unsqueeze(-1)).flatten(-2)[..., :numel]
 
@@ -69,7 +69,7 @@ class Quantizer(ChunkCodec):
 
     def _noise(self, like: Tensor) -> Tensor:
         """In [0, 1), a function of (seed, rank, call) alone; made on the CPU, so that no device matters."""
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.calls))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self._calls))
         return torch.rand(like.shape, dtype=like.dtype, generator=generator).to(like.device)
 
     def _scale_bytes(self, numel: int) -> int:
@@ -82,5 +82,5 @@ class Quantizer(ChunkCodec):
 
     def _unpack(self, packed: Tensor, numel: int) -> Tensor:
         if self.bits == 8:
-            return packed.view(torch.int8).to(self.dtype)
-        return unpack_nibbles(packed, numel).to(self.dtype).sub_(self.levels)
+            return packed.view(torch.int8).to(self._dtype)
+        return unpack_nibbles(packed, numel).to(self._dtype).sub_(self.levels)

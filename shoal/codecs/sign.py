@@ -43,8 +43,8 @@ class Sign(ChunkCodec):
 
     def decode(self, payload: Tensor, numel: int) -> Tensor:
         cut = self._scale_bytes(numel)
-        scales = from_bytes(payload[..., :cut], SCALE).to(self.dtype)
-        signs = unpack_bits(payload[..., cut:], numel).to(self.dtype).mul_(2).sub_(1)
+        scales = from_bytes(payload[..., :cut], SCALE).to(self._dtype)
+        signs = unpack_bits(payload[..., cut:], numel).to(self._dtype).mul_(2).sub_(1)
         return blocked(signs, self.block).mul_(scales.unsqueeze(-1)).flatten(-2)[..., :numel]
 
     def merge(self, parts: Tensor) -> Tensor:

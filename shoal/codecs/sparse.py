@@ -64,11 +64,11 @@ class TopK(Sparse, GatherCodec):
         # The values, then their places.
         assert tensor.numel() <= torch.iinfo(INDEX).max, "places are sent in int32: make buckets smaller"
         places = self._largest(tensor)
-        self.calls += 1
+        self._calls += 1
         return torch.cat([to_bytes(tensor[places]), to_bytes(places.to(INDEX))])
 
     def decode(self, payload: Tensor, numel: int) -> Tensor:
-        total = torch.zeros(numel, dtype=self.dtype, device=payload.device)
+        total = torch.zeros(numel, dtype=self._dtype, device=payload.device)
         self.add(payload, total)
         return total
 
@@ -78,13 +78,13 @@ class TopK(Sparse, GatherCodec):
         total.index_add_(0, places, values)
 
     def nbytes(self, numel: int) -> int:
-        return self._count(numel) * (self.dtype.itemsize + INDEX.itemsize)
+        return self._count(numel) * (self._dtype.itemsize + INDEX.itemsize)
 
     def _count(self, numel: int) -> int:
         """How many of `numel` elements are sent next."""
         chunks, rest = divmod(numel, self.chunk or numel)
-        whole = chunks * self.density.count(self.chunk or numel, self.calls)
-        return whole + (self.density.count(rest, self.calls) if rest else 0)
+        whole = chunks * self.density.count(self.chunk or numel, self._calls)
+        return whole + (self.density.count(rest, self._calls) if rest else 0)
 
     def _largest(self, tensor: Tensor) -> Tensor:
         """The places of the largest elements in each chunk of `tensor` [n]."""
@@ -94,15 +94,15 @@ class TopK(Sparse, GatherCodec):
         found = []
         for first, rows in ((0, sizes[:end].view(-1, size)), (end, sizes[end:][None])):
             if rows.numel():
-                count = self.density.count(rows.shape[1], self.calls)
+                count = self.density.count(rows.shape[1], self._calls)
                 starts = torch.arange(first, first + rows.numel(), rows.shape[1], device=tensor.device)
                 found.append((rows.topk(count, sorted=False).indices + starts[:, None]).flatten())
         return torch.cat(found)
 
     def _parted(self, payload: Tensor) -> tuple[Tensor, Tensor]:
         """The values, and their places."""
-        cut = payload.numel() * self.dtype.itemsize // (self.dtype.itemsize + INDEX.itemsize)
-        return from_bytes(payload[:cut], self.dtype), from_bytes(payload[cut:], INDEX)
+        cut = payload.numel() * self._dtype.itemsize // (self._dtype.itemsize + INDEX.itemsize)
+        return from_bytes(payload[:cut], self._dtype), from_bytes(payload[cut:], INDEX)
 
 
 class TwoBits(TopK):
@@ -122,20 +122,20 @@ class TwoBits(TopK):
         high = sizes > sizes.mean()
         means = [(sizes * chosen).sum() / chosen.sum().clamp(min=1) for chosen in (~high, high)]
         bits = [pack_bits(values < 0), pack_bits(high)]
-        return torch.cat([to_bytes(torch.stack(means).to(self.dtype)), *bits, to_bytes(places)])
+        return torch.cat([to_bytes(torch.stack(means).to(self._dtype)), *bits, to_bytes(places)])
 
     def add(self, payload: Tensor, total: Tensor) -> None:
-        head = 2 * self.dtype.itemsize
+        head = 2 * self._dtype.itemsize
         count = self._count_in(payload.numel() - head)
         packed = -(-count // 8)
         negative, high = (unpack_bits(payload[head + i * packed :][:packed], count) for i in range(2))
-        means = from_bytes(payload[:head], self.dtype)
-        values = torch.where(high > 0, means[1], means[0]) * (1 - 2 * negative.to(self.dtype))
+        means = from_bytes(payload[:head], self._dtype)
+        values = torch.where(high > 0, means[1], means[0]) * (1 - 2 * negative.to(self._dtype))
         total.index_add_(0, from_bytes(payload[head + 2 * packed :], INDEX), values)
 
     def nbytes(self, numel: int) -> int:
         count = self._count(numel)
-        return 2 * self.dtype.itemsize + 2 * -(-count // 8) + count * INDEX.itemsize
+        return 2 * self._dtype.itemsize + 2 * -(-count // 8) + count * INDEX.itemsize
 
     @staticmethod
     def _count_in(nbytes: int) -> int:
@@ -162,20 +162,20 @@ class RandomK(Sparse, LinearCodec):
 
     def encode(self, tensor: Tensor) -> Tensor:
         # The number of the draw, then the values.
-        places = self._draw(tensor.numel(), self.density.count(tensor.numel(), self.calls), self.calls)
-        number = torch.tensor([self.calls], dtype=NUMBER, device=tensor.device)
-        self.calls += 1
+        places = self._draw(tensor.numel(), self.density.count(tensor.numel(), self._calls), self._calls)
+        number = torch.tensor([self._calls], dtype=NUMBER, device=tensor.device)
+        self._calls += 1
         return torch.cat([to_bytes(number), to_bytes(_chosen(tensor, places))])
 
     def decode(self, payload: Tensor, numel: int) -> Tensor:
         number = int(from_bytes(payload[: NUMBER.itemsize], NUMBER))
-        values = from_bytes(payload[NUMBER.itemsize :], self.dtype)
+        values = from_bytes(payload[NUMBER.itemsize :], self._dtype)
         return self._placed(values, self._draw(numel, values.numel(), number), numel)
 
     def rounds(self, tensor: Tensor) -> Generator[Tensor, None, Tensor]:
         numel = tensor.numel()
-        places = self._draw(numel, self.density.count(numel, self.calls), self.calls)
-        self.calls += 1
+        places = self._draw(numel, self.density.count(numel, self._calls), self._calls)
+        self._calls += 1
         values = _chosen(tensor, places)
         own = self._placed(values, places, numel)
         yield values
@@ -183,7 +183,7 @@ class RandomK(Sparse, LinearCodec):
         return own
 
     def round_bytes(self, numel: int) -> list[int]:
-        return [self.density.count(numel, self.calls) * self.dtype.itemsize]
+        return [self.density.count(numel, self._calls) * self._dtype.itemsize]
 
     def nbytes(self, numel: int) -> int:
         return NUMBER.itemsize + super().nbytes(numel)

@@ -214,7 +214,7 @@ def test_the_quota_of_a_container(files: dict[str, str], cores: int | None, tmp_
 
 def test_torch_is_asked_for_gpus_only_where_there_is_a_driver(tmp_path: Path) -> None:
     """The launcher of a machine without GPUs starts without torch's seconds."""
-    code = "import sys; from shoal import devices; devices.DRIVERS = sys.argv[1:]; "
+    code = "import sys; from shoal.system import devices; devices.DRIVERS = sys.argv[1:]; "
     code += "found = devices.gpus(); print('torch' in sys.modules)"
     for driver, asked in ((tmp_path / "none", "False"), (tmp_path, "True")):
         done = subprocess.run([sys.executable, "-c", code, str(driver)], capture_output=True, text=True)

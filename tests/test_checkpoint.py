@@ -294,7 +294,7 @@ def test_a_save_holds_what_was_there_when_it_began(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize(
-    "place", ["tensor_files.stream", "checkpoint.saving.sync_to_disk", "manifest.sha256"]
+    "place", ["tensors.tensor_files.stream", "checkpoint.saving.sync_to_disk", "system.manifest.sha256"]
 )
 def test_a_full_disk_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, place: str

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from shoal.config import RunConfig
 from shoal.tasks import causal_lm
-from shoal.tasks.base import Task
+from shoal.tasks.base import Task, predicts
 from shoal.tasks.surroundings import Surroundings
 
-__all__ = ["TASKS", "Entry", "Surroundings", "Task"]
+__all__ = ["TASKS", "Entry", "Surroundings", "Task", "predicts"]
 
 
 @dataclass(frozen=True)

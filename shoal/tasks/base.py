@@ -49,3 +49,8 @@ class Task(ABC):
     def metrics(self, sums: Sequence[float], labels: int, predictions: Sequence[Any]) -> dict[str, float]:
         """The figures of an evaluation, by name: of the sums over all micro-batches, and the predictions in order."""
         return {"eval/loss": sums[0] / max(1, labels), "eval/tokens": labels}
+
+
+def predicts(task: Task) -> bool:
+    """Whether a task predicts anything."""
+    return type(task).predict is not Task.predict

@@ -27,7 +27,7 @@ from shoal.optim.rounding import RoundedAdamW
 from shoal.replica import Replica
 from shoal.sync import SYNCS, Sync, cost_of
 from shoal.sync.guard import Guard
-from shoal.tasks import TASKS, Surroundings, Task
+from shoal.tasks import TASKS, Surroundings, Task, predicts
 from shoal.tensors import precision
 from shoal.tensors.buckets import Buckets
 from shoal.tensors.piece import Piece, named, trained
@@ -55,6 +55,9 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
     _check_same_data(everyone, data)
     entry = choose("--task", config.train.task, TASKS)
     task, surroundings = entry.task(config, data), entry.surroundings(config, data)
+    if mesh.size("context") > 1 and predicts(task):
+        found_in = f"task {config.train.task} predicts of whole rows, of which each worker would have a part"
+        raise UserError(f"--cp {mesh.size('context')}", found_in, "leave it out")
     found = checkpoint_of(config, everyone, screen)
     standing = load_standing(found, config, data.name, screen) if found else Progress(position=0)
     batches, total_steps, micro_batches = _batches(config, task, mesh.teams, standing)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shoal.data.batches import ABSENT, Samples
 from shoal.layouts.base import Function, PlacedModel
-from shoal.tasks import Task
+from shoal.tasks import predicts
 from shoal.tensors.precision import Policy
 from shoal.training.run import Run
 
@@ -198,7 +198,7 @@ def validate(run: Run, stop: Callable[[], bool]) -> dict[str, float] | None:
             among=among,
             policy=run.replica.policy,
             device=run.mesh.device,
-            predict=task.predict if type(task).predict is not Task.predict else None,
+            predict=task.predict if predicts(task) else None,
             stop=(lambda: stop() or members.hears_wish) if alone else stop,
         )
     run.lap()  # the next step does not pay for this

@@ -14,6 +14,7 @@ from shoal.data.batches import ABSENT, Samples
 from shoal.layouts.base import Function, PlacedModel
 from shoal.tasks import predicts
 from shoal.tensors.precision import Policy
+from shoal.training.model import BuiltModel
 from shoal.training.run import Run
 
 ASK_EVERY = 4  # micro-batches of each, after which all ask each other whether to stop
@@ -170,15 +171,36 @@ def _gathered(own: dict[int, list[str]], lengths: Tensor, size: int, among: Eval
     ]
 
 
+def evaluate_model(built: BuiltModel, among: Evaluators, stop: Callable[[], bool]) -> dict[str, float] | None:
+    """The task's metrics of a model over the whole "eval" split, {} if it is empty; None if `stop()` came true."""
+    samples = built.task.samples("eval")
+    if not len(samples):
+        return {}
+    measured = evaluate(
+        built.placed,
+        built.task.measure,
+        samples,
+        micro_batch_size=built.batches.shape[1],
+        among=among,
+        policy=built.policy,
+        device=built.mesh.device,
+        predict=built.task.predict if predicts(built.task) else None,
+        stop=stop,
+    )
+    if measured is None:
+        return None
+    return built.task.metrics(measured.sums, measured.labels, measured.predictions)
+
+
 def validate(run: Run, stop: Callable[[], bool]) -> dict[str, float] | None:
-    """The task's metrics over the whole "eval" split, {} if it is empty; None if `stop()` came true.
+    """The metrics of the one model of all replicas, as `evaluate_model` gives them.
 
     A rank that evaluates alone, stopped before the last step, gives {}: it takes steps until the strategy says
     after which one all stop.
     """
-    task, members = run.task, run.sync.members
-    samples, alone = task.samples("eval"), members.evaluates_alone
-    if not len(samples) or (alone and run.mesh.replicate.index):
+    members = run.sync.members
+    alone = members.evaluates_alone
+    if alone and run.mesh.replicate.index:
         return {}
     run.saver.wait_until_read()  # the shared model may overwrite what is being copied
     island = run.replica.island
@@ -190,18 +212,10 @@ def validate(run: Run, stop: Callable[[], bool]) -> dict[str, float] | None:
     )
     with run.sync.shared_model(run.replica):
         run.saver.keep_model(run.progress.step)
-        measured = evaluate(
-            run.replica.placed,
-            task.measure,
-            samples,
-            micro_batch_size=run.batches.shape[1],
-            among=among,
-            policy=run.replica.policy,
-            device=run.mesh.device,
-            predict=task.predict if predicts(task) else None,
-            stop=(lambda: stop() or members.hears_wish) if alone else stop,
+        metrics = evaluate_model(
+            run.built, among, stop=(lambda: stop() or members.hears_wish) if alone else stop
         )
     run.lap()  # the next step does not pay for this
-    if measured is None:
-        return {} if alone and run.progress.step < run.total_steps else None
-    return task.metrics(measured.sums, measured.labels, measured.predictions)
+    if metrics is None and alone and run.progress.step < run.total_steps:
+        return {}
+    return metrics

@@ -4,12 +4,14 @@ import json
 import platform
 import resource
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import transformers
 
+from shoal.checkpoint import load_model
 from shoal.config import Resolved, dump_yaml
 from shoal.errors import described
 from shoal.layouts.base import bytes_sent, shape_of
@@ -21,10 +23,12 @@ from shoal.sync import cost_of
 from shoal.system import output
 from shoal.system.run_folder import CONFIG, ENVIRONMENT, SUMMARY, RunFolder
 from shoal.training.assemble import assemble
-from shoal.training.evaluate import validate
+from shoal.training.evaluate import Evaluators, evaluate_model
 from shoal.training.loop import train
+from shoal.training.model import BuiltModel, build_model
 from shoal.training.recorder import peak_rss_gib
 from shoal.training.run import Run
+from shoal.wire.island import Island
 from shoal.wire.mesh import Mesh
 
 MIB = 2**20
@@ -62,10 +66,15 @@ def train_job(resolved: Resolved, mesh: Mesh, data: Path, stop: Stop) -> None:
 def evaluate_job(resolved: Resolved, mesh: Mesh, data: Path, stop: Stop) -> None:
     """Evaluate the model on the held-out data and print the metrics as JSON."""
     screen = Screen(speaks=mesh.is_first)
-    run = assemble(resolved.config, mesh, data, screen)
-    metrics = validate(run, stop)
+    built = build_model(resolved.config, mesh, data, screen)
+    if built.checkpoint is not None:
+        load_model(built.checkpoint, built.placed, None)
+        screen.say(
+            f"loaded {built.checkpoint}: {built.standing.step} steps, {built.standing.tokens:,} tokens"
+        )
+    metrics = _of_all(built, stop)
     if resolved.config.eval.quantize != "none" and metrics:
-        metrics = _quantized(run, metrics, stop)
+        metrics = _quantized(built, metrics, stop)
     if mesh.is_first:
         output.result(json.dumps(metrics))
 
@@ -73,12 +82,20 @@ def evaluate_job(resolved: Resolved, mesh: Mesh, data: Path, stop: Stop) -> None
 JOBS: dict[str, Callable[[Resolved, Mesh, Path, Stop], None]] = {"train": train_job, "evaluate": evaluate_job}
 
 
-def _quantized(run: Run, whole: dict[str, float], stop: Stop) -> dict[str, float] | None:
-    """The metrics of the run's model once its weights are quantised, beside what the `whole` ones gave."""
-    model = run.replica.model
+def _of_all(built: BuiltModel, stop: Stop) -> dict[str, float] | None:
+    """The metrics of a model that all replicas hold alike, by all of them."""
+    mesh, island = built.mesh, Island(built.mesh)
+    agree = partial(island.agree, mesh.wire("replicate").sum)
+    among = Evaluators(mesh.team, mesh.teams, agree, in_step=len(island.teams))
+    return evaluate_model(built, among, stop)
+
+
+def _quantized(built: BuiltModel, whole: dict[str, float], stop: Stop) -> dict[str, float] | None:
+    """The metrics of the model once its weights are quantised, beside what the `whole` ones gave."""
+    model = built.placed.model
     before = weight_bytes(model)
-    quantize(model, run.config.eval.quantize)
-    metrics = validate(run, stop)
+    quantize(model, built.config.eval.quantize)
+    metrics = _of_all(built, stop)
     if metrics is None:
         return None
     perplexity = whole["eval/perplexity"]
@@ -185,7 +202,7 @@ def _finish_folder(run: Run, resolved: Resolved, place: RunFolder, summary: dict
     policy = run.replica.policy
     plain = model if policy.linear == policy.compute else None  # what rounds its products has other logits
     aside = place.aside("final")
-    run.surroundings.export(last, aside, {**summary, "Settings": settings}, plain)
+    run.built.surroundings.export(last, aside, {**summary, "Settings": settings}, plain)
     place.put(aside, "final")
     (run.folder / SUMMARY).write_text(json.dumps(summary, indent=1))
     if model is not None:
@@ -210,7 +227,7 @@ def _finish_folder(run: Run, resolved: Resolved, place: RunFolder, summary: dict
 
 def _show_sample(run: Run, model: Any) -> None:
     try:
-        sample = run.surroundings.example(model)
+        sample = run.built.surroundings.example(model)
     except Exception as error:  # of whatever kind: the run is done, and well
         run.screen.say(f"there is no sample of text: {described(error)}")
         return

@@ -14,8 +14,9 @@ from shoal.observe.console import Screen
 from shoal.observe.memory import MemoryReport
 from shoal.replica import Replica, Step
 from shoal.sync import Sync
-from shoal.tasks import Surroundings, Task
+from shoal.tasks import Task
 from shoal.training.balance import Balancer
+from shoal.training.model import BuiltModel
 from shoal.training.saving import Saver
 from shoal.wire.mesh import Mesh
 
@@ -34,24 +35,44 @@ class Agreed:
 class Run:
     """Everything the loop needs, on one rank."""
 
-    config: RunConfig
+    built: BuiltModel
     folder: Path
-    mesh: Mesh
     screen: Screen
-    task: Task
-    surroundings: Surroundings
-    batches: Batches
     replica: Replica
     sync: Sync
     saver: Saver
     balancer: Balancer
     memory: MemoryReport
     progress: Progress
-    total_steps: int
     watch: Callable[[float], None]  # hears the loss of every step
 
     def __post_init__(self) -> None:
         self._lap = perf_counter()
+
+    @property
+    def config(self) -> RunConfig:
+        """The settings."""
+        return self.built.config
+
+    @property
+    def mesh(self) -> Mesh:
+        """The ranks."""
+        return self.built.mesh
+
+    @property
+    def task(self) -> Task:
+        """What is learnt."""
+        return self.built.task
+
+    @property
+    def batches(self) -> Batches:
+        """The batches, from where the run began or went on."""
+        return self.built.batches
+
+    @property
+    def total_steps(self) -> int:
+        """The steps of the whole run."""
+        return self.built.total_steps
 
     @property
     def bytes_sent(self) -> int:

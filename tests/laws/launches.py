@@ -228,8 +228,8 @@ def insert(fault: Fault) -> None:
     before(Replica, "update", lambda *args: meet("update"))
     before(ServerClient, "load", lambda *args: meet("update"))
     before(Recorder, "step", lambda *args: meet("observe"))
-    for caller in (loop, jobs):
-        before(caller, "validate", lambda *args: meet("evaluate"))
+    before(loop, "validate", lambda *args: meet("evaluate"))
+    before(jobs, "evaluate_model", lambda *args: meet("evaluate"))
     before(Stop, "hold", lambda *args: meet("start"))
     before(Stop, "_receive", lambda *args: setattr(at, "heard", True))
     before(ServerStrategy, "_leave", lambda *args: meet("finish"))

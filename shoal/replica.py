@@ -127,6 +127,10 @@ class Replica:
         """The optimizers' state, named by parameter."""
         return NamedState(self.optimizers, named(self.updated))
 
+    def begin(self, number: int) -> None:
+        """Note the number of the step whose gradients come next: strategies ask for it as buckets complete."""
+        self.now = number
+
     def gradients(self, batch: Batch) -> Step:
         """Forward and backward over this rank's share of `batch`, into the buckets.
 
@@ -139,7 +143,7 @@ class Replica:
         together = [self.shares.of(team) for team in self.island.teams]
         own_labels = batch.label_count(slice(together[0].start, together[-1].stop))
         step = Step(batch.step, batch.labels, own_labels, losses)
-        self.now = batch.step
+        self.begin(batch.step)
         numbers = [share.start + turn if turn < len(share) else None for turn in range(self.turns)]
         turns = [[v] for v in numbers] if self.placed.singly else [numbers]
         self.placed.before_forward()
@@ -226,6 +230,11 @@ class Replica:
     def sum(self, numbers: Tensor) -> Tensor:
         """The sum of `numbers` over the ranks that hold this replica together, in place."""
         return self.island.sum(numbers)
+
+    def continue_from(self, nonfinite_steps: int, scaler: dict[str, float] | dict[str, Tensor]) -> None:
+        """Take up the count of steps in a row that were not finite, and the state of the loss scale."""
+        self.nonfinite_steps = nonfinite_steps
+        self.scaler.load_state_dict(scaler)
 
     def replace_optimizers(self, made: list[torch.optim.Optimizer]) -> None:
         """Have a strategy's own optimizers update the parameters, by gradients that are not clipped."""

@@ -5,27 +5,32 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from shoal import checkpoint
-from shoal.checkpoint import Progress
-from shoal.config import RunConfig, load_config, wanted_device
+from shoal.checkpoint import Checkpoints, Progress
+from shoal.config import RunConfig, check_options, load_config, wanted_device
 from shoal.data.order import derive_seed
 from shoal.engines.environment import is_worker, placement, threads_of
 from shoal.errors import UserError
 from shoal.layouts import replicated
 from shoal.layouts.base import whole_model
-from shoal.replica import Replica, Step
+from shoal.replica import Step
 from shoal.shares import equal
-from shoal.sync.allreduce import AllReduce
+from shoal.tasks import Surroundings
 from shoal.tensors import precision
-from shoal.tensors.buckets import Buckets
 from shoal.tensors.piece import take_wide_gradients, trained
+from shoal.training.assemble import build_replica, build_sync
+from shoal.training.resume import restore
+from shoal.training.saving import Saver
 from shoal.wire.mesh import join
 from shoal.wire.rendezvous import Rendezvous
+
+BUCKET_MB = 25.0  # the default of torch: a caller knows the bytes of each step by it
+EVERY_ONE = 2**31  # checkpoints are the caller's to remove
 
 
 class Session:
@@ -41,7 +46,9 @@ class Session:
 
     What micro-batch (step, v) holds must follow from the two numbers alone; then the result does not depend on how
     many workers there are, and with `exact=True` neither do its last bits. `threads` and `device` are those of `shoal
-    train`: by default a GPU for each worker where there are some, else its share of the cores.
+    train`: by default a GPU for each worker where there are some, else its share of the cores. So are further
+    settings, by the names of flags: `Session(8, strategy="diloco", sync_every=30, codec="int8")`. Raises UserError
+    for those that a loop of one's own cannot have: a cut replica, servers, a strategy that is an optimizer.
     """
 
     def __init__(
@@ -53,20 +60,22 @@ class Session:
         max_grad_norm: float = 0.0,
         threads: int | None = None,
         device: str = "auto",
+        **settings: Any,
     ) -> None:
         self.micro_batches = micro_batches
-        self.seed = seed
-        self.exact = exact
-        self.max_grad_norm = max_grad_norm
         self.progress = Progress()
-        given = {"exact": exact, "device": device, **({} if threads is None else {"threads": threads})}
-        self._config = load_config(None, [], {}, **given).config
+        given = {"seed": seed, "exact": exact, "max_grad_norm": max_grad_norm, "device": device}
+        given |= {} if threads is None else {"threads": threads}
+        resolved = load_config(None, [], {}, **{"bucket_mb": BUCKET_MB} | given | settings)
+        check_options(resolved)
+        self._config = resolved.config
+        _check_session(self._config)
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
-        place = placement() if is_worker() else Rendezvous()
-        torch.set_num_threads(threads_of(self._config, place))
-        self.mesh = self._open.enter_context(join(place, wanted_device(self._config)))
+        rendezvous = placement() if is_worker() else Rendezvous()
+        torch.set_num_threads(threads_of(self._config, rendezvous))
+        self.mesh = self._open.enter_context(join(rendezvous, wanted_device(self._config)))
         if self.mesh.world_size > self.micro_batches:
             found = f"{self.micro_batches} micro-batches a step, {self.mesh.world_size} workers"
             raise UserError("shoal.Session", found, "give at least one micro-batch to each worker")
@@ -105,36 +114,34 @@ class Session:
         `torch.autocast`.) Raises UserError for float16 parameters: there is no loss scale here.
         """
         policy = precision.as_it_is(model)
-        placed = whole_model(model.to(self.mesh.device), _taken_by_the_caller)
+        placed = whole_model(model.to(self.mesh.device), _computed_by_the_caller)
         take_wide_gradients(placed.pieces)
         replicated.broadcast_parameters(placed, self.mesh)
         _hand_over_rounded(optimizer)
-        self._replica = Replica(
-            placed=placed,
-            mesh=self.mesh,
-            buckets=Buckets(
-                trained(placed.pieces),
-                bucket_bytes=25_000_000,
-                multiple=self.mesh.world_size,
-                exact=self.exact,
-            ),
-            optimizers=[optimizer],
-            updated=trained(placed.pieces),
-            policy=policy,
-            seed=self.seed,
-            schedule=lambda step: float(optimizer.param_groups[0]["lr"]),
-            max_grad_norm=self.max_grad_norm,
-            shares=equal(self.micro_batches, self.mesh.world_size),
+        config, mesh = self._config, self.mesh
+        self._replica = replica = build_replica(
+            config,
+            mesh,
+            policy,
+            placed,
+            [optimizer],
+            trained(placed.pieces),
+            lambda step: float(optimizer.param_groups[0]["lr"]),
+            equal(self.micro_batches, mesh.world_size),
         )
-        self._sync = AllReduce(RunConfig(), self.wire)
-        self._sync.attach(self._replica)
+        self._sync, self._watch, _ = build_sync(
+            config, replica, print if mesh.is_first else lambda line: None
+        )
+        self._sync.attach(replica)
+        self.progress.strategy = config.strategy.remembers
         return placed.model, optimizer
 
     def share(self) -> Iterator[int]:
         """The micro-batches of this step that are this worker's, each with its own seed for dropout and the like."""
+        self._replica.begin(self.progress.step)
         for v in self._replica.shares.of(self.mesh.rank):
             self._micro_batch = v
-            torch.manual_seed(derive_seed(self.seed, "dropout", self.progress.step, v))
+            torch.manual_seed(derive_seed(self._config.train.seed, "dropout", self.progress.step, v))
             yield v
 
     def backward(self, loss_sum: Tensor, labels: int) -> None:
@@ -147,27 +154,30 @@ class Session:
         self._sums += torch.tensor([loss_sum.item(), labels], dtype=torch.float64)
 
     def step(self) -> float:
-        """Average over the labels of all workers, clip, update; returns the mean loss a label of the whole step."""
+        """Agree by the labels of all workers, clip, update; returns the mean loss a label of the whole step."""
         own_labels = int(self._sums[1])
         loss, labels = self.wire.sum(self._sums).tolist()
         self._sums.zero_()
         losses = torch.zeros(0, dtype=torch.float64)  # each micro-batch's is the caller's
-        divisor = max(1, int(labels))
-        step = Step(self.progress.step, int(labels), own_labels, losses, divisor)
+        step = Step(self.progress.step, int(labels), own_labels, losses, divisor=max(1, int(labels)))
         self._sync.step(self._replica, step)
+        mean = float(loss / max(1.0, labels))
+        self._watch(mean)
         done, tokens = self.progress.step + 1, self.progress.tokens + int(labels)
         self.progress = replace(self.progress, step=done, tokens=tokens)
-        return float(loss / max(1.0, labels))
+        return mean
 
     def save(self, folder: str | Path) -> None:
-        """Write a checkpoint below `folder`, atomically, on rank 0."""
-        path = Path(folder) / f"checkpoint-{self.progress.step}"
-        if self.mesh.is_first:
-            files = {
-                "model/model.safetensors": checkpoint.model_tensors(self._replica.placed),
-                "optimizer/state.safetensors": dict(self._replica.optimizer_state.tensors()),
-            }
-            checkpoint.write(path, files, self.progress, None)
+        """Write a checkpoint below `folder`, atomically: the one model of all, and what the strategy remembers."""
+        mesh, differ = self.mesh, self._config.strategy.traits.replicas_differ
+        checkpoints = Checkpoints(
+            Path(folder), every=0, keep=EVERY_ONE, rank=mesh.rank, world_size=mesh.world_size
+        )
+        saver = Saver(
+            checkpoints, self._replica, self._sync, Surroundings(self._config, Path(folder)), differ
+        )
+        saver.save(self.progress)
+        checkpoints.finish()
         self.wire.wait_for_first()
 
     def load(self, folder: str | Path) -> bool:
@@ -175,10 +185,33 @@ class Session:
         found = checkpoint.find("latest", Path(folder), print) if self.mesh.is_first else None
         chosen = self.wire.share_text(str(found or ""))
         if chosen:
-            checkpoint.load_model(Path(chosen), self._replica.placed)
-            checkpoint.load_optimizer(Path(chosen), self._replica.optimizer_state, self._replica.placed)
-            self.progress = checkpoint.load_progress(Path(chosen))
+            saved, differ = (
+                checkpoint.load_progress(Path(chosen)),
+                self._config.strategy.traits.replicas_differ,
+            )
+            now, say = self.progress, print if self.mesh.is_first else lambda line: None
+            restore(Path(chosen), saved, now, self._replica, self._sync, replicas_differ=differ, say=say)
+            self.progress = replace(saved, strategy=now.strategy)
         return bool(chosen)
+
+
+def _check_session(config: RunConfig) -> None:
+    """Raise UserError for what a loop of one's own cannot have."""
+    strategy, traits = config.strategy, config.strategy.traits
+    layout = config.layout
+    refused = {
+        f"strategy={strategy.name}": traits.is_central or traits.is_optimizer,
+        "clip_each": bool(strategy.clip_each),
+        "normalize=each": strategy.normalize == "each",
+        "a replica that is cut (dp_shard, tp, pp, cp)": max(
+            layout.tp, layout.pp, layout.cp, layout.dp_shard or 1
+        )
+        > 1
+        or layout.zero_stage is not None,
+    }
+    for asked in (name for name, is_asked in refused.items() if is_asked):
+        found = "the optimizer, the model and the sum of a step's labels are the caller's"
+        raise UserError(f"shoal.Session, {asked}", found, "leave it out, or use shoal train")
 
 
 def _hand_over_rounded(optimizer: torch.optim.Optimizer) -> None:
@@ -202,5 +235,5 @@ def _hand_over_rounded(optimizer: torch.optim.Optimizer) -> None:
         optimizer.register_step_post_hook(after)
 
 
-def _taken_by_the_caller(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    raise AssertionError("a session's loss is taken in the caller's loop")
+def _computed_by_the_caller(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    raise AssertionError("a session's loss is computed in the caller's loop")

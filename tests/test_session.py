@@ -1,10 +1,18 @@
 """A loop of one's own: what `shoal.Session` makes of a model, in the dtype that it has."""
 
 import copy
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from laws.pool import Pool
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -87,3 +95,67 @@ def test_float16_parameters_are_refused(pool: Pool) -> None:
     said = pool.alone(refused).value
     assert said.startswith("shoal.Session: 0.weight is float16")
     assert "hold parameters in float32" in said
+
+
+def by_program(
+    folder: Path, workers: int, stop_after: int, **settings: Any
+) -> tuple[list[float], dict[str, Tensor]]:
+    """The losses of a loop of one's own under so many workers, and the model that it saves."""
+    folder.mkdir(exist_ok=True)
+    program = [sys.executable, str(Path(__file__).with_name("session_loop.py"))]
+    words = [str(folder), str(stop_after), json.dumps(settings | {"threads": 1})]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    common = {**os.environ, "WORLD_SIZE": str(workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = [
+        subprocess.Popen(
+            [*program, *words],
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(workers)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in started]
+    assert not any(process.returncode for process in started), said
+    saved = load_file(folder / f"checkpoint-{stop_after}" / "model" / "model.safetensors")
+    return json.loads((folder / "losses.json").read_text()), saved
+
+
+def near(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=1e-10, atol=1e-12)
+
+
+def test_strategies_of_a_loop_of_ones_own(tmp_path: Path) -> None:
+    """Averaged after every step of SGD, replicas that update alone follow one process where they weigh alike."""
+    losses, alone = by_program(tmp_path / "alone", 1, 6)
+    for name, settings in {"allreduce": {}, "exact": {"exact": True}}.items():
+        found, model = by_program(tmp_path / name, 2, 6, **settings)
+        assert found == pytest.approx(losses, rel=1e-12)
+        near(model, alone)
+    for name, settings in {
+        "local": {"strategy": "local", "sync_every": "2"},
+        "diloco": {"strategy": "diloco", "sync_every": "2", "codec": "int8"},
+        "gossip": {"strategy": "gossip"},
+    }.items():
+        found, whole = by_program(tmp_path / name, 2, 6, **settings)
+        assert found[0] == pytest.approx(losses[0], rel=1e-12)  # before any update
+        assert found != pytest.approx(losses, rel=1e-6)  # another way of training
+        by_program(tmp_path / f"{name}-resumed", 2, 3, **settings)
+        _, model = by_program(tmp_path / f"{name}-resumed", 2, 6, **settings)
+        assert all(torch.equal(tensor, whole[key]) for key, tensor in model.items()), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"strategy": "server"}, "strategy=server"),
+        ({"strategy": "demo"}, "strategy=demo"),
+        ({"tp": 2}, "a replica that is cut"),
+        ({"strategy": "local", "codec": "int8", "topology": "ring"}, "topology"),
+    ],
+)
+def test_what_a_session_cannot_have_is_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        shoal.Session(4, **settings)

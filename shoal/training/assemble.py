@@ -10,7 +10,7 @@ from shoal import codecs, shares
 from shoal.checkpoint import Checkpoints, Progress
 from shoal.config import RunConfig, order_of
 from shoal.errors import choose
-from shoal.layouts.base import bytes_held
+from shoal.layouts.base import PlacedModel, bytes_held
 from shoal.observe.console import Screen
 from shoal.observe.memory import COPIES, MemoryReport
 from shoal.optim import offload
@@ -42,15 +42,9 @@ def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
 def build_training(built: BuiltModel, data: str, screen: Screen) -> Run:
     """Build the training around a model, and take up its checkpoint; `data` is the key of the prepared data."""
     config, mesh, total_steps = built.config, built.mesh, built.total_steps
-    wire = mesh.wire("replicate")
     replica = _replica(built)
-    sync: Sync = choose("--strategy", config.strategy.name, SYNCS)(config, wire)
-    balancer = Balancer(off=config.strategy.balance != "auto" or not sync.members.all_agree)
-    watch: Callable[[float], None] = lambda loss: None  # noqa: E731
-    if config.strategy.guard is not None:
-        sync = guard = Guard(config, wire, sync, screen.say)
-        watch = guard.watch
-    codecs.check(config.strategy, [p.shape for _, p in replica.params])
+    sync, watch, all_agree = build_sync(config, replica, screen.say)
+    balancer = Balancer(off=config.strategy.balance != "auto" or not all_agree)
     folder = Path(config.checkpoint.output_dir)
     checkpoints = Checkpoints(
         folder,
@@ -95,6 +89,23 @@ def build_training(built: BuiltModel, data: str, screen: Screen) -> Run:
     return run
 
 
+def build_sync(
+    config: RunConfig, replica: Replica, say: Callable[[str], None]
+) -> tuple[Sync, Callable[[float], None], bool]:
+    """The strategy, not attached yet; what hears the loss of every step; whether all ranks hear the same.
+
+    Raises UserError where the settings do not fit the model.
+    """
+    wire = replica.mesh.wire("replicate")
+    codecs.check(config.strategy, [p.shape for _, p in replica.params])
+    sync: Sync = choose("--strategy", config.strategy.name, SYNCS)(config, wire)
+    all_agree = sync.members.all_agree
+    if config.strategy.guard is None:
+        return sync, lambda loss: None, all_agree
+    guard = Guard(config, wire, sync, say)
+    return guard, guard.watch, all_agree
+
+
 def _predicted_memory(config: RunConfig, replica: Replica) -> dict[str, int]:
     """The bytes of parts of the memory, as arithmetic."""
     return bytes_held(replica.placed) | {
@@ -107,17 +118,38 @@ def _predicted_memory(config: RunConfig, replica: Replica) -> dict[str, int]:
 
 def _replica(built: BuiltModel) -> Replica:
     """The model with its buckets and optimizers."""
-    config, mesh, policy, placed = built.config, built.mesh, built.policy, built.placed
+    config, mesh, policy = built.config, built.mesh, built.policy
+    schedule = partial(
+        optimizing.learning_rate,
+        peak=config.train.learning_rate,
+        total_steps=built.total_steps,
+        warmup_steps=config.train.warmup_steps,
+        kind=config.train.lr_scheduler_type,
+    )
+    optimizers, updated = _optimizers(config, trained(built.placed.pieces), policy)
+    first = _first_shares(config.strategy.balance, built.micro_batches, mesh.teams)
+    return build_replica(config, mesh, policy, built.placed, optimizers, updated, schedule, first)
+
+
+def build_replica(
+    config: RunConfig,
+    mesh: Mesh,
+    policy: Policy,
+    placed: PlacedModel,
+    optimizers: list[torch.optim.Optimizer],
+    updated: list[Piece],
+    schedule: Callable[[int], float],
+    first_shares: shares.Shares,
+) -> Replica:
+    """A placed model with its gradients in buckets; `optimizers` update the pieces `updated`."""
     pieces = trained(placed.pieces)
-    params = named(pieces)
     buckets = Buckets(
         pieces,
-        bucket_bytes=_bucket_bytes(config, params),
+        bucket_bytes=_bucket_bytes(config, named(pieces)),
         multiple=mesh.replicate.size,
         exact=config.train.exact,
         listen=placed.singly,
     )
-    optimizers, updated = _optimizers(config, pieces, policy)
     return Replica(
         placed=placed,
         mesh=mesh,
@@ -126,16 +158,10 @@ def _replica(built: BuiltModel) -> Replica:
         updated=updated,
         policy=policy,
         seed=config.train.seed,
-        schedule=partial(
-            optimizing.learning_rate,
-            peak=config.train.learning_rate,
-            total_steps=built.total_steps,
-            warmup_steps=config.train.warmup_steps,
-            kind=config.train.lr_scheduler_type,
-        ),
+        schedule=schedule,
         max_grad_norm=config.train.max_grad_norm,
         normalize=config.strategy.normalize == "sum",
-        shares=_first_shares(config.strategy.balance, built.micro_batches, mesh.teams),
+        shares=first_shares,
     )
 
 

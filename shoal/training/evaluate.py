@@ -207,7 +207,7 @@ def validate(run: Run, stop: Callable[[], bool]) -> dict[str, float] | None:
     among = Evaluators(
         run.mesh.team,
         len(island.teams) if alone else run.mesh.teams,
-        island.sum if alone else run.agree,
+        island.sum if alone else run.sum,
         in_step=len(island.teams),
     )
     with run.sync.shared_model(run.replica):

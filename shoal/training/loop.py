@@ -2,13 +2,10 @@
 
 from collections.abc import Callable
 
-import torch
-
 from shoal.errors import Preempted, ShoalError
-from shoal.replica import Step
 from shoal.training.evaluate import validate
 from shoal.training.recorder import Recorder
-from shoal.training.run import Agreed, Run
+from shoal.training.run import Run
 
 
 def train(run: Run, stop: Callable[[], bool]) -> dict[str, float]:
@@ -27,7 +24,7 @@ def train(run: Run, stop: Callable[[], bool]) -> dict[str, float]:
                 step = run.replica.gradients(batch)
                 run.saver.wait_until_read()  # a save under way reads the parameters until here
                 run.sync.step(run.replica, step)
-            agreed = _agree(run, step, stop())
+            agreed = run.agree(step, stop())
             recorder.step(batch, step, agreed)
             run.commit(batch, step, agreed)
             due = _evaluation_due(run) and not agreed.stopping
@@ -49,18 +46,6 @@ def train(run: Run, stop: Callable[[], bool]) -> dict[str, float]:
             run.saver.save(run.progress, best=True)
         run.saver.checkpoints.finish()
         return metrics
-
-
-def _agree(run: Run, step: Step, stopping: bool) -> Agreed:
-    """Let every rank know the same, by one small sum. The losses add up in the order of their micro-batches."""
-    mesh, count = run.mesh, len(step.losses)
-    numbers = torch.zeros(count + mesh.teams + 2, dtype=torch.float64)
-    numbers[:count] = step.losses
-    numbers[count + mesh.team] = step.seconds.compute / mesh.size("team")
-    numbers[-2:] = torch.tensor([step.own_labels if run.replica.island.is_first else 0, stopping])
-    numbers = run.agree(numbers)
-    loss = numbers[:count].sum() / numbers[-2].clamp(min=1)
-    return Agreed(loss.item(), numbers[count:-2].tolist(), bool(numbers[-1] > 0), run.lap())
 
 
 def _evaluation_due(run: Run) -> bool:

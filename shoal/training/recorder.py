@@ -50,7 +50,7 @@ class Recorder:
             self.ledger.write(batch, replica.shares.of(run.mesh.team))
         if batch.step == self.first_step:
             _check_policy(replica)
-        sent, stalled = run.bytes_sent, run.saver.checkpoints.stalled
+        sent, stalled = agreed.sent, run.saver.checkpoints.stalled
         record = _record(run, batch, step, agreed)
         record["perf/save_stall_pct"] = 100 * (stalled - self.stalled) / agreed.wall
         record["perf/comm_bytes"] = sent - self.sent

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
+import torch
 from torch import Tensor
 
 from shoal.checkpoint import Progress
@@ -29,6 +30,7 @@ class Agreed:
     seconds: list[float]  # of computing, by team
     stopping: bool  # whether any rank was asked to stop
     wall: float  # seconds that the step took on this rank
+    sent: int  # bytes that this rank has sent so far
 
 
 @dataclass
@@ -47,41 +49,33 @@ class Run:
     watch: Callable[[float], None]  # hears the loss of every step
 
     def __post_init__(self) -> None:
+        self.config: RunConfig = self.built.config
+        self.mesh: Mesh = self.built.mesh
+        self.task: Task = self.built.task
+        self.batches: Batches = self.built.batches
+        self.total_steps: int = self.built.total_steps
         self._lap = perf_counter()
 
     @property
-    def config(self) -> RunConfig:
-        """The settings."""
-        return self.built.config
-
-    @property
-    def mesh(self) -> Mesh:
-        """The ranks."""
-        return self.built.mesh
-
-    @property
-    def task(self) -> Task:
-        """What is learnt."""
-        return self.built.task
-
-    @property
-    def batches(self) -> Batches:
-        """The batches, from where the run began or went on."""
-        return self.built.batches
-
-    @property
-    def total_steps(self) -> int:
-        """The steps of the whole run."""
-        return self.built.total_steps
-
-    @property
     def bytes_sent(self) -> int:
-        """By this rank so far: to other replicas, and within its own."""
+        """By this rank in training so far: to other replicas, and within its own."""
         return self.mesh.bytes_sent
 
-    def agree(self, numbers: Tensor) -> Tensor:
+    def sum(self, numbers: Tensor) -> Tensor:
         """The sum of `numbers` over the ranks, as far as the strategy hears of them."""
         return self.replica.island.agree(self.sync.members.agree, numbers)
+
+    def agree(self, step: Step, stopping: bool) -> Agreed:
+        """Let every rank know the same, by one small sum. The losses add up in the order of their micro-batches."""
+        mesh, count = self.mesh, len(step.losses)
+        numbers = torch.zeros(count + mesh.teams + 2, dtype=torch.float64)
+        numbers[:count] = step.losses
+        numbers[count + mesh.team] = step.seconds.compute / mesh.size("team")
+        numbers[-2:] = torch.tensor([step.own_labels if self.replica.island.is_first else 0, stopping])
+        numbers = self.sum(numbers)
+        loss = numbers[:count].sum() / numbers[-2].clamp(min=1)
+        seconds, stops = numbers[count:-2].tolist(), bool(numbers[-1] > 0)
+        return Agreed(loss.item(), seconds, stops, self.lap(), self.bytes_sent)
 
     def lap(self) -> float:
         """The seconds since the last call, or since the run was made."""

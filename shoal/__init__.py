@@ -5,9 +5,15 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_HOMES = {"train": "shoal.api", "Session": "shoal.session", "RunConfig": "shoal.config"}
+_HOMES = {
+    "train": "shoal.api",
+    "generate": "shoal.api",
+    "Summary": "shoal.api",
+    "Session": "shoal.session",
+    "RunConfig": "shoal.config",
+}
 
-__all__ = ["RunConfig", "Session", "__version__", "train"]
+__all__ = ["RunConfig", "Session", "Summary", "__version__", "generate", "train"]
 
 
 def __getattr__(name: str) -> Any:

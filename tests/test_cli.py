@@ -250,8 +250,10 @@ def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
 def test_train_from_python_is_the_same_run(launched, tmp_path, monkeypatch):
     from shoal import api
 
-    (tmp_path / "summary.json").write_text('{"eval/loss": 1.5}')
-    assert api.train(model="lstm", max_steps=3, output_dir=str(tmp_path)) == {"eval/loss": 1.5}
+    (tmp_path / "summary.json").write_text('{"steps": 3, "eval/loss": 1.5}')
+    summary = api.train(model="lstm", max_steps=3, output_dir=str(tmp_path))
+    assert summary == {"steps": 3, "eval/loss": 1.5}
+    assert (summary.steps, summary.metrics, summary.folder) == (3, {"loss": 1.5}, tmp_path)
     config = launched[0][0].config
     assert (config.model.name, config.train.max_steps) == ("lstm", 3)
     with pytest.raises(UserError, match="argument max_step: "):

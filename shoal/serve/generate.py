@@ -5,7 +5,7 @@ from pathlib import Path
 from shoal.errors import UserError
 from shoal.serve.options import GenerateOptions
 
-__all__ = ["GenerateOptions", "run"]
+__all__ = ["GenerateOptions", "complete", "run"]
 
 
 def run(options: GenerateOptions) -> None:
@@ -23,6 +23,14 @@ def run(options: GenerateOptions) -> None:
     from shoal.serve.blocks import complete_file
 
     complete_file(options)
+
+
+def complete(options: GenerateOptions) -> str:
+    """What follows the `prompt` of the options, as text. Raises UserError for what cannot be done."""
+    _check(options)
+    from shoal.serve.writer import Writer
+
+    return Writer(options).complete([options.prompt or ""], 0)[0]
 
 
 def _check(options: GenerateOptions) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from saved import saved
 
+import shoal
 from shoal.config.record import ModelConfig
 from shoal.data import tokenizer
 from shoal.errors import UserError
@@ -97,6 +98,15 @@ def test_stop_text_ends_a_completion(options: GenerateOptions) -> None:
     stop = whole[0][2]
     stopped = Writer(replace(options, stop=[stop])).complete(PROMPTS[:2], block=0)
     assert stopped[0] == whole[0].split(stop)[0]
+
+
+def test_a_prompt_is_completed_from_python(trained: Path) -> None:
+    once, again, other = (
+        shoal.generate(trained, PROMPTS[0], max_new_tokens=6, seed=seed) for seed in (3, 3, 4)
+    )
+    assert once == again != other
+    with pytest.raises(UserError, match="there is no such folder"):
+        shoal.generate(trained / "nowhere", "a")
 
 
 def test_one_prompt_is_streamed(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := torch==2.13.0
 
-.PHONY: train test fuzz lint types bench lock clean
+.PHONY: train test test-slow fuzz lint types bench lock clean
 
 train: .venv/ready
 	$(BIN)/shoal train --overwrite-output-dir
 
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile
+
+# What takes long and rarely breaks.
+test-slow: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses 2 --dist loadfile
 
 # 500 mutated recipes, command lines, files of data and checkpoints, and 30 whole launches.
 fuzz: .venv/ready

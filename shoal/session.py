@@ -133,7 +133,7 @@ class Session:
             config, replica, print if mesh.is_first else lambda line: None
         )
         self._sync.attach(replica)
-        self.progress.strategy = config.strategy.remembers
+        self.progress = replace(self.progress, strategy=config.strategy.remembers)
         return placed.model, optimizer
 
     def share(self) -> Iterator[int]:

@@ -12,7 +12,7 @@ from shoal.checkpoint import Progress
 from shoal.config import ORDER, dump_yaml, load_config, order_of
 from shoal.config.names import facts
 from shoal.errors import UserError
-from shoal.training.resume import load_standing
+from shoal.training.standing import load_standing
 
 # Of a section whose settings all decide nothing of it, the section.
 NOTHING = {

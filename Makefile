@@ -11,7 +11,7 @@ train: .venv/ready
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile
 
-# What takes long and rarely breaks.
+# What takes long and rarely breaks: the tests of tests/slow.txt.
 test-slow: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses 2 --dist loadfile
 

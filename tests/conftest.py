@@ -1,11 +1,32 @@
 """What tests of every folder share: processes that have torch imported, and a small prepared corpus."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from laws.launches import MODEL, shoal
 from laws.pool import Pool
+
+SLOW = Path(__file__).with_name("slow.txt").read_text().splitlines()  # tests that take long and rarely break
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the slow tests. What `slow.txt` names must be there: a test of another name would run unnoticed."""
+    found = {item.nodeid for item in items}
+    whole = {name.split("[")[0] for name in found}
+    unknown = [name for name in SLOW if name not in found and name.split("[")[0] in whole]
+    if unknown and not any("::" in word for word in asked_for(items)):
+        raise pytest.UsageError(f"tests/slow.txt names tests that are not there: {', '.join(unknown)}")
+    for item in items:
+        if item.nodeid in SLOW:
+            item.add_marker("slow")
+
+
+def asked_for(items: list[pytest.Item]) -> list[str]:
+    """The files, folders and tests that pytest was asked for."""
+    return list(items[0].config.args) if items else []
 
 
 @pytest.fixture(autouse=True)

@@ -127,24 +127,33 @@ def near(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         torch.testing.assert_close(tensor, other[name], rtol=1e-10, atol=1e-12)
 
 
-def test_strategies_of_a_loop_of_ones_own(tmp_path: Path) -> None:
-    """Averaged after every step of SGD, replicas that update alone follow one process where they weigh alike."""
+@pytest.mark.parametrize("settings", [{}, {"exact": True}], ids=["plain", "exact"])
+def test_a_loop_of_ones_own_follows_one_process(tmp_path: Path, settings: dict[str, Any]) -> None:
     losses, alone = by_program(tmp_path / "alone", 1, 6)
-    for name, settings in {"allreduce": {}, "exact": {"exact": True}}.items():
-        found, model = by_program(tmp_path / name, 2, 6, **settings)
-        assert found == pytest.approx(losses, rel=1e-12)
-        near(model, alone)
-    for name, settings in {
-        "local": {"strategy": "local", "sync_every": "2"},
-        "diloco": {"strategy": "diloco", "sync_every": "2", "codec": "int8"},
-        "gossip": {"strategy": "gossip"},
-    }.items():
-        found, whole = by_program(tmp_path / name, 2, 6, **settings)
-        assert found[0] == pytest.approx(losses[0], rel=1e-12)  # before any update
-        assert found != pytest.approx(losses, rel=1e-6)  # another way of training
-        by_program(tmp_path / f"{name}-resumed", 2, 3, **settings)
-        _, model = by_program(tmp_path / f"{name}-resumed", 2, 6, **settings)
-        assert all(torch.equal(tensor, whole[key]) for key, tensor in model.items()), name
+    found, model = by_program(tmp_path / "two", 2, 6, **settings)
+    assert found == pytest.approx(losses, rel=1e-12)
+    near(model, alone)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"strategy": "local", "sync_every": "2"},
+        {"strategy": "diloco", "sync_every": "2", "codec": "int8"},
+        {"strategy": "gossip"},
+    ],
+    ids=lambda settings: settings["strategy"],
+)
+def test_a_loop_of_ones_own_under_a_strategy_goes_on_exactly(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    together, _ = by_program(tmp_path / "allreduce", 2, 6)
+    found, whole = by_program(tmp_path / "whole", 2, 6, **settings)
+    assert found[0] == pytest.approx(together[0], rel=1e-12)  # before any update
+    assert found != pytest.approx(together, rel=1e-6)  # another way of training
+    by_program(tmp_path / "resumed", 2, 3, **settings)
+    _, model = by_program(tmp_path / "resumed", 2, 6, **settings)
+    assert all(torch.equal(tensor, whole[key]) for key, tensor in model.items())
 
 
 @pytest.mark.parametrize(

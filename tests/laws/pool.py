@@ -133,7 +133,9 @@ def serve(link_fd: int) -> None:
     import shoal.engines.worker
     import shoal.tasks
     import shoal.training.jobs
+    from shoal.wire import meeting
 
+    meeting.PARTING = 2.0  # worlds of which a rank has died wait so long
     torch.set_num_threads(1)
     shoal.config.load_config(None, [], {})  # builds pydantic's validators
     np.unique([0])  # imports numpy.ma

@@ -1,0 +1,1 @@
+"""Demonstrations: one promise each, beside a peer, in a minute."""

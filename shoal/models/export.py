@@ -17,9 +17,10 @@ import yaml
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.errors import ShoalError, UserError
+from shoal.models.families import CAUSAL, FAMILIES, family_of
 from shoal.models.pretrained import UNREADABLE, last_line, quiet
 from shoal.models.written import Blocks, Written
 from shoal.tensors import tensor_files
@@ -28,20 +29,29 @@ from shoal.tensors.tensor_files import Stored
 SAMPLE_TOKENS = 16
 MAX_SHARD_SIZE = "5GB"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FRONT_MATTER = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["shoal"]}
+FRONT_MATTER = {"library_name": "transformers", "tags": ["shoal"]}
 
 
-def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Leave beside saved weights all else that `export` needs: both configurations, and the tokenizer's files."""
-    special = copy.deepcopy(model.generation_config)
+    (folder / "config.json").write_text(model.config.to_json_string())
+    if model.can_generate():
+        (folder / "generation_config.json").write_text(_generation(model, tokenizer).to_json_string())
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> GenerationConfig:
+    """The model's configuration of generation, with the tokenizer's special tokens where it has none."""
+    special: GenerationConfig = copy.deepcopy(model.generation_config)
+    if tokenizer is None:
+        return special
     for role in ("eos_token_id", "bos_token_id", "pad_token_id"):
         if getattr(special, role) is None:
             setattr(special, role, getattr(tokenizer, role))
     if special.pad_token_id is None:
         special.pad_token_id = tokenizer.eos_token_id
-    (folder / "config.json").write_text(model.config.to_json_string())
-    (folder / "generation_config.json").write_text(special.to_json_string())
-    tokenizer.save_pretrained(folder)
+    return special
 
 
 def export(
@@ -88,9 +98,10 @@ def _skeleton(source: Path) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+            model: PreTrainedModel = family_of(config).auto.from_config(config)
     except UNREADABLE as error:
-        found = f"config.json describes no causal language model ({last_line(error)})"
+        kinds = ", ".join(family.what for family in FAMILIES.values())
+        found = f"config.json describes none of {kinds} ({last_line(error)})"
         raise UserError(f"export {source}", found, "use the checkpoint of a Hugging Face model") from error
     return model
 
@@ -171,9 +182,9 @@ def _check_same_tensors(tensors: _Tensors, folder: Path) -> None:
 @torch.no_grad()
 def check_same_logits(model: PreTrainedModel, folder: Path) -> None:
     """Raise ShoalError if the model of a folder, loaded as anyone would, is not the same function as `model`."""
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
+    loaded = CAUSAL.auto.from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
     was_training = model.training
-    loaded.to(device=model.device)  # type: ignore[call-arg]
+    loaded.to(device=model.device)
     ours, theirs = (_sample_logits(each.eval()) for each in (model, loaded))
     model.train(was_training)
     rounded = 8 * torch.finfo(model.dtype).eps  # other kernels add up in another order
@@ -202,7 +213,7 @@ def _is_tied(model: PreTrainedModel) -> bool:
 
 def _card_text(model: PreTrainedModel, card: Mapping[str, Any]) -> str:
     parameters = sum(p.numel() for p in model.parameters())
-    kind = model.config.model_type
+    kind, family = model.config.model_type, family_of(model.config)
     needs = "import shoal.models.lstm  # makes the type known\n" if kind == "lstm" else ""
     sections: dict[str, Mapping[str, Any]] = {
         "Training": {key: value for key, value in card.items() if not isinstance(value, Mapping)},
@@ -210,15 +221,15 @@ def _card_text(model: PreTrainedModel, card: Mapping[str, Any]) -> str:
     }
     tables = "\n".join(f"## {title}\n\n{_table(rows)}" for title, rows in sections.items() if rows)
     return f"""---
-{yaml.safe_dump(FRONT_MATTER, sort_keys=False)}---
-# Language model of the type {kind}
+{yaml.safe_dump(FRONT_MATTER | {"pipeline_tag": family.pipeline_tag}, sort_keys=False)}---
+# {family.what.capitalize()} of the type {kind}
 
 {parameters:,} parameters, trained data-parallel with shoal.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {family.auto_class}, AutoTokenizer
 {needs}
-model = AutoModelForCausalLM.from_pretrained("FOLDER")
+model = {family.auto_class}.from_pretrained("FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from shoal.errors import UserError
 from shoal.models import folder
+from shoal.models.families import CAUSAL
 from shoal.models.folder import Folder
 from shoal.models.presets import PRESETS
 
@@ -54,7 +55,7 @@ def stored_config(source: Folder, overrides: dict[str, Any]) -> transformers.Pre
         raise UserError(source.asked, found, "correct it, or copy it again") from error
     text = text_part(stored)
     if type(text) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        found = f"the model type {text.model_type} is no causal language model in transformers"
+        found = f"the model type {text.model_type} is no {CAUSAL.what} in transformers"
         raise UserError(source.asked, found, FITS)
     check_names(source.name, text, overrides)
     try:
@@ -72,7 +73,7 @@ def pretrained(source: Folder, config: transformers.PreTrainedConfig) -> transfo
     text, chosen = text_part(config), {}
     if source.quantization is not None:
         chosen[QUANTIZATION] = folder.DEQUANTIZED[source.quantization](dequantize=True)
-    whole: Any = transformers.AutoModelForCausalLM
+    whole: Any = CAUSAL.auto
     if text is not config and type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         whole = transformers.AutoModelForImageTextToText
     try:
@@ -95,7 +96,7 @@ def pretrained(source: Folder, config: transformers.PreTrainedConfig) -> transfo
     if report["missing_keys"]:
         first = sorted(report["missing_keys"])[0]
         found = f"the weights lack {len(report['missing_keys'])} tensors, {first} first"
-        raise UserError(source.asked, found, "name a folder saved from a causal language model")
+        raise UserError(source.asked, found, f"name a folder saved from a {CAUSAL.what}")
     return loaded if text is config else _writer(loaded, text)
 
 
@@ -104,7 +105,7 @@ def at_random(config: transformers.PreTrainedConfig, asked: str) -> transformers
     if hasattr(config, QUANTIZATION):
         delattr(config, QUANTIZATION)  # it is about the weights that are left out
     try:
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return CAUSAL.auto.from_config(config, dtype=torch.float32)
     except UNREADABLE as error:
         raise UserError(asked, last_line(error), "correct the configuration or its overrides") from error
 
@@ -160,7 +161,7 @@ def check_names(name: str, config: transformers.PreTrainedConfig, overrides: dic
 def _writer(loaded: transformers.PreTrainedModel, text: transformers.PreTrainedConfig) -> Any:
     """The causal language model within a model of text and images: its decoder and its head."""
     with torch.device("meta"):
-        part = transformers.AutoModelForCausalLM.from_config(text)
+        part = CAUSAL.auto.from_config(text)
     body = type(part.base_model)
     for module in loaded.modules():
         if type(module) is type(part):

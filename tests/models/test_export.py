@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
 from shoal.config.record import ModelConfig
 from shoal.errors import ShoalError, UserError
 from shoal.models import export as exporting
+from shoal.models import families
 from shoal.models.export import check_same_logits, export
 from shoal.models.loading import load
 from shoal.models.written import Written
@@ -272,3 +273,20 @@ def test_what_is_no_model_is_refused(
         export(source, tmp_path / "final", {})
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "final").exists()
+
+
+def test_every_family_of_models_is_exported_as_what_it_is(tmp_path: Path, words: Any) -> None:
+    """By the class that its configuration names: no other family's class would have all of its tensors."""
+    sizes = {"vocab_size": len(words), "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for name in ("masked-lm", "sequence-classification", "token-classification", "question-answering"):
+        family = families.FAMILIES[name]
+        ours = family.auto.from_config(AutoConfig.for_model("bert", intermediate_size=48, **sizes))
+        ours.config.architectures = [type(ours).__name__]
+        source = saved(ours, words, tmp_path / name / "checkpoint-1")
+        export(source / "model", tmp_path / name / "final", {})
+        loaded, report = family.auto.from_pretrained(tmp_path / name / "final", output_loading_info=True)
+        assert not any(report.values()), report
+        assert type(loaded) is type(ours)
+        for (key, p), q in zip(ours.named_parameters(), loaded.parameters(), strict=True):
+            assert torch.equal(p, q), key
+        assert f"pipeline_tag: {family.pipeline_tag}" in (tmp_path / name / "final/README.md").read_text()

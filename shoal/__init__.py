@@ -10,10 +10,21 @@ _HOMES = {
     "generate": "shoal.api",
     "Summary": "shoal.api",
     "Session": "shoal.session",
+    "Trainer": "shoal.trainer",
+    "EvalPrediction": "shoal.tasks.callers",
     "RunConfig": "shoal.config",
 }
 
-__all__ = ["RunConfig", "Session", "Summary", "__version__", "generate", "train"]
+__all__ = [
+    "EvalPrediction",
+    "RunConfig",
+    "Session",
+    "Summary",
+    "Trainer",
+    "__version__",
+    "generate",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from shoal import checkpoint
 from shoal.checkpoint import Checkpoints, Progress
-from shoal.config import RunConfig, check_options, load_config, wanted_device
+from shoal.config import RunConfig, check_options, load_config
 from shoal.data.order import derive_seed
-from shoal.engines.environment import is_worker, placement, threads_of
+from shoal.engines.joining import joined
 from shoal.errors import UserError
 from shoal.layouts import replicated
 from shoal.layouts.base import whole_model
@@ -26,8 +26,6 @@ from shoal.tensors.piece import take_wide_gradients, trained
 from shoal.training.assemble import build_replica, build_sync
 from shoal.training.resume import restore
 from shoal.training.saving import Saver
-from shoal.wire.mesh import join
-from shoal.wire.rendezvous import Rendezvous
 
 BUCKET_MB = 25.0  # the default of torch: a caller knows the bytes of each step by it
 EVERY_ONE = 2**31  # checkpoints are the caller's to remove
@@ -73,9 +71,7 @@ class Session:
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
-        rendezvous = placement() if is_worker() else Rendezvous()
-        torch.set_num_threads(threads_of(self._config, rendezvous))
-        self.mesh = self._open.enter_context(join(rendezvous, wanted_device(self._config)))
+        self.mesh = self._open.enter_context(joined(self._config))
         if self.mesh.world_size > self.micro_batches:
             found = f"{self.micro_batches} micro-batches a step, {self.mesh.world_size} workers"
             raise UserError("shoal.Session", found, "give at least one micro-batch to each worker")

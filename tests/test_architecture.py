@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "shoal"
 # Import order is data order: a module imports only what stands above it (or beside it, in its own folder).
 ORDER = """
     errors system config tensors data models tasks wire cost optim layouts codecs replica shares servers sync
-    checkpoint observe training engines session trainer serve api diagnose cli __main__
+    checkpoint observe training engines session serve api trainer diagnose cli __main__
 """.split()  # noqa: SIM905
 
 SPEAKS_TO_RANKS = {"wire", "layouts", "engines", "checkpoint"}

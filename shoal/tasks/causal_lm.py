@@ -20,6 +20,7 @@ from shoal.models.isolation import PADDING, packed_inputs, padded_inputs, real_t
 from shoal.models.loading import check_name, load
 from shoal.models.loss import IGNORED, own_loss, summed_cross_entropy
 from shoal.models.presets import PRESETS
+from shoal.models.pretrained import remarks
 from shoal.tasks.base import Task
 from shoal.tasks.surroundings import Surroundings
 
@@ -127,6 +128,9 @@ class CausalSurroundings(Surroundings):
                 proof.check_hidden(model, _asked(self._config), data.sequence_length, data.packing, dtype)
             else:
                 proof.check_loss(loss, model, _asked(self._config), data.sequence_length, data.packing, dtype)
+
+    def remarks(self) -> list[str]:
+        return remarks(self._config.model.name)
 
     def example(self, model: Any) -> str | None:
         """A few lines that go on from the first words of held-out documents, or of others if there are none."""

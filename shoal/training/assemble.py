@@ -19,6 +19,7 @@ from shoal.optim.rounding import RoundedAdamW
 from shoal.replica import Replica
 from shoal.sync import SYNCS, Sync, cost_of
 from shoal.sync.guard import Guard
+from shoal.tasks import Entry
 from shoal.tensors.buckets import Buckets
 from shoal.tensors.piece import Piece, named, trained
 from shoal.tensors.precision import Policy
@@ -30,13 +31,13 @@ from shoal.training.saving import Saver
 from shoal.wire.mesh import Mesh
 
 
-def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Run:
+def assemble(config: RunConfig, mesh: Mesh, data: Path, screen: Screen, entry: Entry | None = None) -> Run:
     """Build the model and the training around it on this rank, and take up the checkpoint it resumes from.
 
-    `data` is the folder that the task prepared. Raises UserError where the configuration, the data, the model
-    or the checkpoint do not fit together.
+    `data` is the folder that the task prepared, `entry` the task if it is not `--task`. Raises UserError where the
+    configuration, the data, the model or the checkpoint do not fit together.
     """
-    return build_training(build_model(config, mesh, data, screen), data.name, screen)
+    return build_training(build_model(config, mesh, data, screen, entry), data.name, screen)
 
 
 def build_training(built: BuiltModel, data: str, screen: Screen) -> Run:

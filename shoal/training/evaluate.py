@@ -16,6 +16,8 @@ from shoal.tasks import predicts
 from shoal.tensors.precision import Policy
 from shoal.training.model import BuiltModel
 from shoal.training.run import Run
+from shoal.wire.island import Island
+from shoal.wire.mesh import Mesh
 
 ASK_EVERY = 4  # micro-batches of each, after which all ask each other whether to stop
 TEXT_CHUNK = (
@@ -171,12 +173,22 @@ def _gathered(own: dict[int, list[str]], lengths: Tensor, size: int, among: Eval
     ]
 
 
-def evaluate_model(built: BuiltModel, among: Evaluators, stop: Callable[[], bool]) -> dict[str, float] | None:
-    """The task's metrics of a model over the whole "eval" split, {} if it is empty; None if `stop()` came true."""
-    samples = built.task.samples("eval")
-    if not len(samples):
-        return {}
-    measured = evaluate(
+def everyone(mesh: Mesh) -> Evaluators:
+    """All ranks, of replicas that hold the same model."""
+    island = Island(mesh)
+    agree = partial(island.agree, mesh.wire("replicate").sum)
+    return Evaluators(mesh.team, mesh.teams, agree, in_step=len(island.teams))
+
+
+def measure(
+    built: BuiltModel,
+    samples: Samples,
+    among: Evaluators,
+    stop: Callable[[], bool] = lambda: False,
+    predict: Predict | None = None,
+) -> Measured | None:
+    """What a model's task measures of `samples`, and predicts, or `predict` does; None if `stop()` came true."""
+    return evaluate(
         built.placed,
         built.task.measure,
         samples,
@@ -184,9 +196,17 @@ def evaluate_model(built: BuiltModel, among: Evaluators, stop: Callable[[], bool
         among=among,
         policy=built.policy,
         device=built.mesh.device,
-        predict=built.task.predict if predicts(built.task) else None,
+        predict=predict or (built.task.predict if predicts(built.task) else None),
         stop=stop,
     )
+
+
+def evaluate_model(built: BuiltModel, among: Evaluators, stop: Callable[[], bool]) -> dict[str, float] | None:
+    """The task's metrics of a model over the whole "eval" split, {} if it is empty; None if `stop()` came true."""
+    samples = built.task.samples("eval")
+    if not len(samples):
+        return {}
+    measured = measure(built, samples, among, stop)
     if measured is None:
         return None
     return built.task.metrics(measured.sums, measured.labels, measured.predictions)

@@ -4,7 +4,6 @@ import json
 import platform
 import resource
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,20 +14,19 @@ from shoal.checkpoint import load_model
 from shoal.config import Resolved, dump_yaml
 from shoal.errors import described
 from shoal.layouts.base import bytes_sent, shape_of
-from shoal.models.pretrained import remarks
 from shoal.models.quantize import quantize, weight_bytes
 from shoal.observe.console import GIB, Screen, duration, shown_number
 from shoal.observe.memory import Report
 from shoal.sync import cost_of
 from shoal.system import output
 from shoal.system.run_folder import CONFIG, ENVIRONMENT, SUMMARY, RunFolder
+from shoal.tasks import Entry
 from shoal.training.assemble import assemble
-from shoal.training.evaluate import Evaluators, evaluate_model
+from shoal.training.evaluate import evaluate_model, everyone
 from shoal.training.loop import train
 from shoal.training.model import BuiltModel, build_model
 from shoal.training.recorder import peak_rss_gib
 from shoal.training.run import Run
-from shoal.wire.island import Island
 from shoal.wire.mesh import Mesh
 
 MIB = 2**20
@@ -46,20 +44,30 @@ class Stop(Protocol):
 
 def train_job(resolved: Resolved, mesh: Mesh, data: Path, stop: Stop) -> None:
     """Train to the end and leave a finished folder: metrics, checkpoints, the exported model and a summary."""
+    train_run(begin_run(resolved, mesh, data), resolved, stop)
+
+
+def begin_run(resolved: Resolved, mesh: Mesh, data: Path, entry: Entry | None = None) -> Run:
+    """A run put together, whose folder nobody else writes in; `entry` is its task if that is not `--task`."""
     screen = Screen(speaks=mesh.is_first)
     place = RunFolder(Path(resolved.config.checkpoint.output_dir))
     if mesh.is_first and place.is_marked and not resolved.config.checkpoint.begins_anew:
         place.hold(screen.say)  # before a checkpoint is read there
-    run = assemble(resolved.config, mesh, data, screen)
-    if mesh.is_first:
+    return assemble(resolved.config, mesh, data, screen, entry)
+
+
+def train_run(run: Run, resolved: Resolved, stop: Stop) -> None:
+    """Train a run to its end, and leave its folder finished."""
+    place = RunFolder(run.folder)
+    if run.mesh.is_first:
         _begin_folder(run, resolved, place)
     run.mesh.wire("world").wait_for_first()
-    if mesh.is_first:  # it may ask the hub
-        screen.banner("Running training", _facts(run))
+    if run.mesh.is_first:  # it may ask the hub
+        run.screen.banner("Running training", _facts(run))
     stop.hold(lambda: run.sync.members.wish())
     metrics = train(run, stop)
     with run.sync.shared_model(run.replica):
-        if mesh.is_first:
+        if run.mesh.is_first:
             _finish_folder(run, resolved, place, _summary(run, metrics))
 
 
@@ -84,10 +92,7 @@ JOBS: dict[str, Callable[[Resolved, Mesh, Path, Stop], None]] = {"train": train_
 
 def _of_all(built: BuiltModel, stop: Stop) -> dict[str, float] | None:
     """The metrics of a model that all replicas hold alike, by all of them."""
-    mesh, island = built.mesh, Island(built.mesh)
-    agree = partial(island.agree, mesh.wire("replicate").sum)
-    among = Evaluators(mesh.team, mesh.teams, agree, in_step=len(island.teams))
-    return evaluate_model(built, among, stop)
+    return evaluate_model(built, everyone(built.mesh), stop)
 
 
 def _quantized(built: BuiltModel, whole: dict[str, float], stop: Stop) -> dict[str, float] | None:
@@ -132,7 +137,10 @@ def _facts(run: Run) -> dict[str, Any]:
     accumulation = max(replica.shares.counts)
     return {
         "Model": "; ".join(
-            [f"{config.model.name}, {_trainable(run):,} trainable parameters", *remarks(config.model.name)]
+            [
+                f"{config.model.name}, {_trainable(run):,} trainable parameters",
+                *run.built.surroundings.remarks(),
+            ]
         ),
         "Num examples": len(run.batches.samples),
         "Instantaneous batch size per device": run.batches.shape[1],

@@ -19,7 +19,7 @@ from shoal.models.on_disk import on_disk
 from shoal.models.recompute import recompute
 from shoal.observe.console import Screen
 from shoal.optim import offload, optimizers
-from shoal.tasks import TASKS, Surroundings, Task, predicts
+from shoal.tasks import TASKS, Entry, Surroundings, Task, predicts
 from shoal.tensors import precision
 from shoal.tensors.precision import Policy
 from shoal.training.standing import checkpoint_of, load_standing
@@ -47,8 +47,10 @@ class BuiltModel:
     standing: Progress
 
 
-def build_model(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> BuiltModel:
-    """Build the model on this rank: `data` is the folder that the task prepared.
+def build_model(
+    config: RunConfig, mesh: Mesh, data: Path, screen: Screen, entry: Entry | None = None
+) -> BuiltModel:
+    """Build the model on this rank: `data` is the folder that the task prepared, `entry` the task if not `--task`.
 
     Raises UserError where the configuration, the data, the model or the checkpoint do not fit together.
     """
@@ -56,7 +58,7 @@ def build_model(config: RunConfig, mesh: Mesh, data: Path, screen: Screen) -> Bu
     mesh = mesh.cut(resolve_grid(config, mesh.world_size))
     everyone = mesh.wire("world")
     _check_same_data(everyone, data)
-    entry = choose("--task", config.train.task, TASKS)
+    entry = entry or choose("--task", config.train.task, TASKS)
     task, surroundings = entry.task(config, data), entry.surroundings(config, data)
     if mesh.size("context") > 1 and predicts(task):
         found = f"task {config.train.task} predicts of whole rows, of which each worker would have a part"

@@ -25,7 +25,7 @@ class Recorder:
         self.trackers: list[Tracker] = []
         if run.mesh.is_first:
             names, own = run.config.log.report_to, run.saver.checkpoints.run
-            self.trackers = trackers(names, run.folder, run.progress.step, own, run.screen.say)
+            self.trackers = trackers(names, run.folder, run.progress.step, own, run.screen.say) + run.trackers
         self.ledger = _ledger(run) if run.config.log.ledger else None
         self.first_step = run.progress.step
         self.sent, self.stalled = 0, 0.0  # bytes and seconds, when the last step ended

@@ -1,7 +1,7 @@
 """A run: all that the loop needs on one rank, and where it stands."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 
@@ -13,6 +13,7 @@ from shoal.config import RunConfig
 from shoal.data.batches import Batch, Batches
 from shoal.observe.console import Screen
 from shoal.observe.memory import MemoryReport
+from shoal.observe.trackers import Tracker
 from shoal.replica import Replica, Step
 from shoal.sync import Sync
 from shoal.tasks import Task
@@ -47,6 +48,7 @@ class Run:
     memory: MemoryReport
     progress: Progress
     watch: Callable[[float], None]  # hears the loss of every step
+    trackers: list[Tracker] = field(default_factory=list)  # beside those of the settings
 
     def __post_init__(self) -> None:
         self.config: RunConfig = self.built.config

@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "train": "shoal.api",
+    "evaluate": "shoal.api",
     "generate": "shoal.api",
     "Summary": "shoal.api",
     "Session": "shoal.session",
@@ -22,6 +23,7 @@ __all__ = [
     "Summary",
     "Trainer",
     "__version__",
+    "evaluate",
     "generate",
     "train",
 ]

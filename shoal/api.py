@@ -53,6 +53,18 @@ def train(recipe: str | Path | None = None, **settings: Any) -> Summary:
     return Summary(json.loads((folder / SUMMARY).read_text(encoding="utf-8")), folder)
 
 
+def evaluate(folder: str | Path, **settings: Any) -> dict[str, float]:
+    """The metrics of a run, a checkpoint or a model on held-out data, by name (`eval/loss`).
+
+    `settings` go by the names of the flags, and change the run's own: `evaluate("runs/mine", eval_path="new.txt")`.
+    Raises as `train` does. Under an engine such as torchrun rank 0 gets the metrics, and the others none.
+    """
+    from shoal.checkpoint.model_folder import settings_of
+    from shoal.engines.local import launch
+
+    return launch(settings_of(Path(folder), **settings), "evaluate") or {}
+
+
 def generate(folder: str | Path, prompt: str, **options: Any) -> str:
     """What the model of a run, a checkpoint or a folder writes on from `prompt`, in this process.
 

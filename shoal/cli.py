@@ -85,10 +85,12 @@ def evaluate(words: list[str]) -> int:
     if _asks_help(words):
         return _print_settings(evaluate)
     folder, flags = _first_word(words, "the folder of a run, a checkpoint or a model")
-    resolved = _of_trained(_path(folder), flags)
+    from shoal.checkpoint.model_folder import settings_of
     from shoal.engines.local import launch
 
-    launch(resolved, "evaluate")
+    metrics = launch(settings_of(_path(folder), flags), "evaluate")
+    if metrics is not None:  # this process may be a worker beside rank 0
+        output.result(json.dumps(metrics))
     return DONE
 
 
@@ -259,32 +261,6 @@ def _resolve(words: list[str]) -> "Resolved":
 
     has_recipe = bool(words) and not words[0].startswith("-")
     return load_config(Path(words[0]) if has_recipe else None, words[1:] if has_recipe else words)
-
-
-def _of_trained(folder: Path, flags: list[str]) -> "Resolved":
-    """The record of a finished run, or of a checkpoint's, with its model; defaults for any other model folder."""
-    from shoal.checkpoint.model_folder import is_checkpoint, model_folder
-    from shoal.config import ModelConfig, Resolved, load_config
-    from shoal.models.presets import PRESETS
-
-    if not folder.is_dir():
-        raise UserError(
-            f"shoal evaluate {folder}", "there is no such folder", "give a run's or a model's folder"
-        )
-    model = str(model_folder(folder))
-    recipe = (folder.parent if is_checkpoint(folder) else folder) / "config.resolved.yaml"
-    if not recipe.exists():
-        return load_config(None, flags, model=model)
-    trained, asked = load_config(recipe).config, load_config(recipe, flags)
-    data = asked.config.data
-    if data.tokenizer == "auto":
-        # Trained again from the same text it has the same key, and what was prepared is found.
-        found_again = data == trained.data and trained.model.name in PRESETS
-        data = data.model_copy(update={"tokenizer": "train" if found_again else model})
-    fresh = asked.config.checkpoint.model_copy(update={"resume_from_checkpoint": ""})
-    layout = asked.config.layout.model_copy(update={"offload": "none"})  # nothing is trained
-    sections = {"model": ModelConfig(name=model), "data": data, "checkpoint": fresh, "layout": layout}
-    return Resolved(asked.config.model_copy(update=sections), asked.origins)
 
 
 def _first_word(words: list[str], what: str) -> tuple[str, list[str]]:

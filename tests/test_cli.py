@@ -36,7 +36,6 @@ def launched(stub):
 
     def launch(resolved, *work):
         calls.append((resolved, *work))
-        return 0
 
     stub("shoal.engines", local=None)
     stub("shoal.engines.local", launch=launch)

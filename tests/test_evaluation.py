@@ -1,6 +1,5 @@
 """`shoal evaluate` measures a model without the training around it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from laws.worlds import run_of
 
 from shoal.config import Resolved
 from shoal.sync import SYNCS
-from shoal.system import output
 from shoal.training import assemble, jobs
 from shoal.training.evaluate import validate
 from shoal.wire.mesh import Mesh
@@ -29,10 +27,8 @@ def both(mesh: Mesh, strategy: str) -> tuple[Any, Any]:
 
     assemble.Buckets = made
     SYNCS[run.config.strategy.name].__init__ = made  # type: ignore[method-assign, assignment]
-    shown: list[str] = []
-    output.result = shown.append
-    jobs.evaluate_job(Resolved(run.config, {}), mesh, Path("rows"), lambda: False)  # type: ignore[arg-type]
-    return expected, json.loads(shown[0]) if shown else None
+    found = jobs.evaluate_job(Resolved(run.config, {}), mesh, Path("rows"), lambda: False)  # type: ignore[arg-type]
+    return expected, found
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -17,7 +17,7 @@ from typing import Any
 from shoal.config import Resolved, check_options, idle_gpus, resolve_grid, resolve_threads, resolve_workers
 from shoal.engines.environment import INTERFACES, STORE_FD, is_worker, machine
 from shoal.engines.signals import NOTHING_TO_SAVE, hear, heard
-from shoal.engines.worker import ERRORS, JOB, began, work
+from shoal.engines.worker import ERRORS, FOUND, JOB, began, work
 from shoal.errors import BAD_INPUT, DONE, LESS_MEMORY, PREEMPTED, Preempted, ShoalError, UserError
 from shoal.system import helpers, output
 from shoal.system.run_folder import RunFolder
@@ -36,12 +36,12 @@ DEFAULTS = {
 }
 
 
-def launch(resolved: Resolved, verb: str = "train") -> None:
+def launch(resolved: Resolved, verb: str = "train") -> Any:
     """Do `verb` ("train" or "evaluate") to its end, on as many workers as the configuration says.
 
-    Under an engine that has set rank and world size (torchrun, MPI, Slurm) this process is one of the workers.
-    Raises UserError for bad input, whoever found it, Preempted or KeyboardInterrupt where the run was asked to
-    stop, and ShoalError where it failed.
+    Returns what rank 0 found: of an evaluation the metrics, of training None. Under an engine that has set rank and
+    world size (torchrun, MPI, Slurm) this process is one of the workers. Raises UserError for bad input, whoever
+    found it, Preempted or KeyboardInterrupt where the run was asked to stop, and ShoalError where it failed.
     """
     output.occupy()  # stdout closed, a worker could take the socket of the store for it
     if verb == "train":
@@ -49,8 +49,7 @@ def launch(resolved: Resolved, verb: str = "train") -> None:
         check_folder(resolved)
     if is_worker():
         hear(signal.SIGTERM, signal.SIG_DFL)  # a handler would wait for whatever call it is in
-        work(verb, resolved)
-        return
+        return work(verb, resolved)
     config, here = resolved.config, machine(resolved.config)
     workers = resolve_workers(config, here)
     grid = resolve_grid(config, workers)
@@ -62,6 +61,8 @@ def launch(resolved: Resolved, verb: str = "train") -> None:
         started = Workers(resolved, verb, workers, folder, threads, whole=grid["replicate"] == workers)
         with heard(started.pass_on, signal.SIGINT, signal.SIGTERM):
             started.run()
+        found = folder / FOUND
+        return json.loads(found.read_text()) if found.exists() else None
 
 
 def check_folder(resolved: Resolved) -> None:

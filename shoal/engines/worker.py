@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from shoal.config import Resolved, RunConfig, wanted_device
 from shoal.config.layout import STAGES
@@ -23,6 +23,7 @@ from shoal.system import output
 
 ERRORS = "SHOAL_ERRORS"  # names the folder in which a worker leaves its error for the launcher
 JOB = "job.json"  # there: the verb and the configuration
+FOUND = "found.json"  # there: what rank 0 found
 
 
 def began(rank: int) -> str:
@@ -52,8 +53,8 @@ class Stop:
         self._tell()
 
 
-def work(verb: str, resolved: Resolved) -> None:
-    """Do this rank's part of `verb`: "train" or "evaluate"."""
+def work(verb: str, resolved: Resolved) -> Any:
+    """Do this rank's part of `verb`, "train" or "evaluate", and return what it found."""
     stop = Stop()
     import torch
 
@@ -68,8 +69,9 @@ def work(verb: str, resolved: Resolved) -> None:
     choose("--strategy", config.strategy.name, {**SYNCS, **STAGES})  # before the work of preparing
     data = choose("--task", config.train.task, TASKS).prepare(config, False)
     with join(place, wanted_device(config)) as mesh:
-        JOBS[verb](resolved, mesh, data, stop)
+        found = JOBS[verb](resolved, mesh, data, stop)
         hear(signal.SIGTERM, signal.SIG_IGN)  # all is done: there is nothing left to stop
+    return found
 
 
 def main() -> int:
@@ -83,7 +85,9 @@ def main() -> int:
         job = json.loads(Path(os.environ[ERRORS], JOB).read_text())
         config = RunConfig.model_validate(job["config"])
         folder = config.checkpoint.output_dir
-        work(job["verb"], Resolved(config, job["origins"]))
+        found = work(job["verb"], Resolved(config, job["origins"]))
+        if found is not None:
+            Path(os.environ[ERRORS], FOUND).write_text(json.dumps(found))
     except Exception as error:
         line = foreseen(error, folder)
         _report(error, line)

@@ -18,7 +18,6 @@ from shoal.models.quantize import quantize, weight_bytes
 from shoal.observe.console import GIB, Screen, duration, shown_number
 from shoal.observe.memory import Report
 from shoal.sync import cost_of
-from shoal.system import output
 from shoal.system.run_folder import CONFIG, ENVIRONMENT, SUMMARY, RunFolder
 from shoal.tasks import Entry
 from shoal.training.assemble import assemble
@@ -71,8 +70,8 @@ def train_run(run: Run, resolved: Resolved, stop: Stop) -> None:
             _finish_folder(run, resolved, place, _summary(run, metrics))
 
 
-def evaluate_job(resolved: Resolved, mesh: Mesh, data: Path, stop: Stop) -> None:
-    """Evaluate the model on the held-out data and print the metrics as JSON."""
+def evaluate_job(resolved: Resolved, mesh: Mesh, data: Path, stop: Stop) -> dict[str, float] | None:
+    """Evaluate the model on the held-out data; rank 0 returns the metrics."""
     screen = Screen(speaks=mesh.is_first)
     built = build_model(resolved.config, mesh, data, screen)
     if built.checkpoint is not None:
@@ -83,11 +82,10 @@ def evaluate_job(resolved: Resolved, mesh: Mesh, data: Path, stop: Stop) -> None
     metrics = _of_all(built, stop)
     if resolved.config.eval.quantize != "none" and metrics:
         metrics = _quantized(built, metrics, stop)
-    if mesh.is_first:
-        output.result(json.dumps(metrics))
+    return metrics if mesh.is_first else None
 
 
-JOBS: dict[str, Callable[[Resolved, Mesh, Path, Stop], None]] = {"train": train_job, "evaluate": evaluate_job}
+JOBS: dict[str, Callable[[Resolved, Mesh, Path, Stop], Any]] = {"train": train_job, "evaluate": evaluate_job}
 
 
 def _of_all(built: BuiltModel, stop: Stop) -> dict[str, float] | None:

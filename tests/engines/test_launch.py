@@ -19,6 +19,7 @@ from laws.launches import (
     ledger_of,
     losses_of,
     shoal,
+    shoal_evaluate,
     shoal_train,
     steps_of,
     weights_of,
@@ -453,3 +454,15 @@ def test_a_machine_without_loopback_is_refused(monkeypatch: pytest.MonkeyPatch) 
 def test_a_shell_within_a_slurm_job_is_no_worker() -> None:
     assert not is_worker({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"})
     assert not is_worker({})
+
+
+def test_python_evaluates_what_it_has_trained(pool: Pool, data: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert (
+        pool.alone(shoal, ["train", *data, *BATCH, "--max-steps", "2", "--output-dir", str(run)]).code == DONE
+    )
+    ended = pool.alone(shoal_evaluate, str(run), {"nproc_per_node": 2})
+    summary = json.loads((run / "summary.json").read_text())
+    assert ended.value == pytest.approx({k: v for k, v in summary.items() if k.startswith("eval/")}), (
+        ended.output
+    )

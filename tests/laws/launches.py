@@ -77,6 +77,14 @@ def shoal_train(settings: dict[str, Any]) -> dict[str, Any]:
     return api.train(**settings)
 
 
+def shoal_evaluate(folder: str, settings: dict[str, Any]) -> dict[str, float]:
+    """`shoal.evaluate`, in a process of its own."""
+    from shoal import api
+
+    fork_workers(None)
+    return api.evaluate(folder, **settings)
+
+
 def fork_workers(fault: Fault | None) -> None:
     """Have this process launch workers by fork."""
     from shoal.engines import local

@@ -5,15 +5,17 @@ import inspect
 import statistics
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from shoal.codecs import CODECS, Codec, Subject, make
-from shoal.config import StrategyConfig
+from shoal.config import StrategyConfig, TrainConfig
+from shoal.config.optimizers import OPTIMIZERS
 from shoal.config.strategies import STRATEGIES
 from shoal.layouts.base import PlacedModel
 from shoal.observe.trackers import Tracker
+from shoal.optim.optimizers import MAKERS, SCHEDULES
 from shoal.sync import SYNCS, Sync
 from shoal.tasks import TASKS, Task
 
@@ -89,8 +91,11 @@ def test_no_module_names_a_strategy() -> None:
     assert not found
 
 
-def test_every_strategy_is_a_class_and_a_row() -> None:
+def test_every_name_is_in_both_of_its_tables() -> None:
     assert SYNCS.keys() == STRATEGIES.keys()
+    assert MAKERS.keys() == OPTIMIZERS.keys()
+    assert SCHEDULES.keys() == set(get_args(TrainConfig.model_fields["lr_scheduler_type"].annotation))
+    assert CODECS.keys() == set(get_args(StrategyConfig.model_fields["codec"].annotation))
 
 
 def test_fields_are_written_by_their_owner() -> None:

@@ -94,8 +94,8 @@ def _must_be_whole(config: RunConfig, island: int) -> Iterator[tuple[str, str, s
         yield "--exact", f"{cut}, and sum gradients within it first", leave
     if train.compile:
         yield "--compile", f"{cut}, and talk to each other as it computes", leave
-    if train.optim == "muon":
-        yield "--optim muon", f"{cut}, and it needs whole matrices", "take adamw, or " + leave
+    if train.optimizer.whole_matrices:
+        yield f"--optim {train.optim}", f"{cut}, and it needs whole matrices", "take adamw, or " + leave
     if config.eval.quantize != "none":
         yield (
             f"--quantize {config.eval.quantize}",

@@ -94,7 +94,7 @@ def _bfloat16(config: RunConfig) -> Iterator[Refusal]:
     if config.train.precision != "bf16-true":
         return
     mixed = "or --precision bf16-mixed"
-    if config.train.optim != "adamw":
+    if not config.train.optimizer.rounds_by_chance:
         found = f"{config.train.optim} would round small updates of bf16 parameters away"
         yield "--precision bf16-true", found, f"take --optim adamw, {mixed}"
     if not config.strategy.traits.sums_gradients:
@@ -104,13 +104,14 @@ def _bfloat16(config: RunConfig) -> Iterator[Refusal]:
 
 def _eight_bit(config: RunConfig) -> Iterator[Refusal]:
     """What state in codes cannot be had with."""
-    if config.train.optim != "adamw-8bit":
+    if not config.train.optimizer.in_codes:
         return
+    asked = f"--optim {config.train.optim}"
     if config.train.precision == "64-true":
-        yield "--optim adamw-8bit", "it computes in float32", "take adamw, or leave --precision 64-true out"
+        yield asked, "it computes in float32", "take adamw, or leave --precision 64-true out"
     if config.strategy.traits.is_central:
         found = f"with {config.strategy.name} the servers hold the optimizer's state, once for all"
-        yield "--optim adamw-8bit", found, "take adamw"
+        yield asked, found, "take adamw"
     if config.strategy.guard is not None:
         found = "the guard falls back to the mean of the replicas' state, and codes have none"
         yield "--guard", found, "take --optim adamw, or leave it out"
@@ -118,8 +119,8 @@ def _eight_bit(config: RunConfig) -> Iterator[Refusal]:
 
 def _momentum(config: RunConfig) -> Iterator[Refusal]:
     """Of the codec and of the optimizer: one of them takes it."""
-    options, optim = config.strategy, config.train.optim
-    if optim == "onebit-adam":
+    options, optim, whose = config.strategy, config.train.optim, config.train.optimizer.momentum
+    if whose == "the codec's":
         needed = {
             f"--strategy {SUMMING}": options.traits.sums_gradients,
             "--codec sign": options.codec == "sign",
@@ -130,11 +131,11 @@ def _momentum(config: RunConfig) -> Iterator[Refusal]:
         }
         missing = " ".join(flag for flag, given in needed.items() if not given)
         if missing:
-            yield "--optim onebit-adam", "it is handed a momentum, encoded and whole", f"add {missing}"
+            yield f"--optim {optim}", "it is handed a momentum, encoded and whole", f"add {missing}"
         return
     if not options.codec_momentum:
         return
-    if optim != "sgd":
+    if whose == "own":
         found = f"{optim} would take its momentum a second time"
         yield "--codec-momentum", found, "take --optim sgd or onebit-adam, or leave it out"
     if options.traits.sends == "deltas":

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from shoal.config.layout import LayoutConfig
+from shoal.config.optimizers import OPTIMIZERS, OptimizerTraits
 from shoal.config.section import Section, fact
 from shoal.config.strategy import StrategyConfig
 from shoal.config.values import (
@@ -148,6 +149,11 @@ class TrainConfig(Section):
         "auto", "threads of a worker; auto = OMP_NUM_THREADS, or its share of the cores (1 with --exact)"
     )
     max_nonfinite_steps: Whole = fact(3, "stop after so many steps in a row without a finite gradient", ge=1)
+
+    @property
+    def optimizer(self) -> OptimizerTraits:
+        """What the optimizer is."""
+        return OPTIMIZERS[self.optim]
 
 
 class EvalConfig(Section):

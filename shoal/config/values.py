@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator
 
+from shoal.config.optimizers import OPTIMIZER_ALIASES, OPTIMIZERS
+
 _NUMBER = re.compile(r"([+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)([kKMGBT]?)")
 MOST_COMMAS = 16  # tried in a file's name, where others are named beside it
 BEYOND = 10**18  # nobody counts so far, and arithmetic with more would take its time
@@ -147,12 +149,6 @@ def renamed(table: dict[str, str]) -> Callable[[Any], Any]:
     return lambda given: table.get(given, given) if isinstance(given, str) else given
 
 
-def _optimizer(given: Any) -> Any:
-    plain = dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adam"), "adamw")
-    coded = dict.fromkeys(("adamw_8bit", "adamw_torch_8bit", "adamw_bnb_8bit", "adamw8bit"), "adamw-8bit")
-    return renamed(plain | coded)(given)
-
-
 def _precision(given: Any) -> Any:
     if str(given) in ("16-true", "float16"):
         raise ValueError(
@@ -238,9 +234,7 @@ PathName = Annotated[str, BeforeValidator(at_home, json_schema_input_type=str)]
 Paths = Annotated[list[str], BeforeValidator(paths, json_schema_input_type=list[str] | str)]
 Plain = Annotated[Any, BeforeValidator(plain)]
 Trackers = Annotated[list[str], BeforeValidator(names), AfterValidator(_trackers)]
-Optimizer = Annotated[
-    Literal["adamw", "adamw-8bit", "muon", "sgd", "onebit-adam"], BeforeValidator(_optimizer)
-]
+Optimizer = Annotated[Literal[*OPTIMIZERS], BeforeValidator(renamed(OPTIMIZER_ALIASES))]  # type: ignore[valid-type]
 Precision = Annotated[
     Literal["auto", "bf16-mixed", "bf16-true", "16-mixed", "fp8-mixed", "32-true", "64-true"],
     BeforeValidator(_precision),

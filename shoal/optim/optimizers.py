@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.config import RunConfig
+from shoal.config.optimizers import OPTIMIZERS
 from shoal.tensors.tensor_files import CODES
 
 MOMENTUM = 0.9  # of SGD
@@ -18,11 +19,6 @@ LIKE_PARAMETER = {
     "exp_avg_sq",
     "momentum_buffer",
 }  # parts of the state that have a parameter's shape
-OF_TWO_MOMENTS = {
-    "adamw",
-    "adamw-8bit",
-    "onebit-adam",
-}  # optimizers that keep the same two of every parameter
 NamedParams = list[tuple[str, nn.Parameter]]
 
 
@@ -56,15 +52,16 @@ class OneBitAdam(torch.optim.AdamW):
                 p.addcdiv_(p.grad, spread, value=-group["lr"] / (1 - beta1**steps))
 
 
-def of(config: RunConfig, params: NamedParams) -> list[torch.optim.Optimizer]:
+def from_config(config: RunConfig, params: NamedParams) -> list[torch.optim.Optimizer]:
     """The optimizers of a run: as `build` makes them, but never with a momentum that the codec takes already."""
     train, in_codec = config.train, config.strategy.codec_momentum
+    own = {"own": MOMENTUM, "own or the codec's": 0.0 if in_codec else MOMENTUM, "the codec's": in_codec}
     return build(
         train.optim,
         params,
         learning_rate=train.learning_rate,
         weight_decay=train.weight_decay,
-        momentum=in_codec if train.optim == "onebit-adam" else 0.0 if in_codec else MOMENTUM,
+        momentum=own[train.optimizer.momentum],
     )
 
 
@@ -79,35 +76,69 @@ def build(
     """The optimizers that together own `params`. Only matrices decay.
 
     `momentum` is that of `sgd`, and the first one of `onebit-adam`.
-
-    `muon` (Jordan et al., 2024; torch.optim.Muon) takes the hidden matrices, scaled to the root mean square
-    of AdamW's updates so that the same learning rate fits both; AdamW takes the rest.
     """
-    groups = decay_groups(params, weight_decay)
-    if name == "sgd":
-        return [torch.optim.SGD(groups, lr=learning_rate, momentum=momentum)]
-    if name == "adamw":
-        return [torch.optim.AdamW(groups, lr=learning_rate, **ADAM)]
-    if name == "adamw-8bit":
-        from shoal.optim.eight_bit import AdamW8bit  # torchao takes seconds to import
+    return MAKERS[name](params, learning_rate, weight_decay, momentum)
 
-        return [AdamW8bit(groups, lr=learning_rate, betas=ADAM["betas"], eps=ADAM["eps"])]
-    if name == "onebit-adam":
-        options = ADAM | {"betas": (momentum, ADAM["betas"][1])}
-        return [OneBitAdam(groups, lr=learning_rate, **options)]
+
+def _adamw(
+    params: NamedParams, rate: float, weight_decay: float, momentum: float
+) -> list[torch.optim.Optimizer]:
+    return [torch.optim.AdamW(decay_groups(params, weight_decay), lr=rate, **ADAM)]
+
+
+def _adamw_8bit(
+    params: NamedParams, rate: float, weight_decay: float, momentum: float
+) -> list[torch.optim.Optimizer]:
+    from shoal.optim.eight_bit import AdamW8bit  # torchao takes seconds to import
+
+    groups = decay_groups(params, weight_decay)
+    return [AdamW8bit(groups, lr=rate, betas=ADAM["betas"], eps=ADAM["eps"])]
+
+
+def _muon(
+    params: NamedParams, rate: float, weight_decay: float, momentum: float
+) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al., 2024; torch.optim.Muon) for the hidden matrices, AdamW for the rest.
+
+    Scaled to the root mean square of AdamW's updates, so that the same learning rate fits both.
+    """
     hidden = [(n, p) for n, p in params if _is_hidden_matrix(n, p)]
     rest = [(n, p) for n, p in params if not _is_hidden_matrix(n, p)]
     muon = partial(torch.optim.Muon, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-    optimizers: list[torch.optim.Optimizer] = [muon(hidden, lr=learning_rate)] if hidden else []
-    if rest:
-        groups = decay_groups(rest, weight_decay)
-        optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, **ADAM))
-    return optimizers
+    optimizers: list[torch.optim.Optimizer] = [muon(hidden, lr=rate)] if hidden else []
+    return optimizers + (_adamw(rest, rate, weight_decay, momentum) if rest else [])
+
+
+def _sgd(
+    params: NamedParams, rate: float, weight_decay: float, momentum: float
+) -> list[torch.optim.Optimizer]:
+    return [torch.optim.SGD(decay_groups(params, weight_decay), lr=rate, momentum=momentum)]
+
+
+def _onebit_adam(
+    params: NamedParams, rate: float, weight_decay: float, momentum: float
+) -> list[torch.optim.Optimizer]:
+    options = ADAM | {"betas": (momentum, ADAM["betas"][1])}
+    return [OneBitAdam(decay_groups(params, weight_decay), lr=rate, **options)]
+
+
+# An optimizer is one row here, and its traits in `shoal.config.optimizers`:
+# (parameters by name, learning rate, weight decay, momentum) -> the optimizers that together own them.
+MAKERS: dict[str, Callable[[NamedParams, float, float, float], list[torch.optim.Optimizer]]] = {
+    "adamw": _adamw,
+    "adamw-8bit": _adamw_8bit,
+    "muon": _muon,
+    "sgd": _sgd,
+    "onebit-adam": _onebit_adam,
+}
 
 
 def goes_on(saved: str, name: str) -> bool:
     """Whether the optimizer `name` can take up the state of the one that was `saved` ("": not known)."""
-    return saved in ("", name) or {saved, name} <= OF_TWO_MOMENTS
+    alike = {saved, name} <= OPTIMIZERS.keys() and OPTIMIZERS[saved].keeps == OPTIMIZERS[
+        name
+    ].keeps == "two moments"
+    return saved in ("", name) or alike
 
 
 def state_bytes(optimizers: list[torch.optim.Optimizer]) -> int:
@@ -130,7 +161,7 @@ def _state_bytes(optimizer: torch.optim.Optimizer, p: Tensor, group: dict[str, A
 
 def state_dtype(name: str, held: torch.dtype) -> torch.dtype:
     """In what the optimizer `name` keeps its state of a large parameter, where others keep it in `held`."""
-    return torch.uint8 if name == "adamw-8bit" else held
+    return torch.uint8 if OPTIMIZERS[name].in_codes else held
 
 
 def decay_groups(params: NamedParams, weight_decay: float) -> list[dict[str, Any]]:
@@ -146,20 +177,25 @@ def _is_hidden_matrix(name: str, p: Tensor) -> bool:
     return p.dim() == 2 and not any(part in name for part in ("embed", "wte", "wpe", "lm_head"))
 
 
+# What share of the peak the rate is, once this share of the steps after warm-up is done.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done: 1 - done,
+    "constant": lambda done: 1.0,
+}
+
+
 def learning_rate(
     step: int, *, peak: float, total_steps: int, warmup_steps: float, kind: str = "cosine"
 ) -> float:
-    """The rate of `step` (from 0): linear warm-up to `peak`, then cosine or linear to zero, or constant.
+    """The rate of `step` (from 0): linear warm-up to `peak`, then as the schedule `kind` has it.
 
     `warmup_steps` below 1 is a share of `total_steps`.
     """
     warmup = round(warmup_steps * total_steps) if warmup_steps < 1 else int(warmup_steps)
     if step < warmup:
         return peak * (step + 1) / warmup
-    if kind == "constant":
-        return peak
-    done = (step - warmup) / max(1, total_steps - warmup)
-    return peak * (0.5 * (1 + math.cos(math.pi * done)) if kind == "cosine" else 1 - done)
+    return peak * SCHEDULES[kind]((step - warmup) / max(1, total_steps - warmup))
 
 
 @runtime_checkable

@@ -173,7 +173,7 @@ def _optimizers(
     moved = config.layout.offload == "optimizer"
     updated = offload.on_host(pieces) if moved else pieces
     rounds = policy.rounds_by_chance
-    optimizers = [_rounded(config, updated)] if rounds else optimizing.of(config, named(updated))
+    optimizers = [_rounded(config, updated)] if rounds else optimizing.from_config(config, named(updated))
     if moved:
         offload.step_there(optimizers, pieces, updated)
     return optimizers, updated

@@ -284,3 +284,13 @@ def test_a_worker_does_not_import_torchao() -> None:
     """Which transformers would, for seconds of every start."""
     code = "import sys, shoal.training.jobs; sys.exit('torchao' in sys.modules or 'transformers' not in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: str(path.relative_to(TESTS)))
+def test_a_test_imports_no_test_module(path: Path) -> None:
+    """What tests share stands in modules of its own: else one suite runs with the settings of another."""
+    shared = [name for name in imports(path) if any(part.startswith("test_") for part in name.split("."))]
+    assert not shared

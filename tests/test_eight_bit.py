@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from laws.layouts import LAYOUTS, follow_in_pieces, together
 from laws.pool import Pool
 from laws.rows import VOCABULARY, RowsTask
-from laws.test_layouts import LAYOUTS, follow_in_pieces, together
 from laws.worlds import first_difference, follow
 from torch import Tensor, nn
 from torchao.optim import AdamW8bit as Theirs

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from laws.strategies import STRATEGIES as ROWS
 
 from shoal.codecs import CODECS, Codec, Subject, make
 from shoal.config import StrategyConfig, TrainConfig
@@ -115,3 +116,22 @@ def test_fields_are_written_by_their_owner() -> None:
 
 def test_few_files_stand_at_the_top() -> None:
     assert len([path for path in PACKAGE.iterdir() if path.suffix == ".py"]) <= 10
+
+
+def test_every_declared_law_is_asked() -> None:
+    """By a test that runs on each row that declares it, or that names the row."""
+    asked: set[tuple[int, str]] = set()
+    for path in Path(__file__).parent.rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("each_that_keeps", "asks"):
+                law, *rows = [each.value for each in node.args if isinstance(each, ast.Constant)]
+                by_row = node.func.id == "each_that_keeps" and not node.keywords
+                asked |= {(law, row) for row in (ROWS if by_row else rows)}
+            elif isinstance(node, ast.Compare) and ast.unparse(node.comparators[0]).endswith(".laws"):
+                asked |= {(node.left.value, row) for row in ROWS}
+    declared = {(law, name) for name, row in ROWS.items() for law in row.laws | row.own}
+    assert sorted(declared - asked) == []
+
+
+def test_every_strategy_is_in_the_table_of_laws() -> None:
+    assert {row.settings["strategy"] for row in ROWS.values()} == set(STRATEGIES)

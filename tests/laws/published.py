@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from laws.rows import IGNORED, RowsTask
-from laws.worlds import Arrays
+from laws.worlds import Arrays, follow
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,8 +17,18 @@ from shoal.data.batches import Batches
 from shoal.optim import optimizers as optimizing
 from shoal.sync.noloco import partner
 
-EACH, RATE, SEED = 2, 0.02, 3
+EACH, RATE, SEED, STEPS = 2, 0.02, 3, 20
+SETTINGS: dict[str, Any] = {
+    "max_steps": STEPS, "global_batch_size": 12, "per_device_train_batch_size": EACH, "learning_rate": RATE,
+    "lr_scheduler_type": "constant", "warmup_steps": 0, "max_grad_norm": 0.0, "weight_decay": 0.1,
+    "precision": "64-true", "bucket_mb": 1e-6, "balance": "off", "seed": SEED,
+}  # fmt: skip
 Vectors = list[Tensor]  # of each replica, all parameters in one
+
+
+def followed(mesh: Any, task: RowsTask, **settings: Any) -> list[Arrays]:
+    """Every parameter of this rank after each step of a run."""
+    return follow(mesh, "allreduce", task, **settings).tensors
 
 
 class World:

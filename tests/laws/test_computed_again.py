@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from laws.layouts import LAYOUTS, follow_in_pieces
 from laws.pool import Pool
 from laws.rows import RowsTask
-from laws.test_layouts import LAYOUTS, follow_in_pieces
 from laws.worlds import first_difference
 
 from shoal.wire.mesh import Mesh

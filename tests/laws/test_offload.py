@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from laws.layouts import LAYOUTS, STEPS, follow_in_pieces, resume_all, together
 from laws.models import ModelTask
 from laws.pool import Pool
 from laws.rows import RowsTask
-from laws.test_layouts import LAYOUTS, STEPS, follow_in_pieces, resume_all, together
 from laws.worlds import first_difference, follow, run_of
 
 from shoal.errors import UserError

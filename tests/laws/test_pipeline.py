@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from laws import models
+from laws.layouts import STEPS, Pieces, follow_in_pieces, resume_all, sent_and_predicted, together
 from laws.pool import Pool
 from laws.rows import RowsTask
 from laws.staged import ModelTask
-from laws.test_layouts import STEPS, Pieces, follow_in_pieces, resume_all, sent_and_predicted, together
 from laws.worlds import Record, first_difference, follow, run_of
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration

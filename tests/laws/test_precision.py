@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from laws.layouts import LAYOUTS, Pieces, follow_in_pieces, together
 from laws.models import ModelTask
 from laws.pool import Pool
 from laws.rows import RowsTask
-from laws.test_layouts import LAYOUTS, Pieces, follow_in_pieces, together
 from laws.worlds import Arrays, as_array, first_difference, follow, run_of, sent_within
 from torch import nn
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from laws.layouts import STEPS, follow_in_pieces, resume_all, sent_and_predicted, together
 from laws.models import ModelTask
 from laws.packed import PackedTask
 from laws.pool import Pool
 from laws.staged import ModelTask as StagedTask
-from laws.test_layouts import STEPS, follow_in_pieces, resume_all, sent_and_predicted, together
 from laws.worlds import first_difference, follow
 from torch.testing._internal.distributed.fake_pg import FakeStore
 

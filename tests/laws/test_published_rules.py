@@ -4,20 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from laws import published
 from laws.pool import Pool
-from laws.published import EACH, RATE, SEED, Rule, simulate
+from laws.published import SETTINGS, STEPS, Rule, followed, simulate
 from laws.rows import RowsTask
-from laws.worlds import first_difference, follow
+from laws.strategies import asks
+from laws.worlds import first_difference
 
-STEPS = 20
-SETTINGS: dict[str, Any] = {
-    "max_steps": STEPS, "global_batch_size": 12, "per_device_train_batch_size": EACH, "learning_rate": RATE,
-    "lr_scheduler_type": "constant", "warmup_steps": 0, "max_grad_norm": 0.0, "weight_decay": 0.1,
-    "precision": "64-true", "bucket_mb": 1e-6, "balance": "off", "seed": SEED,
-}  # fmt: skip
 # name: (ranks, what chooses it, the rule as published, synchronous steps before it)
 CASES: dict[str, tuple[int, dict[str, Any], Callable[[], Rule], int]] = {
     "mean": (3, {"strategy": "local", "sync_every": 4}, lambda: published.averaging(4), 0),
@@ -69,6 +63,7 @@ CASES: dict[str, tuple[int, dict[str, Any], Callable[[], Rule], int]] = {
 }  # fmt: skip
 
 
+@asks(6, "local", "local-slowmo", "diloco", "diloco-streaming", "noloco")
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_the_published_rule(pool: Pool, tmp_path: Path, case: str, optimizer: str) -> None:
@@ -79,11 +74,6 @@ def test_it_is_the_published_rule(pool: Pool, tmp_path: Path, case: str, optimiz
     expected = simulate(task, ranks, optimizer, rule(), STEPS, together, settings["global_batch_size"])
     for rank, (record, by_rule) in enumerate(zip(records, expected, strict=True)):
         assert first_difference(by_rule, record, 1e-10) is None, f"rank {rank}"
-
-
-def followed(mesh: Any, task: RowsTask, **settings: Any) -> list[dict[str, np.ndarray]]:
-    """Every parameter of this rank after each step of a run."""
-    return follow(mesh, "allreduce", task, **settings).tensors
 
 
 ONE_STEP = {"sync_every": 1, "optim": "sgd"}

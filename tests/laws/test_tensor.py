@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from laws.layouts import STEPS, follow_in_pieces, resume_all, sent_and_predicted, together
 from laws.models import ModelTask
 from laws.pool import Pool
 from laws.rows import RowsTask
-from laws.test_layouts import STEPS, follow_in_pieces, resume_all, sent_and_predicted, together
 from laws.worlds import first_difference, follow, run_of
 from torch import Tensor, nn
 

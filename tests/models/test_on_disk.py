@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from laws.layouts import LAYOUTS, pieces_of, together
 from laws.models import ModelTask
 from laws.pool import Pool
-from laws.test_layouts import LAYOUTS, pieces_of, together
 from laws.worlds import first_difference, run_of
 from torch import nn
 

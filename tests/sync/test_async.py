@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from laws.pool import Pool
 from laws.rows import RowsTask
+from laws.strategies import asks
 from laws.worlds import first_difference, follow
 from sync.central_worlds import SETTINGS, steps_of
 
@@ -60,6 +61,7 @@ def test_workers_are_told_the_others_numbers(pool: Pool) -> None:
         assert end.numbers[-1] == 3
 
 
+@asks(10, "async")
 @pytest.mark.parametrize("max_staleness", [None, 0, 2])
 def test_a_dead_worker_does_not_stop_the_others(pool: Pool, max_staleness: int | None) -> None:
     started = pool.start(steps_of, "async", TASK, ranks=3, killed=2, max_staleness=max_staleness)

@@ -9,7 +9,7 @@ import torch
 from laws.plain import IGNORED
 from laws.pool import Pool
 from laws.rows import RowsTask
-from laws.strategies import STRATEGIES, Strategy
+from laws.strategies import STRATEGIES, Strategy, asks
 from laws.worlds import Arrays, first_difference, parameters, run_of
 from torch.nn import functional as F
 
@@ -191,6 +191,7 @@ def take(run: Run, step: int) -> None:
     run.sync.step(run.replica, taken)
 
 
+@asks(6, "demo")
 @pytest.mark.parametrize(("ranks", "max_norm"), [(1, 0.0), (2, 0.0), (3, 0.5), (4, 0.0)])
 def test_it_is_the_published_rule(pool: Pool, ranks: int, max_norm: float) -> None:
     history, momenta = simulate(ranks, 8, 3, 0.9, max_norm)

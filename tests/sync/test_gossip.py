@@ -11,7 +11,7 @@ import torch
 from laws.plain import IGNORED
 from laws.pool import Pool
 from laws.rows import RowsTask
-from laws.strategies import STRATEGIES, Strategy
+from laws.strategies import STRATEGIES, Strategy, asks
 from laws.worlds import Arrays, first_difference, parameters, run_of
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -199,6 +199,7 @@ EVERY = [(topology, optimizer) for topology in TOPOLOGIES for optimizer in OPTIM
 ONE_EACH = list(zip(TOPOLOGIES, OPTIMIZERS, strict=True))
 
 
+@asks(6, "gossip", "gossip-push-sum")
 @pytest.mark.parametrize(
     ("overlap", "chosen"), [(True, EVERY), (False, ONE_EACH)], ids=["overlapped", "afterwards"]
 )
@@ -540,6 +541,7 @@ ENCODED: dict[str, tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = {
 }
 
 
+@asks(6, "gossip-int8")
 @pytest.mark.parametrize("codec", ENCODED)
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_encoded_it_is_the_published_rule_of_differences(pool: Pool, topology: str, codec: str) -> None:

@@ -9,7 +9,7 @@ from laws.pool import Pool
 from laws.rows import RowsTask
 from laws.worlds import follow, run_of
 from simulator import Simulator
-from sync.test_server_rules import serve
+from sync.server_rules import serve
 from torch import Tensor
 
 from shoal.config import load_config

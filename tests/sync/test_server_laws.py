@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from simulator import Simulator
-from sync.test_server_rules import (
+from sync.server_rules import (
     LABELS,
     SIZE,
     START,

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from laws.pool import Pool
+from laws.published import SETTINGS, followed
 from laws.rows import IGNORED, RowsTask
-from laws.test_published_rules import SETTINGS, followed
 from laws.worlds import Arrays, first_difference
 from torch import Tensor
 from torch.nn import functional as F

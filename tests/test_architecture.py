@@ -35,6 +35,7 @@ RECORD = {
     "sources",
     "resolve",
     "reference",
+    "options",
 }
 
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "joblib", "marshal"}

@@ -116,9 +116,10 @@ def test_a_translation_shows_the_same_commands(english):
 
 
 def test_every_number_in_the_metrics_is_explained():
-    name = r"(?:train|eval|perf|mem)/[a-z_]+"
-    page = text("docs/explanation.md").partition("## The numbers")[2]
-    explained = set(re.findall(rf"^\| `({name})` \|", page, re.MULTILINE))
+    name = r"(?:train|eval|perf|mem|sync)/[a-z_]+"
+    page = text("docs/explanation.md").partition("## The numbers")[2] + text("docs/strategies.md")
+    rows = re.findall(r"^\| (`[a-z]+/[^|]+) \|", page, re.MULTILINE)
+    explained = {found for row in rows for found in re.findall(f"`({name})`", row)}
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "shoal").rglob("*.py")]
     written = {found for source in sources for found in re.findall(rf'"({name})": ', source)}
     assert explained == written

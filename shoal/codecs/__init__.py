@@ -1,45 +1,42 @@
 """Codecs: how tensors are compressed for the wire.
 
-A codec is one file here, one line in `CODECS`, and its name in `shoal.config.strategy.Codec`.
+A codec is one file here, and one row of `shoal.config.codecs`, which names the function that makes one from the
+options: each option with the codec's own default where it is empty.
 
 To add one: a subclass of `ChunkCodec`, `GatherCodec` or `LinearCodec` (see `shoal.codecs.base`; the class decides how
 sums over the ranks are formed, see `shoal.codecs.channel`) with `encode`, `decode` and `nbytes`, a linear one with
 `rounds` and `round_bytes`; and with `biased`, which says whether its error has to be fed back. The docstring states
-the update rule, its source, its bytes and cost, and when to use it. State goes into `state_dict`. Then a line in
-`CODECS` that makes one from the options, each option with the codec's own default where it is empty. The laws of
+the update rule, its source, its bytes and cost, and when to use it. State goes into `state_dict`. The laws of
 tests/codecs/ run on every entry.
 """
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
 import torch
 
 from shoal.codecs.base import Codec, Subject
-from shoal.codecs.cast import Cast, Plain
+from shoal.codecs.cast import Plain
 from shoal.codecs.feedback import ErrorFeedback
 from shoal.codecs.momentum import MomentumCorrection
 from shoal.codecs.powersgd import RANK, PowerSGD
-from shoal.codecs.quantize import BLOCK, Quantizer
-from shoal.codecs.sign import Sign
-from shoal.codecs.sparse import DENSITY, Density, RandomK, Sparse, TopK, TwoBits
+from shoal.codecs.sparse import Sparse
 from shoal.config import StrategyConfig
+from shoal.config.codecs import CODECS as HOMES
 from shoal.errors import UserError, choose
 
 __all__ = ["CODECS", "Codec", "Subject", "build", "check", "fed_back", "make"]
 
-CODECS: dict[str, Callable[[StrategyConfig, Subject], Codec]] = {
-    "none": lambda options, subject: Plain(subject.dtype),
-    "bf16": lambda options, subject: Cast(subject, torch.bfloat16),
-    "fp16": lambda options, subject: Cast(subject, torch.float16),
-    "int8": lambda options, subject: Quantizer(subject, 8, options.block or BLOCK, options.stochastic),
-    "int4": lambda options, subject: Quantizer(subject, 4, options.block or BLOCK, options.stochastic),
-    "sign": lambda options, subject: Sign(subject, options.block or BLOCK, options.error_feedback is False),
-    "topk": lambda options, subject: (TwoBits if options.two_bits else TopK)(
-        subject, _density(options), options.topk_chunk
-    ),
-    "randomk": lambda options, subject: RandomK(subject, _density(options), options.error_feedback is False),
-    "powersgd": lambda options, subject: PowerSGD(subject, options.rank or RANK),
-}
+
+def _at(home: str) -> Callable[[StrategyConfig, Subject], Codec]:
+    module, function = home.split(".")
+    found: Callable[[StrategyConfig, Subject], Codec] = getattr(
+        import_module(f"{__name__}.{module}"), function
+    )
+    return found
+
+
+CODECS = {name: _at(home) for name, home in HOMES.items()}
 
 
 def make(options: StrategyConfig, subject: Subject) -> Codec:
@@ -78,7 +75,3 @@ def check(options: StrategyConfig, shapes: Sequence[torch.Size]) -> None:
     if not PowerSGD(Subject(tuple(shapes)), rank).matrices:
         found = "no matrix of the model would shrink to less than half"
         raise UserError(f"--codec powersgd --rank {rank}", found, "take a smaller rank or another codec")
-
-
-def _density(options: StrategyConfig) -> Density:
-    return Density(options.density or DENSITY, options.codec_warmup)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from shoal.codecs.base import ChunkCodec, Codec, Subject
 from shoal.codecs.bits import from_bytes, to_bytes
+from shoal.config import StrategyConfig
 
 
 class Plain(Codec):
@@ -51,3 +52,18 @@ class Cast(ChunkCodec):
 
     def nbytes(self, numel: int) -> int:
         return numel * self.to.itemsize
+
+
+def plain(options: StrategyConfig, subject: Subject) -> Plain:
+    """No codec."""
+    return Plain(subject.dtype)
+
+
+def bf16(options: StrategyConfig, subject: Subject) -> Cast:
+    """To bfloat16."""
+    return Cast(subject, torch.bfloat16)
+
+
+def fp16(options: StrategyConfig, subject: Subject) -> Cast:
+    """To float16."""
+    return Cast(subject, torch.float16)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from shoal.codecs.base import LinearCodec, State, Subject
 from shoal.codecs.bits import from_bytes, to_bytes
+from shoal.config import StrategyConfig
 from shoal.data.order import derive_seed
 
 RANK = 4
@@ -171,3 +172,8 @@ def _orthonormal(matrix: Tensor) -> Tensor:
 def _joined(pieces: list[Tensor], like: Tensor) -> Tensor:
     """One flat tensor; empty where there are none."""
     return torch.cat([like.new_empty(0), *(piece.reshape(-1) for piece in pieces)])
+
+
+def powersgd(options: StrategyConfig, subject: Subject) -> PowerSGD:
+    """Of the rank that the options name."""
+    return PowerSGD(subject, options.rank or RANK)

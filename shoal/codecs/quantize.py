@@ -6,6 +6,7 @@ from torch.nn.functional import pad
 
 from shoal.codecs.base import ChunkCodec, Subject
 from shoal.codecs.bits import from_bytes, pack_nibbles, to_bytes, unpack_nibbles
+from shoal.config import StrategyConfig
 from shoal.data.order import derive_seed
 
 BLOCK = 512
@@ -84,3 +85,13 @@ class Quantizer(ChunkCodec):
         if self.bits == 8:
             return packed.view(torch.int8).to(self._dtype)
         return unpack_nibbles(packed, numel).to(self._dtype).sub_(self.levels)
+
+
+def int8(options: StrategyConfig, subject: Subject) -> Quantizer:
+    """With 8 bits."""
+    return Quantizer(subject, 8, options.block or BLOCK, options.stochastic)
+
+
+def int4(options: StrategyConfig, subject: Subject) -> Quantizer:
+    """With 4 bits."""
+    return Quantizer(subject, 4, options.block or BLOCK, options.stochastic)

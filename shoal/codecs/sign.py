@@ -5,7 +5,8 @@ from torch import Tensor
 
 from shoal.codecs.base import ChunkCodec, Subject
 from shoal.codecs.bits import from_bytes, pack_bits, to_bytes, unpack_bits
-from shoal.codecs.quantize import SCALE, blocked
+from shoal.codecs.quantize import BLOCK, SCALE, blocked
+from shoal.config import StrategyConfig
 
 
 class Sign(ChunkCodec):
@@ -65,3 +66,8 @@ class Sign(ChunkCodec):
 
     def _scale_bytes(self, numel: int) -> int:
         return -(-numel // self.block) * SCALE.itemsize
+
+
+def sign(options: StrategyConfig, subject: Subject) -> Sign:
+    """Without error feedback the sum is the vote of the majority."""
+    return Sign(subject, options.block or BLOCK, options.error_feedback is False)

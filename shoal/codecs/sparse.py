@@ -9,6 +9,7 @@ from torch import Tensor
 
 from shoal.codecs.base import Codec, GatherCodec, LinearCodec, Subject
 from shoal.codecs.bits import from_bytes, pack_bits, to_bytes, unpack_bits
+from shoal.config import StrategyConfig
 from shoal.data.order import derive_seed
 
 DENSITY = 0.01
@@ -204,3 +205,17 @@ def _chosen(tensor: Tensor, places: Tensor) -> Tensor:
     """The elements at `places`; all NaN if any element is not finite, which the draw might miss."""
     chosen = tensor[places.to(tensor.device)]
     return torch.where(torch.isfinite(tensor).all(), chosen, torch.nan)
+
+
+def topk(options: StrategyConfig, subject: Subject) -> TopK:
+    """The largest elements, each in two bits on request."""
+    return (TwoBits if options.two_bits else TopK)(subject, _density(options), options.topk_chunk)
+
+
+def randomk(options: StrategyConfig, subject: Subject) -> RandomK:
+    """Without error feedback what is drawn is scaled up."""
+    return RandomK(subject, _density(options), options.error_feedback is False)
+
+
+def _density(options: StrategyConfig) -> Density:
+    return Density(options.density or DENSITY, options.codec_warmup)

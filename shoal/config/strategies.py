@@ -13,6 +13,7 @@ SERVERS = ("servers", "share_memory", *ENCODED)
 class Traits:
     """What a strategy is. `options` are the settings of `StrategyConfig` that it reads beside those that all read."""
 
+    kind: str = ""  # module and class in `shoal.sync`; a function `cost` stands beside the class
     options: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     # What replicas send: gradients of every step, which add up; how far parameters have moved in several steps;
@@ -37,14 +38,18 @@ class Traits:
 
 
 STRATEGIES: dict[str, Traits] = {
-    "allreduce": Traits((*ENCODED, "normalize", "clip_each"), aliases=("ddp",), sends="gradients"),
+    "allreduce": Traits(
+        "allreduce.AllReduce", (*ENCODED, "normalize", "clip_each"), aliases=("ddp",), sends="gradients"
+    ),
     "server": Traits(
+        "server.Server",
         (*SERVERS, "aggregation", "trim", "quorum"),
         sends="pushes",
         keeps_optimizer=False,
         spares="beside no server, with a quorum",
     ),
     "async": Traits(
+        "asynchronous.Async",
         (
             *SERVERS,
             *("max_staleness", "collect", "staleness_lr", "delay_compensation", "delayed_momentum"),
@@ -56,6 +61,7 @@ STRATEGIES: dict[str, Traits] = {
     ),
     # 16: of the 4 to 16 steps of Lin et al. 2020; 30: of the 30 to 100 of Streaming DiLoCo.
     "local": Traits(
+        "local.Local",
         (*LOCAL, *ENCODED, "averaging", "group_size", "global_every"),
         aliases=("local-sgd",),
         sends="deltas",
@@ -63,13 +69,15 @@ STRATEGIES: dict[str, Traits] = {
         period="16",
     ),
     "diloco": Traits(
+        "diloco.DiLoCo",
         (*LOCAL, *ENCODED, "fragments", "overlap_steps", "mixing"),
         sends="deltas",
         replicas_differ=True,
         period="30",
     ),
-    "noloco": Traits(LOCAL, replicas_differ=True, period="30"),
+    "noloco": Traits("noloco.NoLoCo", LOCAL, replicas_differ=True, period="30"),
     "gossip": Traits(
+        "gossip.Gossip",
         (
             *ENCODED,
             *("topology", "overlap_steps", "mixing", "normalize", *GUARDED),
@@ -79,6 +87,7 @@ STRATEGIES: dict[str, Traits] = {
         spares="workers",
     ),
     "demo": Traits(
+        "demo.DeMo",
         ("demo_decay", "demo_chunk", "demo_topk"),
         keeps_optimizer=False,
         is_optimizer=True,

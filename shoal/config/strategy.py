@@ -4,11 +4,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator
 
+from shoal.config.codecs import CODECS
 from shoal.config.section import Section, fact
 from shoal.config.strategies import DEFAULT, STRATEGIES, Traits
 from shoal.config.values import Number, Period, Shares, Whole, renamed
-
-Codec = Literal["none", "bf16", "fp16", "int8", "int4", "sign", "topk", "randomk", "powersgd"]
 
 ALIASES = {alias: name for name, traits in STRATEGIES.items() for alias in traits.aliases}
 
@@ -98,7 +97,7 @@ class StrategyConfig(Section):
         ge=0,
     )
 
-    codec: Codec = fact("none", "how what is sent is encoded")
+    codec: Literal[*CODECS] = fact("none", "how what is sent is encoded")  # type: ignore[valid-type]
     error_feedback: bool | None = fact(
         None, "carry what a codec left out into the next step; empty = where it is biased"
     )

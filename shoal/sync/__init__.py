@@ -1,31 +1,24 @@
-"""Sync: when and how replicas agree. A strategy is one file here, one row below, and its row of traits.
-
-The traits stand in `shoal.config.strategies`, free of torch.
-"""
+"""Sync: when and how replicas agree. A strategy is one file here, and one row of `shoal.config.strategies`."""
 
 from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 from shoal.config import RunConfig
+from shoal.config.strategies import STRATEGIES
 from shoal.cost import Cost, Sizes
 from shoal.replica import Replica
-from shoal.sync import allreduce, asynchronous, demo, diloco, gossip, local, noloco, server
 from shoal.sync.base import Sync
 
 __all__ = ["COSTS", "SYNCS", "Sync", "cost_of"]
 
-# Its class, and what it sends and holds as arithmetic.
-_ROWS: dict[str, tuple[type[Sync], Callable[[RunConfig, Sizes], Cost]]] = {
-    "allreduce": (allreduce.AllReduce, allreduce.cost),
-    "server": (server.Server, server.cost),
-    "async": (asynchronous.Async, asynchronous.cost),
-    "local": (local.Local, local.cost),
-    "diloco": (diloco.DiLoCo, diloco.cost),
-    "noloco": (noloco.NoLoCo, noloco.cost),
-    "gossip": (gossip.Gossip, gossip.cost),
-    "demo": (demo.DeMo, demo.cost),
+_HOMES = {name: traits.kind.split(".") for name, traits in STRATEGIES.items()}
+_MODULES: dict[str, Any] = {
+    name: import_module(f"{__name__}.{module}") for name, (module, _) in _HOMES.items()
 }
-SYNCS: dict[str, type[Sync]] = {name: kind for name, (kind, _) in _ROWS.items()}
-COSTS: dict[str, Callable[[RunConfig, Sizes], Cost]] = {name: cost for name, (_, cost) in _ROWS.items()}
+SYNCS: dict[str, type[Sync]] = {name: getattr(_MODULES[name], kind) for name, (_, kind) in _HOMES.items()}
+# What a strategy sends and holds, as arithmetic.
+COSTS: dict[str, Callable[[RunConfig, Sizes], Cost]] = {name: home.cost for name, home in _MODULES.items()}
 
 
 def cost_of(config: RunConfig, replica: Replica) -> Cost:

@@ -1,4 +1,4 @@
-"""A run's folder: which checkpoints are in place, which are on their way there, and to which it points."""
+"""The checkpoints in a run's folder: those in place, those being moved, and `latest` and `best`."""
 
 import itertools
 import os
@@ -45,7 +45,7 @@ def named(folder: Path, asked: str, say: Callable[[str], None], *, best: bool = 
 
 
 def newest(choices: Sequence[Path], asked: str, say: Callable[[str], None]) -> Path:
-    """The first valid one; says of each one before it what is wrong. Raises UserError if none is valid."""
+    """The first valid one; says what is wrong with each one before it. Raises UserError if none is valid."""
     for path in choices:
         problem = manifest.verify(path)
         if problem is None:
@@ -71,7 +71,7 @@ def parts_of(path: Path, best: bool) -> Path:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what saves, killed or done, have left on the way; but no part of the next one."""
+    """Remove what finished or killed saves left behind, but nothing of the next save."""
     for path in (folder / OWN).glob("checkpoint-*"):
         if not path.name.endswith(PARTS):
             shutil.rmtree(path)
@@ -99,7 +99,7 @@ def _finish_moves(folder: Path) -> None:
 
 
 def point(pointer: Path, name: str) -> None:
-    """Have `latest` or `best` name a checkpoint, whole or not at all."""
+    """Point `latest` or `best` to a checkpoint, atomically."""
     aside = hidden(pointer, "tmp")
     aside.parent.mkdir(exist_ok=True)
     aside.write_text(name + "\n")

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors, read into a replica however either is cut."""
+"""Reads the tensors of a checkpoint into a replica, whatever the layout of either."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which model a folder stands for: a run's, a checkpoint's, or one of its own."""
+"""The model of a folder: that of a run, of a checkpoint, or the folder itself."""
 
 from collections.abc import Sequence
 from pathlib import Path

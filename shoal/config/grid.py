@@ -50,7 +50,7 @@ def team_size(config: RunConfig) -> int:
 
 
 def _no_pipeline(layout: LayoutConfig, grid: dict[str, int]) -> Iterator[tuple[str, str, str]]:
-    """What pipelines cannot be: what was asked, what was found, what to change."""
+    """What a pipeline is refused with, as (asked, found, change)."""
     given = {"pp_schedule": layout.pp_schedule, "pp_virtual_stages": layout.pp_virtual_stages}
     for name, value in given.items():
         if value and layout.pp == 1:
@@ -74,7 +74,7 @@ def _no_pipeline(layout: LayoutConfig, grid: dict[str, int]) -> Iterator[tuple[s
 
 
 def _no_offload(layout: LayoutConfig, grid: dict[str, int]) -> Iterator[tuple[str, str, str]]:
-    """Parameters that nothing would bring back: what was asked, what was found, what to change."""
+    """Where offloaded parameters would not come back to the device, as (asked, found, change)."""
     at_stage_3 = grid["shard"] * grid["context"] > 1 and layout.zero_stage in (None, 3)
     if layout.offload == "parameters" and not at_stage_3:
         found = "parameters are brought to the GPU block by block where ZeRO cuts them, at stage 3 alone"
@@ -86,7 +86,7 @@ def _no_offload(layout: LayoutConfig, grid: dict[str, int]) -> Iterator[tuple[st
 
 
 def _must_be_whole(config: RunConfig, island: int) -> Iterator[tuple[str, str, str]]:
-    """What cannot be had of a replica that is cut over workers: what was asked, what was found, what to change."""
+    """What needs a whole replica on each worker, as (asked, found, change)."""
     train = config.train
     cut = f"{island} workers hold a replica together"
     leave = "leave one of the two out"
@@ -111,7 +111,7 @@ def _must_be_whole(config: RunConfig, island: int) -> Iterator[tuple[str, str, s
 
 
 def _divide(workers: int, size: int, asked: str) -> int:
-    """Raises UserError, which names what was `asked`, where `size` does not divide the workers."""
+    """Check that `size` divides the workers. Raises UserError that names what was `asked`."""
     if workers % size:
         divisors = ", ".join(str(each) for each in range(1, workers + 1) if workers % each == 0)
         found, change = (

@@ -93,10 +93,10 @@ class LayoutConfig(Section):
 
     @property
     def schedule(self) -> str:
-        """That of pipelines."""
+        """The schedule of a pipeline."""
         return self.pp_schedule or "1f1b"
 
     @property
     def stages_per_worker(self) -> int:
-        """How many each worker of a pipeline has."""
+        """How many stages each worker of a pipeline holds."""
         return self.pp_virtual_stages or (1 if self.schedule in ONE_STAGE else 2)

@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class OptimizerTraits:
-    """What an optimizer is."""
+    """What an optimizer keeps, needs and allows."""
 
     aliases: tuple[str, ...] = ()
     # What it keeps of every parameter: AdamW's two moments, which others with the same can take up; or its own.

@@ -90,7 +90,7 @@ def _contradictions(config: RunConfig) -> Iterator[Refusal]:
 
 
 def _bfloat16(config: RunConfig) -> Iterator[Refusal]:
-    """What parameters in bfloat16 cannot be trained with."""
+    """What `--precision bf16-true` is refused with."""
     if config.train.precision != "bf16-true":
         return
     mixed = "or --precision bf16-mixed"
@@ -103,7 +103,7 @@ def _bfloat16(config: RunConfig) -> Iterator[Refusal]:
 
 
 def _eight_bit(config: RunConfig) -> Iterator[Refusal]:
-    """What state in codes cannot be had with."""
+    """What an optimizer with 8-bit state is refused with."""
     if not config.train.optimizer.in_codes:
         return
     asked = f"--optim {config.train.optim}"
@@ -118,7 +118,7 @@ def _eight_bit(config: RunConfig) -> Iterator[Refusal]:
 
 
 def _momentum(config: RunConfig) -> Iterator[Refusal]:
-    """Of the codec and of the optimizer: one of them takes it."""
+    """Where the codec and the optimizer would both apply a momentum, or neither."""
     options, optim, whose = config.strategy, config.train.optim, config.train.optimizer.momentum
     if whose == "the codec's":
         needed = {
@@ -146,7 +146,7 @@ def _momentum(config: RunConfig) -> Iterator[Refusal]:
 
 
 def _timing(options: StrategyConfig) -> Iterator[Refusal]:
-    """Of syncs, in fragments and in flight."""
+    """Periods, fragments and overlaps of syncs that do not fit each other."""
     every, overlap = options.sync_every or options.traits.period, options.overlap_steps or 0
     if not every:
         return
@@ -161,7 +161,7 @@ def _timing(options: StrategyConfig) -> Iterator[Refusal]:
 
 
 def _codec(options: StrategyConfig) -> Iterator[Refusal]:
-    """Options of a codec that its strategy leaves no room for."""
+    """Codec options that the strategy cannot apply."""
     given = {
         "--error-feedback": options.error_feedback is not None,
         "--error-decay": options.error_decay != 1,
@@ -181,7 +181,7 @@ def _codec(options: StrategyConfig) -> Iterator[Refusal]:
 
 
 def _outer(options: StrategyConfig) -> Iterator[Refusal]:
-    """Rate and momentum of an outer rule that has none."""
+    """An outer rate or momentum without an outer rule that uses it."""
     given = {
         "--outer-lr": options.outer_lr is not None,
         "--outer-momentum": options.outer_momentum is not None,

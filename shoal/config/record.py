@@ -188,7 +188,7 @@ class CheckpointConfig(Section):
 
 
 class LogConfig(Section):
-    """What is told while the run goes on."""
+    """What a run reports, and where."""
 
     logging_steps: Whole = fact(10, "print every so many steps", ge=1)
     report_to: Trackers = fact([], "trackers that also get the metrics: tensorboard")

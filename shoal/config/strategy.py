@@ -137,12 +137,12 @@ class StrategyConfig(Section):
 
     @property
     def traits(self) -> Traits:
-        """What the strategy is; the least there is to say of one that is not in the table."""
+        """The traits of the strategy; defaults for a name that is not in the table."""
         return STRATEGIES.get(self.name, Traits())
 
     @property
     def remembers(self) -> str:
-        """In words what decides what is remembered between steps: where it is another, that is of no use."""
+        """The settings that saved state depends on, as text: state saved under another text is not loaded."""
         words = [self.name]
         words += [self.averaging] if self.averaging != "mean" else []
         words += [self.topology] if self.topology is not None else []
@@ -154,7 +154,7 @@ class StrategyConfig(Section):
         return " ".join(words)
 
     def can_lose(self, rank: int) -> bool:
-        """Whether the others go on when the worker of `rank` is gone. Rank 0 writes, and is never spared."""
+        """Whether the other workers go on when worker `rank` dies. Rank 0 writes the run, and is never spared."""
         match self.traits.spares:
             case "none":
                 return False

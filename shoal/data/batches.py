@@ -45,7 +45,7 @@ class Batch:
 
     @property
     def next_position(self) -> int:
-        """Behind its last sample: rows beyond the end of the data are none."""
+        """The position after its last sample; absent rows do not count."""
         return self.position + int((self.ids != ABSENT).sum())
 
     def micro_batch(self, v: int) -> dict[str, Tensor]:
@@ -57,7 +57,7 @@ class Batch:
         return int(self.samples.label_counts(self.ids[micro_batches], self.epochs[micro_batches]).sum())
 
     def empty_micro_batch(self) -> dict[str, Tensor]:
-        """A micro-batch without samples, for a rank that has none left where the others cannot go on without it."""
+        """A micro-batch without samples, for a rank that has none left while the others need it to take part."""
         return _empty(self.samples, self.ids.shape[1])
 
 
@@ -87,7 +87,7 @@ class Batches:
 
     @property
     def steps(self) -> int | None:
-        """After how many steps in all the data ends, or None where the run is bounded by its steps."""
+        """The number of steps after which the data ends, or None if the run is bounded by its steps."""
         if self.end is None:
             return None
         left = max(0, self.end - self.first_position)

@@ -1,4 +1,4 @@
-"""Who hears the signals that ask a run to end."""
+"""Handlers of the signals that ask a run to end."""
 
 import signal
 import threading
@@ -15,7 +15,7 @@ Receive = Callable[[int, FrameType | None], Any] | int  # a function, or SIG_DFL
 
 
 def hear(number: signal.Signals, receive: Receive) -> Receive | None:
-    """From now on the signal goes to `receive`; returns who heard it before.
+    """Handle the signal by `receive` from now on; returns the handler before.
 
     In a thread other than the main one, where Python allows no handlers, nothing changes.
     """
@@ -26,7 +26,7 @@ def hear(number: signal.Signals, receive: Receive) -> Receive | None:
 
 @contextmanager
 def heard(receive: Receive, *numbers: signal.Signals) -> Iterator[None]:
-    """These signals go to `receive`, and at the end again to whoever heard them before, unless another took them."""
+    """Handle these signals by `receive` within the block, then restore the handlers before, unless replaced since."""
     previous = {number: hear(number, receive) for number in numbers}
     try:
         yield

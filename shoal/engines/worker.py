@@ -96,7 +96,7 @@ def main() -> int:
 
 
 def _report(error: Exception, line: ShoalError | None) -> None:
-    """Leave an error for the launcher: as the line that it is, else with its traceback."""
+    """Write an error to a file for the launcher: one line, or with a traceback if it was not foreseen."""
     trace = "" if line else traceback.format_exc()
     record = {
         "rank": int(os.environ["RANK"]),

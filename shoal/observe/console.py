@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a banner, lines, and a progress bar where there is a terminal."""
+"""What a run prints: a banner, lines, and a progress bar on a terminal."""
 
 import sys
 from typing import Any
@@ -12,7 +12,7 @@ GIB = 2**30
 
 
 class Screen:
-    """The terminal of the rank that speaks; on the other ranks nothing is shown."""
+    """The terminal of rank 0; other ranks print nothing."""
 
     def __init__(self, speaks: bool) -> None:
         self.speaks = speaks

@@ -37,7 +37,7 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operation, and see what it was given and what it made."""
+        """Run the operation, and track its inputs and outputs."""
         found = func(*args, **(kwargs or {}))
         self._see(leaf for leaf in tree_leaves((args, kwargs, found)) if isinstance(leaf, Tensor))
         self._look()
@@ -52,7 +52,7 @@ class Watch(TorchDispatchMode):
                 self._live[key] = nbytes
 
     def _look(self) -> None:
-        """Keep what is held now if it is more than ever; only then it is worth to ask what is gone already."""
+        """Keep what is held now if it is the most so far; only then look for tensors that are gone."""
         if self._total > self._highest:
             self._live = {key: _bytes(key) for key in self._live if not key.expired()}
             self._total = sum(self._live.values())
@@ -86,7 +86,7 @@ class MemoryReport:
 
     @contextmanager
     def watching(self, number: int) -> Iterator[None]:
-        """Around the step `number`."""
+        """Watch the step `number`, if it is the one to watch."""
         self._steps += 1
         if not self._wanted or (self._steps < 2 and number < self._last_step):
             yield
@@ -128,7 +128,7 @@ def _bytes(key: StorageWeakRef) -> int:
 
 
 def _reachable(roots: Iterable[Any]) -> Iterator[Tensor]:
-    """Every tensor that objects of strategies and codecs, and plain containers, lead to."""
+    """Every tensor reachable from strategies, codecs and plain containers."""
     seen: set[int] = set()
     stack = list(roots)
     while stack:

@@ -1,4 +1,4 @@
-"""The numbers of a run, as they are: one JSON object a line, never smoothed or filtered."""
+"""Where the numbers of a run are written, unsmoothed and unfiltered."""
 
 import json
 import os
@@ -31,7 +31,7 @@ class MetricsFile:
             self._file.flush()
 
     def close(self) -> None:
-        """Have all of it on disk."""
+        """Flush everything to disk."""
         with naming(self.path), self._file:
             os.fsync(self._file.fileno())
 
@@ -80,7 +80,7 @@ class Tracker(Protocol):
         ...
 
     def close(self) -> None:
-        """The run ends: have all of it where it belongs."""
+        """The run ends: flush everything."""
         ...
 
 

@@ -20,7 +20,7 @@ from shoal.tensors.piece import Piece
 
 
 def check(offload: str, device: torch.device) -> None:
-    """Raises UserError where there is no other memory to take."""
+    """Raise UserError where the host's memory is the device's already."""
     if offload != "none" and device.type == "cpu":
         found = "the processor computes, and its memory holds everything already"
         raise UserError(f"--offload {offload}", found, "leave it out, or take --optim adamw-8bit")
@@ -32,7 +32,7 @@ def on_host(pieces: Sequence[Piece]) -> list[Piece]:
 
 
 def step_there(optimizers: Sequence[Optimizer], pieces: Sequence[Piece], there: Sequence[Piece]) -> None:
-    """Have every step of optimizers, which were built over the copies `there`, be one of `pieces`."""
+    """Make optimizers built over the copies `there` update `pieces` at every step."""
     pairs = [(piece.local, copy.local) for piece, copy in zip(pieces, there, strict=True)]
     for optimizer in optimizers:
         own = {p for group in optimizer.param_groups for p in group["params"]}

@@ -142,7 +142,7 @@ def goes_on(saved: str, name: str) -> bool:
 
 
 def state_bytes(optimizers: list[torch.optim.Optimizer]) -> int:
-    """What they keep of their parameters: two moments, one or none, or codes and scales; and counts of steps."""
+    """The bytes of state: two moments, one or none, or codes and scales; and counts of steps."""
     return sum(
         _state_bytes(optimizer, p, group)
         for optimizer in optimizers
@@ -160,7 +160,7 @@ def _state_bytes(optimizer: torch.optim.Optimizer, p: Tensor, group: dict[str, A
 
 
 def state_dtype(name: str, held: torch.dtype) -> torch.dtype:
-    """In what the optimizer `name` keeps its state of a large parameter, where others keep it in `held`."""
+    """The dtype in which the optimizer `name` keeps its state of a large parameter; that of others is `held`."""
     return torch.uint8 if OPTIMIZERS[name].in_codes else held
 
 
@@ -207,7 +207,7 @@ class Coded(Protocol):
         ...
 
     def state_bytes(self, p: Tensor) -> int:
-        """Those of a parameter."""
+        """The bytes of state of a parameter."""
         ...
 
     def adopt(self, p: Tensor, parts: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Helper processes: `python -m MODULE ARGUMENT` each, handed one integer after another.
+"""Helper processes, `python -m MODULE ARGUMENT`, each of which gets one integer after another.
 
 They are plain processes rather than those of `multiprocessing`, which would import the caller's main module in
 each, and torch with it. Numbers and answers are lines on their stdin and stdout, the answers in JSON.

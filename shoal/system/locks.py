@@ -19,7 +19,7 @@ Report = Callable[[str], None]
 
 
 class Answer(Enum):
-    """What came of asking for a lock."""
+    """The outcome of asking for a lock."""
 
     HELD = "this process holds it"
     BUSY = "another process holds it"

@@ -1,4 +1,4 @@
-"""What a process prints. A line that cannot be printed never ends a run; for a result it is an error."""
+"""Printing. A line that cannot be printed never ends a run; a result that cannot be printed is an error."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""A run's folder: which of its files are shoal's own, so that no other is ever removed, and who writes there.
+"""A run's folder: which files shoal made, so that no other is removed, and which run writes there.
 
 .shoal/run.json      the marker: format, the run's id, and the files that the run makes, named before it makes them
 .shoal/lock          held by rank 0 as long as the run lasts
@@ -96,7 +96,7 @@ class RunFolder:
         self.holds = True
 
     def begin(self, *, anew: bool, overwrite: bool, ranks: int, say: Callable[[str], None]) -> str:
-        """Make the folder this run's, and return the run's id; begun anew, what an earlier run made is removed.
+        """Make the folder this run's, and return the run's id. If it begins anew, remove what an earlier run made.
 
         Raises UserError, before anything is changed, where that cannot be or something else is in the way.
         """
@@ -221,7 +221,7 @@ class RunFolder:
         return {path for pattern in made for path in self.path.glob(pattern)}
 
     def _remove(self, marker: Marker) -> None:
-        """What a run has made, file by file, and the folders that are empty then."""
+        """Remove what a run has made, file by file, and the folders that are empty then."""
         for path in candidates(self.path):
             aside = self.own / f"{path.name}.old"
             shutil.rmtree(aside, ignore_errors=True)

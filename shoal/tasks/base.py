@@ -1,4 +1,4 @@
-"""What a task provides: samples, a model, a loss; what evaluations measure and predict, and the figures of both."""
+"""What a task provides: samples, a model, a loss, and what an evaluation measures and predicts."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -39,15 +39,15 @@ class Task(ABC):
         """The sum of the losses over the labels of a collated micro-batch: a scalar in at least float32."""
 
     def measure(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        """The sums [k] over a micro-batch that `metrics` is made of, in float64: by default that of the loss."""
+        """The sums [k] over a micro-batch that `metrics` needs, in float64. The default is the sum of the loss."""
         return self.loss(model, inputs).detach().double().view(1)
 
     def predict(self, model: Any, inputs: dict[str, Tensor]) -> Sequence[Any] | None:
-        """A JSON value for each row of a micro-batch, those beyond the data too; None: the task predicts nothing."""
+        """A JSON value for each row of a micro-batch, absent rows too. None: the task predicts nothing."""
         return None
 
     def metrics(self, sums: Sequence[float], labels: int, predictions: Sequence[Any]) -> dict[str, float]:
-        """The figures of an evaluation, by name: of the sums over all micro-batches, and the predictions in order."""
+        """The metrics of an evaluation by name, from the sums over all micro-batches and the predictions in order."""
         return {"eval/loss": sums[0] / max(1, labels), "eval/tokens": labels}
 
 

@@ -36,7 +36,7 @@ class Rows(Protocol):
 
 
 class EvalPrediction(NamedTuple):
-    """What `compute_metrics` gets of an evaluation: an array with a row for each sample; of objects if ragged."""
+    """What `compute_metrics` gets: arrays with a row for each sample, of dtype object where rows differ in shape."""
 
     predictions: np.ndarray
     label_ids: np.ndarray
@@ -57,7 +57,7 @@ class Given:
 
 
 class CallersTask(Task):
-    """The loss of the caller, or of the model, as a sum over labels; a row's labels are counted once and kept."""
+    """Trains by the caller's loss, or the model's own, as a sum over labels."""
 
     def __init__(self, config: RunConfig, folder: Path, given: Given) -> None:
         super().__init__(config, folder)
@@ -85,14 +85,14 @@ class CallersTask(Task):
         return Samples(rows, self._collate, self._shifts)
 
     def loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        """Of the rows that are samples; where none is, 0, but by way of the model."""
+        """The summed loss of the rows that are samples. Without any it is 0, and still depends on the parameters."""
         rows, count = present(inputs)
         found = self._loss(model, rows)
         found = found.to(torch.promote_types(found.dtype, torch.float32))
         return found if count else found * 0
 
     def outputs(self, model: Any, inputs: dict[str, Tensor]) -> list[Any]:
-        """Of each row what the model predicts of it, reduced, and its labels."""
+        """The prediction and the labels of each row, as lists; `preprocess_logits_for_metrics` has been applied."""
         rows = {name: tensor for name, tensor in inputs.items() if name != PRESENT}
         found = model(**{name: tensor for name, tensor in rows.items() if name != "labels"})
         logits = logits_of(found)
@@ -115,7 +115,7 @@ class CallersTask(Task):
 
 
 class ScoredTask(CallersTask):
-    """One whose evaluations gather predictions, for the caller's `compute_metrics`."""
+    """Gathers predictions in every evaluation, for the caller's `compute_metrics`."""
 
     def predict(self, model: Any, inputs: dict[str, Tensor]) -> list[Any]:
         return self.outputs(model, inputs)
@@ -128,7 +128,7 @@ class ScoredTask(CallersTask):
 
 
 class CallersSurroundings(Surroundings):
-    """Of a Hugging Face model its configuration and tokenizer, and the folder that transformers loads."""
+    """Saves the configuration and tokenizer of a Hugging Face model, and exports a folder that transformers loads."""
 
     def __init__(self, config: RunConfig, folder: Path, given: Given) -> None:
         super().__init__(config, folder)
@@ -166,7 +166,7 @@ class Samples:
         return len(self._rows)
 
     def label_counts(self, ids: np.ndarray, epochs: np.ndarray | None = None) -> np.ndarray:
-        """Read from each row when it is first asked for: data that costs much to read is read once more for it."""
+        """Count the labels of each row when it is first asked for, which reads the row once more."""
         for i in np.unique(ids[ids >= 0]).tolist():
             if self._counts[i] < 0:
                 self._counts[i] = count_labels(self._collate([self._rows[i]])["labels"], self._shifts)
@@ -179,7 +179,7 @@ class Samples:
 
 
 def count_labels(labels: Tensor, shifts: bool) -> int:
-    """The labels of a collated row. Where the model `shifts` them, no token predicts the first one."""
+    """Count the labels in a batch. Where the model `shifts` them, no token predicts the first label of a row."""
     counted = labels[:, 1:] if shifts else labels
     return counted.numel() if counted.is_floating_point() else int((counted != IGNORED).sum())
 
@@ -257,7 +257,7 @@ def own_loss(model: nn.Module, row: dict[str, Tensor]) -> tuple[SumOfLoss, bool]
 
 
 def _shifts(tried: Callable[[dict[str, Tensor]], Tensor], row: dict[str, Tensor]) -> bool:
-    """Whether nothing depends on the first label of a row of several."""
+    """Whether the loss ignores the first label of a row, as that of a model that predicts the next token."""
     labels = row["labels"]
     if labels.dim() < 2 or labels.shape[1] < 2 or labels.is_floating_point():
         return False

@@ -115,12 +115,12 @@ class CausalLM(Task):
 
 
 class CausalSurroundings(Surroundings):
-    """Those of a causal language model of Hugging Face."""
+    """For a causal language model of Hugging Face."""
 
     def check(self, model: "PreTrainedModel", loss: Loss | None, dtype: torch.dtype) -> None:
-        """The proof again, of the model in its place and with windows of full length.
+        """Prove again that documents do not see each other, for the placed model and windows of full length.
 
-        By hidden states; where the model is cut, by the `loss` that its ranks compute together.
+        Compares hidden states; where the model is cut, the `loss` that its ranks compute together.
         """
         data = self._config.data
         with proof.trial(_asked(self._config), proof.remedy(data.packing)):

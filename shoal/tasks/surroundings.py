@@ -1,4 +1,4 @@
-"""What surrounds training for a kind of model: a check before it, files beside its weights, its export, a sample."""
+"""What is done around training for a kind of model: check it, save files beside its weights, export it, sample it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from shoal.tensors.tensor_files import Stored
 
 
 class Surroundings:
-    """Those of a plain module: nothing is checked, and its weights are all there is of it."""
+    """For a plain module: no check, and the weights are all that is saved and exported."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self._config = config
@@ -22,24 +22,27 @@ class Surroundings:
     def check(
         self, model: Any, loss: Callable[[dict[str, Tensor]], Tensor] | None, dtype: torch.dtype
     ) -> None:
-        """Refuse a model that does not compute what it should in its place, in the precision of the run.
+        """Refuse a model that computes something else once it is placed, in the precision of the run.
 
-        Where the model is cut, `loss` is what its ranks compute together of inputs as `Samples.collate` gives them.
+        `loss` is given where the model is cut: it computes the loss of a collated micro-batch on all ranks together.
         """
 
     def describe(self, model: Any, folder: Path) -> None:
-        """Leave in a folder with the weights of `model` what else it takes to load them."""
+        """Write what else is needed to load `model` into a folder that holds its weights."""
 
     def export(self, checkpoint: Path, folder: Path, summary: dict[str, Any], model: Any | None) -> None:
-        """Leave the model of a checkpoint in `folder` as others read it; `model` is the same, where it is whole."""
+        """Write the model of a checkpoint to `folder` in the format that others read.
+
+        `model` is the same model in memory, if this rank holds all of it.
+        """
         weights = Stored(checkpoint / "model")
         folder.mkdir(parents=True)
         save_file({name: weights.read(name) for name in weights.shapes}, folder / "model.safetensors")
 
     def remarks(self) -> list[str]:
-        """In what the model that is trained differs from the one that was named: a line each."""
+        """How the model that is trained differs from the one that was named: one line for each difference."""
         return []
 
     def example(self, model: Any) -> str | None:
-        """A sample of what the trained model makes, for the eyes of a person."""
+        """A sample of the trained model's output to show to the user."""
         return None

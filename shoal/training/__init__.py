@@ -1,1 +1,1 @@
-"""A training run: put together, resumed, the loop, evaluation, what is recorded."""
+"""A training run: its assembly, resuming, the loop, evaluation and recording."""

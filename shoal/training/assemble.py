@@ -1,4 +1,4 @@
-"""A run put together: from its configuration to the data, the replica, the strategy and where it writes."""
+"""Assembles a run from its configuration: data, replica, strategy, and the folder it writes to."""
 
 from collections.abc import Callable
 from functools import partial
@@ -93,7 +93,9 @@ def build_training(built: BuiltModel, data: str, screen: Screen) -> Run:
 def build_sync(
     config: RunConfig, replica: Replica, say: Callable[[str], None]
 ) -> tuple[Sync, Callable[[float], None], bool]:
-    """The strategy, not attached yet; what hears the loss of every step; whether all ranks hear the same.
+    """Make the strategy, not attached yet.
+
+    Returns it, the function to call with the loss of each step, and whether that loss is the same on all ranks.
 
     Raises UserError where the settings do not fit the model.
     """
@@ -108,7 +110,7 @@ def build_sync(
 
 
 def _predicted_memory(config: RunConfig, replica: Replica) -> dict[str, int]:
-    """The bytes of parts of the memory, as arithmetic."""
+    """The bytes that each part should hold, by arithmetic."""
     return bytes_held(replica.placed) | {
         "gradients": sum(bucket.flat.nbytes for bucket in replica.buckets),
         "optimizer state": optimizing.state_bytes(replica.optimizers),
@@ -169,7 +171,7 @@ def build_replica(
 def _optimizers(
     config: RunConfig, pieces: list[Piece], policy: Policy
 ) -> tuple[list[torch.optim.Optimizer], list[Piece]]:
-    """The optimizers of these pieces, and what they change: the pieces, or copies on the host."""
+    """The optimizers of these pieces, and the tensors they update: the pieces, or copies on the host."""
     moved = config.layout.offload == "optimizer"
     updated = offload.on_host(pieces) if moved else pieces
     rounds = policy.rounds_by_chance

@@ -1,4 +1,4 @@
-"""Unequal machines: other shares of the micro-batches where measured speeds call for them."""
+"""Unequal machines: shares of the micro-batches that follow measured speeds."""
 
 from statistics import median
 
@@ -12,14 +12,14 @@ WORTH = (
 
 
 class Balancer:
-    """Watches the seconds each rank computes, and says when other shares would be faster. It may be `off`."""
+    """Watches how long each rank computes, and changes the shares when others would be faster. May be `off`."""
 
     def __init__(self, *, off: bool = False) -> None:
         self.off = off
         self.measured: list[list[float]] = []
 
     def observe(self, shares: Shares, seconds: list[float]) -> Shares:
-        """The shares for the next step, from every rank's `seconds` in this one: alike on every rank."""
+        """The shares for the next step, from every rank's `seconds` in this one. All ranks get the same."""
         if self.off:
             return shares
         self.measured.append([s / count for s, count in zip(seconds, shares.counts, strict=True)])

@@ -32,7 +32,7 @@ Found = tuple[
 
 @dataclass(frozen=True)
 class Evaluators:
-    """Those who evaluate together: this one's number among `size`, and how they add up what each has found.
+    """The ranks that evaluate together: the index of this one among `size`, and how they add up their numbers.
 
     All call `agree` equally often. Groups of `in_step` neighbours measure equally often, the last time perhaps a
     micro-batch without samples.
@@ -112,7 +112,7 @@ def _compute(
 def _share_out(
     ids: np.ndarray, among: Evaluators, compute: Callable[[np.ndarray], Found], stop: Callable[[], bool]
 ) -> dict[int, Found] | None:
-    """What this rank finds of its own micro-batches, by number; None if all are to stop."""
+    """The results of this rank's micro-batches by their number; None if all ranks stop."""
 
     def stopping() -> bool:
         return bool(among.agree(torch.tensor([float(stop())], dtype=torch.float64)) > 0)
@@ -155,7 +155,7 @@ def _combined(
 
 
 def _gathered(own: dict[int, list[str]], lengths: Tensor, size: int, among: Evaluators) -> list[str]:
-    """Every row's text, of which each rank has its `own` by micro-batch."""
+    """The text of every row, gathered from the ranks: each has its `own`, by micro-batch."""
     ends = lengths.cumsum(0)
     total = int(ends[-1]) if len(ends) else 0
     if not total:
@@ -174,7 +174,7 @@ def _gathered(own: dict[int, list[str]], lengths: Tensor, size: int, among: Eval
 
 
 def everyone(mesh: Mesh) -> Evaluators:
-    """All ranks, of replicas that hold the same model."""
+    """All ranks as evaluators, where every replica holds the same model."""
     island = Island(mesh)
     agree = partial(island.agree, mesh.wire("replicate").sum)
     return Evaluators(mesh.team, mesh.teams, agree, in_step=len(island.teams))
@@ -187,7 +187,7 @@ def measure(
     stop: Callable[[], bool] = lambda: False,
     predict: Predict | None = None,
 ) -> Measured | None:
-    """What a model's task measures of `samples`, and predicts, or `predict` does; None if `stop()` came true."""
+    """Measure `samples` by the model's task, and predict them by the task or by `predict`; None if stopped."""
     return evaluate(
         built.placed,
         built.task.measure,

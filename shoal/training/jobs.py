@@ -1,4 +1,4 @@
-"""What a worker is started for: a whole training run, or the evaluation of one."""
+"""The jobs of a worker: a whole training run, or an evaluation."""
 
 import json
 import platform
@@ -47,7 +47,7 @@ def train_job(resolved: Resolved, mesh: Mesh, data: Path, stop: Stop) -> None:
 
 
 def begin_run(resolved: Resolved, mesh: Mesh, data: Path, entry: Entry | None = None) -> Run:
-    """A run put together, whose folder nobody else writes in; `entry` is its task if that is not `--task`."""
+    """Assemble a run, and keep other runs out of its folder; `entry` is its task if that is not `--task`."""
     screen = Screen(speaks=mesh.is_first)
     place = RunFolder(Path(resolved.config.checkpoint.output_dir))
     if mesh.is_first and place.is_marked and not resolved.config.checkpoint.begins_anew:
@@ -89,12 +89,12 @@ JOBS: dict[str, Callable[[Resolved, Mesh, Path, Stop], Any]] = {"train": train_j
 
 
 def _of_all(built: BuiltModel, stop: Stop) -> dict[str, float] | None:
-    """The metrics of a model that all replicas hold alike, by all of them."""
+    """The metrics of a model that is the same on all replicas, measured by all of them."""
     return evaluate_model(built, everyone(built.mesh), stop)
 
 
 def _quantized(built: BuiltModel, whole: dict[str, float], stop: Stop) -> dict[str, float] | None:
-    """The metrics of the model once its weights are quantised, beside what the `whole` ones gave."""
+    """The metrics after the weights are quantised, with those of the `whole` weights beside them."""
     model = built.placed.model
     before = weight_bytes(model)
     quantize(model, built.config.eval.quantize)
@@ -112,7 +112,7 @@ def _quantized(built: BuiltModel, whole: dict[str, float], stop: Stop) -> dict[s
 
 
 def _begin_folder(run: Run, resolved: Resolved, place: RunFolder) -> None:
-    """Everything fits together: now the folder becomes this run's. Only here is an earlier run removed."""
+    """Make the folder this run's, now that everything fits. Only here is an earlier run removed."""
     owner = place.begin(
         anew=run.config.checkpoint.begins_anew,
         overwrite=run.config.checkpoint.overwrite_output_dir,
@@ -154,14 +154,14 @@ def _facts(run: Run) -> dict[str, Any]:
 
 
 def _layout(run: Run) -> str:
-    """Where a replica lives, and what its workers are to send each other in a step."""
+    """The layout, and the bytes that its workers send each other in a step."""
     placed = run.replica.placed
     sent = bytes_sent(placed, run.replica.turns, shape_of(run.batches.at(run.progress.step).micro_batch(0)))
     return f"{placed}" + (f", {sent / 1e6:,.3g} MB sent by each within it in a step" if sent else "")
 
 
 def _strategy(run: Run) -> str:
-    """How replicas agree, and what it is expected to cost a step; the summary tells what was really sent."""
+    """The strategy, and its expected cost in a step; the summary has the bytes that were sent."""
     options = run.config.strategy
     cost = cost_of(run.config, run.replica)
     words = [options.name, *(["exact"] if run.config.train.exact else [])]
@@ -198,7 +198,7 @@ def _summary(run: Run, metrics: dict[str, float]) -> dict[str, Any]:
 
 
 def _finish_folder(run: Run, resolved: Resolved, place: RunFolder, summary: dict[str, Any]) -> None:
-    """Export, and write the summary: it marks the run as finished. What is only to be seen comes after that."""
+    """Export the model, then write the summary, which marks the run as finished; then show the results."""
     for optimizer in run.replica.optimizers:
         optimizer.state.clear()  # it is saved, and the export wants room
     model = None if run.replica.is_cut else run.replica.model  # this rank alone never makes a cut one whole
@@ -242,7 +242,7 @@ def _show_sample(run: Run, model: Any) -> None:
 
 
 def _shown_memory(memory: Report, device: torch.device) -> dict[str, str]:
-    """The report as lines: what tensors held, what arithmetic has for it, and what the process had beside them."""
+    """The memory report as lines: bytes held by tensors, their formula, and what the process held beside them."""
     lines, total = {}, 0
     for part, each in memory.items():
         measured, formula = each["bytes"] or 0, each["formula"]

@@ -1,4 +1,4 @@
-"""A model in its place, with the data that it is measured on: what training and evaluation begin with."""
+"""A placed model with its data and task: what training and evaluation begin with."""
 
 import shutil
 from contextlib import nullcontext
@@ -32,7 +32,7 @@ BUILTIN_EPOCHS = 0.5
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """A model in its place on this rank, its task, and where the run stands that it is of."""
+    """A placed model on this rank, its task and data, and the progress of its run."""
 
     config: RunConfig
     mesh: Mesh
@@ -111,7 +111,7 @@ def _placed(
 def _check_model(
     task: Task, surroundings: Surroundings, placed: PlacedModel, mesh: Mesh, policy: Policy
 ) -> None:
-    """Have the task check the model in its place, in the arithmetic of training."""
+    """Have the task check the placed model, in the arithmetic of training."""
     island = Island(mesh)
     cut = len(island) > 1
 
@@ -130,7 +130,7 @@ def _check_model(
 
 
 def _batches(config: RunConfig, task: Task, teams: int, standing: Progress) -> tuple[Batches, int, int]:
-    """The batches from where the run stands, how many steps there are in all, and the micro-batches of a step."""
+    """The batches from the current position on, the total number of steps, and the micro-batches of a step."""
     batch = resolve_batch(config, teams)
     samples = task.samples("train")
     by_steps = config.train.max_steps > 0
@@ -149,7 +149,7 @@ def _batches(config: RunConfig, task: Task, teams: int, standing: Progress) -> t
 
 
 def _check_same_data(wire: Wire, data: Path) -> None:
-    """The folder's name is the hash of what is in it."""
+    """Check that all ranks prepared the same data: the folder's name is the hash of its content."""
     first = wire.share_text(data.name)
     if data.name != first:
         found = f"rank {wire.rank} prepared {data.name}, rank 0 {first}"
@@ -159,7 +159,7 @@ def _check_same_data(wire: Wire, data: Path) -> None:
 
 
 def _compiled(loss: Function) -> Function:
-    """The whole of body, head and loss as one graph. Raises UserError where there is nothing to compile it with."""
+    """Compile body, head and loss as one graph. Raises UserError if there is no C++ compiler."""
     if not (shutil.which("g++") or shutil.which("clang++")):
         raise UserError(
             "--compile", "this machine has no C++ compiler", "install g++, or leave --compile out"
@@ -168,6 +168,6 @@ def _compiled(loss: Function) -> Function:
 
 
 def _epochs(config: RunConfig) -> float:
-    """The built-in corpus is there to see it work: a part of it is enough."""
+    """The epochs to train for. Of the built-in corpus, which is there for trying out, a part is enough."""
     given = config.train.num_train_epochs
     return given or (BUILTIN_EPOCHS if config.data.path == ["builtin"] else 1.0)

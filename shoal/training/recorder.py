@@ -1,4 +1,4 @@
-"""What is recorded and shown of each step and each evaluation. It reads the run, and changes nothing of it."""
+"""Records and shows each step and each evaluation. It reads the run, and changes nothing."""
 
 import resource
 import sys
@@ -18,7 +18,7 @@ from shoal.training.run import Agreed, Run
 
 
 class Recorder:
-    """Metrics to the trackers and lines to the screen, on the rank that speaks; the ledger, on every rank."""
+    """Writes metrics to the trackers and lines to the screen on rank 0, and the ledger on every rank."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -127,7 +127,7 @@ def _check_policy(replica: Replica) -> None:
 
 
 def _ledger(run: Run) -> Ledger:
-    """This rank's ledger, under a number that is higher at each start of the run and the same on all ranks."""
+    """This rank's ledger, under an attempt number that rises with each start and is the same on all ranks."""
     attempt = torch.tensor([time.time_ns()])
     run.mesh.wire("world").broadcast(attempt)
     return Ledger(run.folder / "ledger", run.mesh.rank, int(attempt), run.batches)

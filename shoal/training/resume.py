@@ -15,7 +15,7 @@ from shoal.training.run import Run
 
 
 def resume(run: Run, folder: Path, progress: Progress) -> None:
-    """Have a run continue from a checkpoint, which stands at `progress`."""
+    """Continue a run from a checkpoint whose progress is `progress`."""
     now, replica = run.progress, run.replica
     differ = run.config.strategy.traits.replicas_differ
     restore(folder, progress, now, replica, run.sync, replicas_differ=differ, say=run.screen.say)

@@ -1,4 +1,4 @@
-"""A run: all that the loop needs on one rank, and where it stands."""
+"""A run: everything that the loop needs on one rank, and its progress."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -60,15 +60,15 @@ class Run:
 
     @property
     def bytes_sent(self) -> int:
-        """By this rank in training so far: to other replicas, and within its own."""
+        """Bytes that this rank has sent in training: to other replicas, and within its own."""
         return self.mesh.bytes_sent
 
     def sum(self, numbers: Tensor) -> Tensor:
-        """The sum of `numbers` over the ranks, as far as the strategy hears of them."""
+        """The sum of `numbers` over the ranks; where ranks do not wait for each other, of those received so far."""
         return self.replica.island.agree(self.sync.members.agree, numbers)
 
     def agree(self, step: Step, stopping: bool) -> Agreed:
-        """Let every rank know the same, by one small sum. The losses add up in the order of their micro-batches."""
+        """Share losses, seconds and wishes to stop by one small sum. Losses add up in micro-batch order."""
         mesh, count = self.mesh, len(step.losses)
         numbers = torch.zeros(count + mesh.teams + 2, dtype=torch.float64)
         numbers[:count] = step.losses

@@ -1,4 +1,4 @@
-"""What a run saves, and when the tensors that are saved may change again."""
+"""Saves a run, and knows when the tensors being saved may change again."""
 
 from collections.abc import Callable
 from functools import partial
@@ -37,7 +37,7 @@ class Saver:
         )  # what is saved of the model after so many steps
 
     def save(self, progress: Progress, *, best: bool = False) -> None:
-        """Start to save a checkpoint of the steps done, unless there is one."""
+        """Start to save a checkpoint of the steps done, unless one exists."""
         if not best and self.checkpoints.newest_step == progress.step:
             return
         self.wait_until_read()
@@ -64,7 +64,7 @@ class Saver:
             self._is_read = True
 
     def _after_first(self, work: Callable[[], None]) -> None:
-        """Do `work`, which may be rank 0's alone, and wait for rank 0: an exchange would not wait for long."""
+        """Do `work`, then wait for rank 0, whose work may take longer than an exchange would wait."""
         work()
         if not self._sync.members.evaluates_alone:
             self._replica.mesh.wire("world").wait_for_first()

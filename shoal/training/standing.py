@@ -1,4 +1,4 @@
-"""Which checkpoint a run continues from, and where it stands; what would take other samples is refused."""
+"""Finds the checkpoint that a run continues from, and refuses one that would continue with other samples."""
 
 import json
 from contextlib import suppress
@@ -27,7 +27,7 @@ def checkpoint_of(config: RunConfig, everyone: Wire, screen: Screen) -> Path | N
 
 
 def load_standing(folder: Path, config: RunConfig, data: str, screen: Screen) -> Progress:
-    """Where a checkpoint stands, `data` being the key of what this run learns from.
+    """The progress of a checkpoint; `data` is the key of this run's data.
 
     Raises UserError where the samples, or their order, would not be those of the run that it is of.
     """
@@ -55,7 +55,7 @@ def load_standing(folder: Path, config: RunConfig, data: str, screen: Screen) ->
 
 
 def _recorded(folder: Path) -> tuple[RunConfig, int] | None:
-    """What the folder of a run says of its last start: the configuration, and how many workers there were."""
+    """The configuration and number of workers of the last start, from the run's folder."""
     with suppress(UserError, OSError, ValueError, KeyError, TypeError):
         config = load_config(folder.parent / CONFIG, environ={}).config
         workers = json.loads((folder.parent / ENVIRONMENT).read_text())["workers"]

@@ -20,7 +20,7 @@ class ExportOptions:
 
 
 def run(options: ExportOptions) -> None:
-    """Export, and print what. Raises UserError for what cannot be done; nothing is written over then."""
+    """Export, and print what was written. Raises UserError for what cannot be done; nothing is written over then."""
     asked, target = f"shoal export {options.source}", options.output_dir
     if options.dtype is not None:
         choose("--dtype", options.dtype, DTYPES)

@@ -66,7 +66,7 @@ def hidden(path: Path, suffix: str) -> Path:
 
 
 def parts_of(path: Path, best: bool) -> Path:
-    """Where ranks hand over their parts: of each save its own, since a step may be saved again as the best."""
+    """The folder where ranks hand over their parts: one a save, since a step may be saved again as the best."""
     return hidden(path, f"best{PARTS}" if best else PARTS.removeprefix("."))
 
 
@@ -108,7 +108,7 @@ def point(pointer: Path, name: str) -> None:
 
 
 def pointed(pointer: Path) -> str | None:
-    """The checkpoint that it names."""
+    """The checkpoint that `latest` or `best` names."""
     return pointer.read_text().strip() if pointer.exists() else None
 
 

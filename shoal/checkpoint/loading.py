@@ -141,7 +141,7 @@ class Parts(Sequence[dict[str, Tensor]]):
 
 
 def load_tensors(folder: Path, file: str) -> dict[str, Tensor]:
-    """One file of a checkpoint; empty if it has none."""
+    """The tensors of one file of a checkpoint; empty if there is no such file."""
     if not (folder / file).exists():
         return {}
     with tensor_files.opened(folder / file) as tensors:

@@ -12,7 +12,7 @@ from shoal.system.run_folder import CONFIG
 
 
 def model_folder(folder: Path) -> Path:
-    """Of a run the model it ended in, of a checkpoint the one in it, once verified; any other folder itself.
+    """The final model of a run, the verified model of a checkpoint, or any other folder itself.
 
     Raises UserError where a run has not ended, or a checkpoint is damaged or in pieces.
     """
@@ -34,7 +34,7 @@ def model_folder(folder: Path) -> Path:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether it claims to be one."""
+    """Whether a folder claims to be a checkpoint."""
     return (folder / manifest.NAME).is_file()
 
 

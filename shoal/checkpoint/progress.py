@@ -16,7 +16,7 @@ Count = Annotated[int, Field(ge=0)]
 
 @dataclass
 class Progress:
-    """Where a run stands: all it takes, beside the tensors, to go on as if it had never stopped."""
+    """The progress of a run: all that is needed beside the tensors to go on as if it had never stopped."""
 
     step: Count = 0  # steps done
     position: Count | None = None  # samples used of the endless sequence of epochs; None in earlier versions
@@ -36,7 +36,7 @@ class Progress:
 
 
 def load_progress(folder: Path) -> Progress:
-    """Where the run stood at a checkpoint. Raises UserError where its state.json does not say."""
+    """The progress of a run at a checkpoint. Raises UserError where its state.json does not say."""
     try:
         return TypeAdapter(Progress).validate_json((folder / "state.json").read_bytes(), strict=True)
     except (OSError, ValidationError) as error:

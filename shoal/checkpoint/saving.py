@@ -1,4 +1,4 @@
-"""Checkpoints are written aside, hashed, and moved into place, beside the training that goes on."""
+"""Writes checkpoints beside the training that goes on: aside, hashed, then moved into place."""
 
 import json
 import shutil
@@ -215,7 +215,7 @@ def rank_file(folder: str, rank: int) -> str:
 
 
 def _hand_over(path: Path, tensors: dict[str, Tensor], places: Places) -> None:
-    """Leave a file where rank 0 puts the checkpoint together, whole or not at all."""
+    """Write a file to where rank 0 assembles the checkpoint, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = unready(path)
     try:
@@ -227,7 +227,7 @@ def _hand_over(path: Path, tensors: dict[str, Tensor], places: Places) -> None:
 
 
 def unready(path: Path) -> Path:
-    """Under which name a file is written until it is whole."""
+    """The name of a file until it is whole."""
     return path.with_suffix(".tmp")
 
 

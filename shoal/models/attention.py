@@ -78,7 +78,7 @@ def attention_forward(
 
 
 def _in_compute_dtype(module: nn.Module, inputs: Any, turned: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Cosines and sines, rounded to what the queries and keys are in that they turn.
+    """Cosines and sines of positions, in the dtype of the queries and keys that they rotate.
 
     In float32 they would widen every query and key to be narrowed again: 10 % of a step. The angles stay float32.
     """
@@ -88,7 +88,7 @@ def _in_compute_dtype(module: nn.Module, inputs: Any, turned: tuple[Tensor, ...]
 
 
 def _additive(allowed: Tensor, position_bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores: the bias where a query may look, else the least number that there is."""
+    """The bias added to the scores; the least number of the dtype where a query may not look."""
     least = torch.finfo(dtype).min
     if position_bias is None:
         return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, least)
@@ -110,7 +110,7 @@ def _by_products(
 
 
 def _dropped(seen: Tensor, heads: int, dropout: float, part: tuple[int, int]) -> Tensor:
-    """Dropout over [B * heads, T, T], as it would be if the other parts of the heads were here."""
+    """Dropout over [B * heads, T, T], with the masks drawn as if all heads were on this rank."""
     if not dropout or part == (0, 1):
         return F.dropout(seen, dropout)
     shape = (len(seen) // heads, heads, *seen.shape[1:])
@@ -118,7 +118,7 @@ def _dropped(seen: Tensor, heads: int, dropout: float, part: tuple[int, int]) ->
 
 
 def kept(like: Tensor, shape: Sequence[int], dropout: float, part: tuple[int, int]) -> Tensor:
-    """What dropout multiplies the `part` of the heads by, of `shape` [B, heads, Q, T]: as drawn for all heads.
+    """The dropout factors of a `part` of the heads, `shape` [B, heads, Q, T], drawn as for all heads.
 
     In the dtype of `like`, and where that is.
     """

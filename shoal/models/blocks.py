@@ -1,4 +1,4 @@
-"""The layers of a model, which all that works layer by layer takes one at a time."""
+"""The layers of a model, for code that works layer by layer."""
 
 from collections.abc import Iterator
 

@@ -33,7 +33,7 @@ FRONT_MATTER = {"library_name": "transformers", "tags": ["shoal"]}
 
 
 def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """Leave beside saved weights all else that `export` needs: both configurations, and the tokenizer's files."""
+    """Write what `export` needs beside the weights: both configurations, and the tokenizer's files."""
     (folder / "config.json").write_text(model.config.to_json_string())
     if model.can_generate():
         (folder / "generation_config.json").write_text(_generation(model, tokenizer).to_json_string())
@@ -114,7 +114,7 @@ def _named(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 class _Tensors:
-    """What is written, by the names in the files: read from a checkpoint a block at a time."""
+    """The tensors to write, by their names in the files, read from a checkpoint a block at a time."""
 
     def __init__(self, weights: Stored, model: PreTrainedModel, dtype: torch.dtype | None) -> None:
         self.weights = weights

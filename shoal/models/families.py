@@ -47,7 +47,7 @@ CAUSAL = FAMILIES["causal-lm"]
 
 
 def family_of(config: transformers.PreTrainedConfig) -> Family:
-    """The family of the model class that a configuration names; where it names none, causal language models.
+    """The family of the model class that a configuration names; causal language models if it names none.
 
     Raises KeyError where the class is of no family.
     """

@@ -1,4 +1,4 @@
-"""What a model's folder says of itself, and why one cannot be loaded: in one line, before transformers is asked."""
+"""Checks a model's folder, and says in one line why it cannot be loaded, before transformers reads it."""
 
 import json
 from collections.abc import Mapping
@@ -108,7 +108,7 @@ def _quantization(config: Mapping[str, Any]) -> str | None:
 
 
 def _check_other_weights(asked: str, folder: Path) -> None:
-    """Refuse a folder that holds something else in the place of a model's weights, and say what."""
+    """Refuse a folder that holds something other than a model's weights, and say what it holds."""
     if gguf := sorted(folder.glob("*.gguf")):
         change = "name the model that they were made of, in safetensors"
         raise UserError(asked, f"the folder holds GGUF weights ({gguf[0].name})", change)

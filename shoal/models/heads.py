@@ -23,11 +23,11 @@ class Vocabulary(Protocol):
     first: int  # of its rows
 
     def gather(self, numbers: Tensor) -> Tensor:
-        """What each of them has found, [...]: [ranks, ...]."""
+        """Gather [...] from each rank: [ranks, ...]."""
         ...
 
     def sum(self, numbers: Tensor) -> Tensor:
-        """The sum of what they have found, in place."""
+        """Sum over the ranks, in place."""
         ...
 
 

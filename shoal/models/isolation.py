@@ -21,7 +21,7 @@ PADDING = -1  # the document of a token that fills up a row
 
 @dataclass
 class _Forward:
-    """The forward pass that runs: the shape of its windows, and the documents [B, T] where there are several."""
+    """The forward pass that runs now: the shape of its windows, and their documents [B, T] if there are several."""
 
     shape: tuple[int, int] | None = None
     documents: Tensor | None = None
@@ -32,7 +32,7 @@ _now = _Forward()
 
 @contextmanager
 def documents_apart(shape: tuple[int, int], documents: Tensor | None) -> Iterator[None]:
-    """Within it, masks are those of windows of `shape` [B, T] whose `documents` [B, T] do not see each other.
+    """Make masks within the block keep the `documents` [B, T] of windows of `shape` [B, T] apart.
 
     None: each row is one document. Padding stands on the right, where no token sees it: masks leave it out.
     """
@@ -89,7 +89,7 @@ def real_tokens(documents: Tensor) -> Tensor:
 
 
 def _apart(make: Mask) -> Mask:
-    """A maker of masks that keeps to the forward pass that runs."""
+    """A mask function that follows the forward pass that runs now."""
 
     def masks(
         *args: Any,

@@ -90,7 +90,7 @@ def load_trained(name: str, asked: str) -> transformers.PreTrainedModel:
 
 
 def _prepared(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    """With the fastest code for its parts, and its body where `base_model` looks for it."""
+    """Use the fastest code for its parts, and correct where `base_model` looks for its body."""
     if model.base_model is model:  # Llama 4 names one that it has not
         bodies = [
             name for name, child in model.named_children() if isinstance(child, transformers.PreTrainedModel)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 
 def use_fastest(model: PreTrainedModel) -> None:
-    """Let every norm of `model` that computes what Llama's does take the shorter way where there is one."""
+    """Give every norm of `model` that computes what Llama's does the faster backward pass, where there is one."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and _is_plain(module):
             module.forward = _Forward(module)
@@ -65,7 +65,7 @@ class _RmsNorm(torch.autograd.Function):
 
 @torch.no_grad()
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a norm computes `rms_norm` of its own weight: asked of the code itself, on two rows."""
+    """Whether a norm computes `rms_norm` with its own weight, found by running it on two rows."""
     weight, eps = getattr(module, "weight", None), vars(module).get("variance_epsilon")
     if not isinstance(weight, Tensor) or weight.ndim != 1 or eps is None:
         return False

@@ -23,7 +23,7 @@ SMALL = 2**16  # bytes; up to here, as vectors are, a parameter is not worth a f
 
 @contextmanager
 def on_disk(folder: Path) -> Iterator[None]:
-    """Within it, parameters that modules register lie in files of `folder`, which has to be on a disk."""
+    """Keep parameters registered within the block in files of `folder`, which must be on a disk."""
 
     def registered(module: nn.Module, name: str, p: nn.Parameter | None) -> None:
         if p is not None and p.device.type == "cpu" and p.nbytes > SMALL and not is_on_disk(p):
@@ -55,7 +55,7 @@ def cast(p: nn.Parameter, dtype: torch.dtype) -> None:
 
 
 def into_memory(model: nn.Module) -> None:
-    """Hold in memory what a layout has left of a model."""
+    """Move into memory what a layout has left of a model."""
     for p in model.parameters():
         if is_on_disk(p):
             p.data = p.data.clone()

@@ -1,4 +1,4 @@
-"""Which linear layers of a model are cut by their outputs, and which by their inputs, to be computed by several.
+"""Which linear layers of a model are cut by their outputs and which by their inputs, for tensor parallelism.
 
 The outputs of one (queries, keys and values; the wide side of an MLP) are the inputs of another, and between the two
 nothing is exchanged. Most Hugging Face models say it of themselves; the table has others. (An embedding within the
@@ -75,7 +75,7 @@ STYLES: dict[str, Style | None] = {
 
 
 class Unknown(Exception):
-    """What of a model cannot be cut."""
+    """The part of a model that cannot be cut."""
 
 
 def plan(model: nn.Module, layers: list[nn.Module]) -> dict[nn.Module, Style]:

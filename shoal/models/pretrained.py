@@ -120,7 +120,7 @@ def text_part(config: transformers.PreTrainedConfig) -> transformers.PreTrainedC
 
 
 def remarks(name: str) -> list[str]:
-    """In what the model that is trained differs from the one in its folder: a line each, for the user."""
+    """How the model that is trained differs from the one in its folder: one line for each difference."""
     if name in PRESETS:
         return []
     source = locate(name, f"--model {name}")

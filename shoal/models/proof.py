@@ -1,4 +1,4 @@
-"""What is proved of a model before it is trained: by small forward passes, not by the name of its family.
+"""Proves by small forward passes that a model can be trained as asked, whatever its family is called.
 
 - the loss that is summed here is the one that the model's own forward pass gives with labels
 - a document in a packed window is computed as it is alone, and no token sees a later one
@@ -45,7 +45,7 @@ def remedy(packing: bool) -> str:
 
 @contextmanager
 def trial(asked: str, change: str) -> Iterator[None]:
-    """Within it, any error of a forward pass becomes a UserError of one line; no gradients, no warnings."""
+    """Turn any error of a forward pass in the block into a UserError of one line; no gradients, no warnings."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # families warn of labels that are only those of this trial
     try:

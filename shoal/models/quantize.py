@@ -1,4 +1,4 @@
-"""Weights of a trained model in few bits, by torchao: for inference on less memory, at some loss in perplexity.
+"""Weights in int8 or int4, by torchao: inference in less memory, at some loss in perplexity.
 
 Only the linear layers are quantised. Embeddings and the head stay as they are: they cost most in perplexity, and the
 loss reads the head's weight itself. Activations and sums stay in the model's arithmetic ("weight only").
@@ -31,7 +31,7 @@ def quantize(model: nn.Module, kind: str) -> None:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """What the parameters of a model hold, quantised or not."""
+    """The bytes that the parameters of a model take, quantised or not."""
     return sum(part.nbytes for p in model.parameters() for part in _parts(p.data))
 
 
@@ -56,7 +56,7 @@ def _parts(weight: Tensor) -> list[Tensor]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the lines in which torchao tells what it was not built for."""
+    """Silence torchao's lines about kernels that it was not built with."""
     logging.disable(logging.WARNING)
     try:
         yield

@@ -22,7 +22,7 @@ Surroundings = Callable[[], AbstractContextManager[object]]
 
 
 def recompute(model: nn.Module, which: str, again: Surroundings | None = None) -> None:
-    """Have the layers of `model` computed again in backward passes: "none", "full" or "selective".
+    """Compute layers of `model` again in backward passes: "none", "full" or "selective".
 
     Masks of dropout are drawn as they were, so neither loss nor gradient changes by a bit; names stay. `again` is
     asked as a layer computes, for what is to be around it the second time. Raises UserError where the model has no

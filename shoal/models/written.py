@@ -83,7 +83,7 @@ class Written:
 
 
 class _Followed(TorchFunctionMode):
-    """Notes of which tensors each tensor is made. `contiguous` copies none: a part of a tensor stays a view."""
+    """Records which tensors each tensor is made of. `contiguous` copies none: a part of a tensor stays a view."""
 
     def __init__(self, held: Mapping[str, Tensor]) -> None:
         super().__init__()

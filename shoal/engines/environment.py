@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from shoal.config import RunConfig, resolve_threads, wanted_device
 from shoal.errors import UserError
 from shoal.system.devices import Machine, gpus, usable_cores
+from shoal.wire.cards import TOKEN
 from shoal.wire.rendezvous import Rendezvous
 
 RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
@@ -47,6 +48,7 @@ def placement(environ: Mapping[str, str] = os.environ) -> Rendezvous:
         store_fd=_number(environ, STORE_FD),
         served=environ.get(SERVED) == "True",
         attempt=_number(environ, RESTARTS) or 0,
+        token=environ.get(TOKEN, ""),
     )
 
 

@@ -1,20 +1,66 @@
-"""A process that is a worker: it takes its threads and its device, and meets the others."""
+"""A process that is a worker: it takes its threads and its device, and meets the others, set up as it is."""
 
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from shoal.config import RunConfig, wanted_device
+from shoal.config.names import names
 from shoal.engines.environment import is_worker, placement, threads_of
+from shoal.errors import UserError
+from shoal.system import devices, output
+from shoal.tensors import precision
+from shoal.wire.alike import Difference
 from shoal.wire.mesh import Mesh, join
 from shoal.wire.rendezvous import Rendezvous
 
+# What each host may have for itself: how it starts workers, and where its files lie.
+OF_A_HOST = {
+    "launch", "train.threads", "data.path", "data.eval_path", "data.cache_dir", "checkpoint.output_dir",
+}  # fmt: skip
+WISHED = {  # what may differ, and changes the last digits where it does
+    "torch": torch.__version__,
+    "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+}
+
 
 @contextmanager
-def joined(config: RunConfig) -> Iterator[Mesh]:
-    """The mesh of the workers that an engine started, or of this process alone."""
+def joined(config: RunConfig, data: str = "") -> Iterator[Mesh]:
+    """The mesh of the workers that an engine started, or of this process alone. `data` is the key of prepared data.
+
+    Raises UserError on every rank where shoal, a setting or the data is another on one of them.
+    """
     place = placement() if is_worker() else Rendezvous()
     torch.set_num_threads(threads_of(config, place))
-    with join(place, wanted_device(config)) as mesh:
+    device = devices.device_of(wanted_device(config), place.local_rank, place.local_size)
+
+    def judge(differences: list[Difference]) -> None:
+        for found in differences:
+            if found.name not in WISHED:
+                raise UserError(found.name, str(found), "give every host the same")
+            if place.rank == 0:
+                output.say(
+                    f"shoal: warning: {found.name}: {found}; the last digits may differ from run to run"
+                )
+
+    facts = _settings(config, device) | {"the prepared data": data} | WISHED
+    with join(place, device, facts, judge) as mesh:
         yield mesh
+
+
+def _settings(config: RunConfig, device: str) -> dict[str, str]:
+    """What must be alike, as text by the name that a user gives it. What is `auto` is what it means here."""
+    found = {}
+    for section, values in config.model_dump().items():
+        for field, value in values.items():
+            key = f"{section}.{field}"
+            if not {section, key} & OF_A_HOST:
+                known = names().get(key)
+                found[key if known is None else known.flag] = str(value)
+    kind = torch.device(device)
+    return found | {
+        "--device": kind.type,
+        "--precision": precision.resolve(config.train.precision, kind).name,
+    }

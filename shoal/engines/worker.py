@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from shoal.config import Resolved, RunConfig, wanted_device
+from shoal.config import Resolved, RunConfig
 from shoal.config.layout import STAGES
 from shoal.engines.signals import hear
 from shoal.errors import DONE, FAILED, ShoalError, UserError, choose, described, foreseen
@@ -56,19 +56,15 @@ class Stop:
 def work(verb: str, resolved: Resolved) -> Any:
     """Do this rank's part of `verb`, "train" or "evaluate", and return what it found."""
     stop = Stop()
-    import torch
-
-    from shoal.engines.environment import placement, threads_of
+    from shoal.engines.joining import joined
     from shoal.sync import SYNCS
     from shoal.tasks import TASKS
     from shoal.training.jobs import JOBS
-    from shoal.wire.mesh import join
 
-    config, place = resolved.config, placement()
-    torch.set_num_threads(threads_of(config, place))
+    config = resolved.config
     choose("--strategy", config.strategy.name, {**SYNCS, **STAGES})  # before the work of preparing
     data = choose("--task", config.train.task, TASKS).prepare(config, False)
-    with join(place, wanted_device(config)) as mesh:
+    with joined(config, data.name) as mesh:
         found = JOBS[verb](resolved, mesh, data, stop)
         hear(signal.SIGTERM, signal.SIG_IGN)  # all is done: there is nothing left to stop
     return found

@@ -5,7 +5,6 @@ hosts may be network namespaces of one machine, to try slow links. It saves a co
 end. A lost process still shows on the pair.
 """
 
-import hashlib
 import json
 import mmap
 import os
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from shoal.servers.messages import HEADER_BYTES
+from shoal.wire.hosts import machine_id
 from shoal.wire.pairs import Pair, Work
 
 SHARED_FOLDER = Path("/dev/shm")
@@ -115,7 +115,7 @@ def accept(pair: Pair, up: int, down: int, *, share_memory: bool) -> Connection:
     """The server's end, for payloads of `up` bytes from the worker and `down` bytes to it. Raises PeerLost."""
     theirs = torch.empty(HEADER_BYTES, dtype=torch.uint8)
     pair.receive(theirs)
-    path = _reserve(_aligned(up) + down) if share_memory and _text(theirs) == _machine() else None
+    path = _reserve(_aligned(up) + down) if share_memory and _text(theirs) == machine_id() else None
     try:
         pair.send(_header(str(path or "")))
         pair.receive(theirs)
@@ -130,7 +130,7 @@ def accept(pair: Pair, up: int, down: int, *, share_memory: bool) -> Connection:
 
 def connect(pair: Pair, up: int, down: int) -> Connection:
     """The worker's end. Raises PeerLost."""
-    pair.send(_header(_machine()))
+    pair.send(_header(machine_id()))
     theirs = torch.empty(HEADER_BYTES, dtype=torch.uint8)
     pair.receive(theirs)
     path = Path(_text(theirs))
@@ -145,18 +145,9 @@ def _by_network(pair: Pair, sent: int, received: int) -> Connection:
     return Connection(pair, outgoing, incoming, shared=False)
 
 
-def _machine() -> str:
-    """A name that two processes share only where they run on one machine and in one network; empty: not known."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-        return hashlib.sha256((boot + os.readlink("/proc/self/ns/net")).encode()).hexdigest()
-    except OSError:
-        return ""
-
-
 def _reserve(size: int) -> Path | None:
     """A new file in memory; None where there is no room."""
-    if not _machine() or not SHARED_FOLDER.is_dir():
+    if not machine_id() or not SHARED_FOLDER.is_dir():
         return None
     descriptor, name = tempfile.mkstemp(prefix="shoal-", dir=SHARED_FOLDER)
     try:

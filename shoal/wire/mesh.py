@@ -3,7 +3,7 @@
 import hashlib
 import math
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -13,6 +13,8 @@ import torch.distributed as dist
 from shoal.errors import Preempted, UserError
 from shoal.system import devices
 from shoal.wire import meeting
+from shoal.wire.alike import Difference
+from shoal.wire.hosts import Host, Interface, bound_to, way_to_others
 from shoal.wire.rendezvous import Rendezvous
 from shoal.wire.wire import Wire
 
@@ -44,6 +46,8 @@ class Mesh:
     device: torch.device
     group: dist.ProcessGroup
     axes: Mapping[str, Axis]
+    hosts: tuple[Host, ...] = ()  # by rank
+    interface: Interface | None = None  # by which this rank reaches the others
     epoch: int = 0  # of the membership: a mesh of other ranks has a higher one, and wires of its own
     _wires: dict[str, Wire] = field(default_factory=dict, repr=False)
 
@@ -125,37 +129,53 @@ class Mesh:
 
 
 @contextmanager
-def join(rendezvous: Rendezvous, wanted: str = "auto") -> Iterator[Mesh]:
+def join(
+    rendezvous: Rendezvous,
+    device_name: str = "cpu",
+    facts: Mapping[str, str] | None = None,
+    judge: Callable[[list[Difference]], None] = lambda found: None,
+) -> Iterator[Mesh]:
     """Meet the other ranks, and part from them at the end. One process alone is a world of size 1.
 
-    `wanted` is the kind of device: auto, cpu or gpu. Raises UserError where there is none for this rank.
+    `judge` hears on every rank which `facts` are not alike, before anything is exchanged, and may raise. Raises
+    UserError where the meeting cannot be, and where several ranks use one GPU.
     """
-    device = torch.device(devices.device_of(wanted, rendezvous.local_rank, rendezvous.local_size))
+    device = torch.device(device_name)
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     store = dist.PrefixStore(f"attempt{rendezvous.attempt}", meeting.open_store(rendezvous))
-    meeting.meet(store, rendezvous)
-    dist.init_process_group(
-        "cuda:nccl,cpu:gloo" if cuda else "gloo",
-        store=store,
-        rank=rendezvous.rank,
-        world_size=rendezvous.world_size,
-        timeout=meeting.TIMEOUT,
-    )
+    met = meeting.meet(store, rendezvous, facts or {})
+    way = way_to_others(met.hosts, rendezvous.rank, rendezvous.address)
+    with _parting(store, rendezvous), bound_to(way):
+        judge(met.differences)
+        dist.init_process_group(
+            "cuda:nccl,cpu:gloo" if cuda else "gloo",
+            store=store,
+            rank=rendezvous.rank,
+            world_size=rendezvous.world_size,
+            timeout=meeting.TIMEOUT,
+        )
+        try:
+            group = dist.distributed_c10d._get_default_group()
+            axes = {"replicate": Axis(rendezvous.world_size, rendezvous.rank, group)}
+            if cuda:
+                check_own(devices.identity(str(device)), rendezvous.world_size)
+            yield Mesh(rendezvous.rank, rendezvous.world_size, device, group, axes, tuple(met.hosts), way)
+        finally:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _parting(store: dist.Store, rendezvous: Rendezvous) -> Iterator[None]:
+    """Rank 0 keeps the store until the others have left, unless an error that is its own ends it."""
     try:
-        group = dist.distributed_c10d._get_default_group()
-        axes = {"replicate": Axis(rendezvous.world_size, rendezvous.rank, group)}
-        if cuda:
-            check_own(devices.identity(str(device)), rendezvous.world_size)
-        yield Mesh(rendezvous.rank, rendezvous.world_size, device, group, axes)
-    except Preempted:
+        yield
+    except (Preempted, UserError):
         meeting.part(store, rendezvous)
         raise
     else:
         meeting.part(store, rendezvous)
-    finally:
-        dist.destroy_process_group()
 
 
 def check_own(identity: str, world_size: int) -> None:

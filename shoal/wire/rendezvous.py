@@ -1,6 +1,6 @@
 """Where a process stands among the others, before it has met them. Without torch: the launcher reads it too."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -9,7 +9,8 @@ class Rendezvous:
 
     Rank 0 serves the store, on the listening socket `store_fd` if it inherited one from the launcher, unless the
     engine itself serves it. `attempt` counts restarts by the engine: each meets under fresh keys. `local_size` is
-    how many there are on this machine, 0 where the engine does not say.
+    how many there are on this machine, 0 where the engine does not say. `token` is what the ranks of one run have and
+    others do not: who gives another one is not let in.
     """
 
     rank: int = 0
@@ -21,3 +22,4 @@ class Rendezvous:
     served: bool = False
     attempt: int = 0
     local_size: int = 0
+    token: str = field(default="", repr=False)

@@ -52,7 +52,8 @@ def main(words: list[str] | None = None) -> int:
         with heard(nothing_to_save, signal.SIGTERM) if verb in LAUNCHED else nullcontext():
             return VERBS[verb](rest) if verb in VERBS else _about(verb)
     except KeyboardInterrupt as asked:
-        output.say(f"shoal: {str(asked) or 'interrupted'}")
+        if _speaks():
+            output.say(f"shoal: {str(asked) or 'interrupted'}")
         return INTERRUPTED
     except Exception as error:
         return _tell(error)
@@ -239,9 +240,19 @@ def _tell(error: Exception) -> int:
     line = foreseen(error)
     if line is None:
         raise error
-    if line.exit_code != DONE:
+    if line.exit_code != DONE and (not line.of_all or _speaks()):
         output.say(f"shoal: {line}" if isinstance(line, Preempted) else f"shoal: error: {line}")
     return line.exit_code
+
+
+def _speaks() -> bool:
+    """Whether this process says what every worker has to say."""
+    from shoal.engines.environment import speaks
+
+    try:
+        return speaks()
+    except UserError:  # the environment contradicts itself
+        return True
 
 
 def _asks_help(words: list[str]) -> bool:

@@ -36,6 +36,7 @@ class ShoalError(Exception):
     """Base of the errors that are printed as one line, without a traceback."""
 
     exit_code = FAILED
+    of_all = False  # whether every worker has it, so that one of each machine says it
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
@@ -52,11 +53,15 @@ class UserError(ShoalError):
 
 
 class PeerLost(ConnectionError):
-    """The other side of the exchange `what` is gone or silent. `rank` is None where all ranks take part."""
+    """The other side of the exchange `what` is gone or silent. `rank` is None where all ranks take part.
 
-    def __init__(self, rank: int | None, what: str, how: str) -> None:
-        self.rank, self.what, self.how = rank, what, how
-        super().__init__(f"{what}{'' if rank is None else f' with rank {rank}'}: {how}")
+    `who` names the rank in words, once it is known which one is gone.
+    """
+
+    def __init__(self, rank: int | None, what: str, how: str, who: str = "") -> None:
+        self.rank, self.what, self.how, self.who = rank, what, how, who
+        partner = f" with {who}" if who else "" if rank is None else f" with rank {rank}"
+        super().__init__(f"{what}{partner}: {how}")
 
     @property
     def is_silent(self) -> bool:
@@ -68,6 +73,13 @@ class Preempted(ShoalError):
     """The run was asked to stop, saved its state, and can go on from there."""
 
     exit_code = PREEMPTED
+    of_all = True
+
+
+class WorkerLost(ShoalError):
+    """Another worker is gone, and this one cannot go on without it."""
+
+    of_all = True
 
 
 def printable(text: str) -> str:

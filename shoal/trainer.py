@@ -15,9 +15,11 @@ from torch import nn
 from shoal import checkpoint
 from shoal.api import Summary
 from shoal.config import Resolved, check_options, load_config
+from shoal.engines.environment import is_worker
 from shoal.engines.joining import joined
 from shoal.engines.local import check_folder
-from shoal.engines.worker import Stop
+from shoal.engines.signals import Stop
+from shoal.engines.worker import end
 from shoal.errors import Preempted, UserError
 from shoal.system.run_folder import SUMMARY
 from shoal.tasks import Entry
@@ -201,7 +203,7 @@ class _Asked(Stop):
     """Whether the process was asked to stop, or a callback has asked to end."""
 
     def __init__(self, callbacks: _Callbacks) -> None:
-        super().__init__()
+        super().__init__(end if is_worker() else None)
         self._callbacks = callbacks
 
     def __call__(self) -> bool:

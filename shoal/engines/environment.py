@@ -28,6 +28,11 @@ def is_worker(environ: Mapping[str, str] = os.environ) -> bool:
     return any(name in environ for name in RANK[:3]) or _is_srun(environ)
 
 
+def speaks(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process says what all workers have to say: it is no worker, or the first of its machine."""
+    return not is_worker(environ) or not _first(environ, LOCAL_RANK)
+
+
 def placement(environ: Mapping[str, str] = os.environ) -> Rendezvous:
     """What the engine says of this process. Raises UserError if rank, world size or address are missing or wrong."""
     rank, world_size = _first(environ, RANK), _first(environ, WORLD_SIZE)

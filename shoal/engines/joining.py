@@ -3,14 +3,16 @@
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from shoal.config import RunConfig, wanted_device
 from shoal.config.names import names
 from shoal.engines.environment import is_worker, placement, threads_of
-from shoal.errors import UserError
+from shoal.errors import PeerLost, UserError, WorkerLost
 from shoal.system import devices, output
+from shoal.system.run_folder import candidates
 from shoal.tensors import precision
 from shoal.wire.alike import Difference
 from shoal.wire.mesh import Mesh, join
@@ -30,7 +32,8 @@ WISHED = {  # what may differ, and changes the last digits where it does
 def joined(config: RunConfig, data: str = "") -> Iterator[Mesh]:
     """The mesh of the workers that an engine started, or of this process alone. `data` is the key of prepared data.
 
-    Raises UserError on every rank where shoal, a setting or the data is another on one of them.
+    Raises UserError on every rank where shoal, a setting or the data is another on one of them, and WorkerLost where
+    a rank is gone that this one needs.
     """
     place = placement() if is_worker() else Rendezvous()
     torch.set_num_threads(threads_of(config, place))
@@ -39,15 +42,29 @@ def joined(config: RunConfig, data: str = "") -> Iterator[Mesh]:
     def judge(differences: list[Difference]) -> None:
         for found in differences:
             if found.name not in WISHED:
-                raise UserError(found.name, str(found), "give every host the same")
+                refused = UserError(found.name, str(found), "give every host the same")
+                refused.of_all = True
+                raise refused
             if place.rank == 0:
                 output.say(
                     f"shoal: warning: {found.name}: {found}; the last digits may differ from run to run"
                 )
 
     facts = _settings(config, device) | {"the prepared data": data} | WISHED
-    with join(place, device, facts, judge) as mesh:
-        yield mesh
+    try:
+        with join(place, device, facts, judge) as mesh:
+            yield mesh
+    except PeerLost as lost:
+        raise WorkerLost(_lost(lost, Path(config.checkpoint.output_dir))) from lost
+
+
+def _lost(lost: PeerLost, folder: Path) -> str:
+    """What is said of a rank that is gone, and from where training can go on."""
+    said = f"{lost.who or 'a worker'} is gone: {lost.how}, in {lost.what}"
+    saved = candidates(folder)
+    if not saved:
+        return f"{said}; there is no checkpoint yet"
+    return f"{said}; go on from {saved[0]} with --resume-from-checkpoint latest"
 
 
 def _settings(config: RunConfig, device: str) -> dict[str, str]:

@@ -16,8 +16,8 @@ from typing import Any
 
 from shoal.config import Resolved, check_options, idle_gpus, resolve_grid, resolve_threads, resolve_workers
 from shoal.engines.environment import INTERFACES, STORE_FD, is_worker, machine
-from shoal.engines.signals import NOTHING_TO_SAVE, hear, heard
-from shoal.engines.worker import ERRORS, FOUND, JOB, began, work
+from shoal.engines.signals import NOTHING_TO_SAVE, Stop, heard
+from shoal.engines.worker import ERRORS, FOUND, JOB, began, end, work
 from shoal.errors import BAD_INPUT, DONE, LESS_MEMORY, PREEMPTED, Preempted, ShoalError, UserError
 from shoal.system import helpers, output
 from shoal.system.run_folder import RunFolder
@@ -48,8 +48,7 @@ def launch(resolved: Resolved, verb: str = "train") -> Any:
         check_options(resolved)
         check_folder(resolved)
     if is_worker():
-        hear(signal.SIGTERM, signal.SIG_DFL)  # a handler would wait for whatever call it is in
-        return work(verb, resolved)
+        return work(verb, resolved, Stop(end))
     config, here = resolved.config, machine(resolved.config)
     workers = resolve_workers(config, here)
     grid = resolve_grid(config, workers)
@@ -186,6 +185,7 @@ class Workers:
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM if self.signals == 1 else signal.SIGKILL)
+                process.send_signal(signal.SIGCONT)  # one that was stopped hears it, too
 
     def _end_all(self, grace: float) -> None:
         """Give the workers `grace` seconds to leave, since they see the links of a failed one torn; then kill."""
@@ -214,11 +214,12 @@ class Workers:
             raise KeyboardInterrupt(_first(records)["message"] if records else "interrupted")
         own = {rank: p.returncode for rank, p in enumerate(self.processes) if p.pid not in self.stuck}
         orderly = all(own[r] in (DONE, PREEMPTED) for r in own.keys() - self.spared)
+        left = [record for record in records if record["exit_code"] == PREEMPTED]
         too_early = -signal.SIGTERM in own.values()  # a worker that had nothing to save; others may miss it
-        if orderly or too_early:
-            left = [record for record in records if record["exit_code"] == PREEMPTED]
+        if orderly or too_early or any(record["message"] == NOTHING_TO_SAVE for record in left):
             raise Preempted(_first(left)["message"] if left else NOTHING_TO_SAVE)
         failed = [r for r in records if r["exit_code"] != PREEMPTED]  # the others leave while rank 0 saves
+        failed = [r for r in failed if not r["lost"]]  # they miss another, which is the cause
         refused = [r for r in failed if not r["traceback"]]
         silent = [rank for rank, code in own.items() if code < 0]
         if silent and not refused:

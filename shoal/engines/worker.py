@@ -12,13 +12,22 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 from shoal.config import Resolved, RunConfig
 from shoal.config.layout import STAGES
-from shoal.engines.signals import hear
-from shoal.errors import DONE, FAILED, ShoalError, UserError, choose, described, foreseen
+from shoal.engines.signals import Stop, hear
+from shoal.errors import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    ShoalError,
+    UserError,
+    WorkerLost,
+    choose,
+    described,
+    foreseen,
+)
 from shoal.system import output
 
 ERRORS = "SHOAL_ERRORS"  # names the folder in which a worker leaves its error for the launcher
@@ -26,36 +35,34 @@ JOB = "job.json"  # there: the verb and the configuration
 FOUND = "found.json"  # there: what rank 0 found
 
 
+class Launched(Stop):
+    """The wish to stop of a worker that our launcher has started: it hears what happened, and says it."""
+
+    def __init__(self) -> None:
+        super().__init__(self._end)
+
+    def hold(self, tell: Callable[[], None], stuck: Callable[[], str] = str) -> None:
+        """From now on there is something to save, and the launcher hears of it."""
+        super().hold(tell, stuck)
+        Path(os.environ[ERRORS], began(int(os.environ["RANK"]))).touch()
+
+    @staticmethod
+    def _end(error: ShoalError | KeyboardInterrupt) -> NoReturn:
+        assert isinstance(error, ShoalError)  # Ctrl-C comes as SIGTERM
+        _report(error, error)
+        leave(error.exit_code)
+
+
 def began(rank: int) -> str:
     """The file among the errors by which a worker says that it trains."""
     return f"began-{rank}"
 
 
-class Stop:
-    """SIGTERM: before training it ends the worker at once, in whatever call; after `hold` it only sets a flag."""
+def work(verb: str, resolved: Resolved, stop: Stop) -> Any:
+    """Do this rank's part of `verb`, "train" or "evaluate", and return what it found.
 
-    def __init__(self) -> None:
-        self.asked = False
-
-    def hold(self, tell: Callable[[], None]) -> None:
-        """From now on there is something to save, and the launcher hears of it. `tell` is called at SIGTERM."""
-        self._tell = tell
-        hear(signal.SIGTERM, self._receive)
-        if ERRORS in os.environ:
-            Path(os.environ[ERRORS], began(int(os.environ["RANK"]))).touch()
-
-    def __call__(self) -> bool:
-        """Whether the run was asked to stop."""
-        return self.asked
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        self._tell()
-
-
-def work(verb: str, resolved: Resolved) -> Any:
-    """Do this rank's part of `verb`, "train" or "evaluate", and return what it found."""
-    stop = Stop()
+    Raises WorkerLost where another rank is gone that this one needs.
+    """
     from shoal.engines.joining import joined
     from shoal.sync import SYNCS
     from shoal.tasks import TASKS
@@ -81,7 +88,7 @@ def main() -> int:
         job = json.loads(Path(os.environ[ERRORS], JOB).read_text())
         config = RunConfig.model_validate(job["config"])
         folder = config.checkpoint.output_dir
-        found = work(job["verb"], Resolved(config, job["origins"]))
+        found = work(job["verb"], Resolved(config, job["origins"]), Launched())
         if found is not None:
             Path(os.environ[ERRORS], FOUND).write_text(json.dumps(found))
     except Exception as error:
@@ -91,7 +98,7 @@ def main() -> int:
     return DONE
 
 
-def _report(error: Exception, line: ShoalError | None) -> None:
+def _report(error: ShoalError | Exception, line: ShoalError | None) -> None:
     """Write an error to a file for the launcher: one line, or with a traceback if it was not foreseen."""
     trace = "" if line else traceback.format_exc()
     record = {
@@ -101,6 +108,7 @@ def _report(error: Exception, line: ShoalError | None) -> None:
         "refusal": [line.asked, line.found, line.change] if isinstance(line, UserError) else [],
         "exit_code": line.exit_code if line else FAILED,
         "traceback": trace,
+        "lost": isinstance(line, WorkerLost),
     }
     try:
         file = Path(os.environ[ERRORS], f"rank-{record['rank']}.json")
@@ -109,6 +117,15 @@ def _report(error: Exception, line: ShoalError | None) -> None:
         aside.replace(file)
     except OSError:  # the disk of temporary files is full, too
         output.say(f"{trace}shoal: error: {record['message']}")
+
+
+def end(error: ShoalError | KeyboardInterrupt) -> NoReturn:
+    """End a worker of another engine at once, with the line of this error."""
+    from shoal.engines.environment import speaks
+
+    if speaks():
+        output.say(f"shoal: {str(error) or 'interrupted'}")
+    leave(error.exit_code if isinstance(error, ShoalError) else INTERRUPTED)
 
 
 def leave(code: int) -> NoReturn:

@@ -15,6 +15,7 @@ from shoal.servers.core import END, Halted, ParameterServer, Push, norm_of
 from shoal.servers.messages import PULLS, PUSHES, Kind, Reply, Request
 from shoal.servers.push_format import PushFormat
 from shoal.wire.pairs import Bell, Door, Guest
+from shoal.wire.waits import WAITS
 
 NOTHING = torch.empty(0, dtype=torch.float64)
 EMPTY = Reply(
@@ -165,8 +166,11 @@ class Host:
                 self.last = max(steps, default=0) + more
 
     def _wait(self, predicate: Callable[[], bool], waiting: Signal = no_signal) -> None:
-        while not self._changed.wait_for(lambda: bool(self.server.failure) or predicate(), SIGNAL_SECONDS):
-            waiting()
+        with WAITS.on("the server's answer"):
+            while not self._changed.wait_for(
+                lambda: bool(self.server.failure) or predicate(), SIGNAL_SECONDS
+            ):
+                waiting()
         if self.server.failure:
             raise Halted(self.server.failure)
 

@@ -36,8 +36,11 @@ class Stop(Protocol):
 
     def __call__(self) -> bool: ...
 
-    def hold(self, tell: Callable[[], None]) -> None:
-        """From now on there is something to save before leaving. `tell` is called when the run is asked to stop."""
+    def hold(self, tell: Callable[[], None], stuck: Callable[[], str] = str) -> None:
+        """From now on there is something to save before leaving. `tell` is called when the run is asked to stop.
+
+        `stuck` returns, in words, what this rank waits for in vain; nothing where it does not.
+        """
         ...
 
 
@@ -63,7 +66,8 @@ def train_run(run: Run, resolved: Resolved, stop: Stop) -> None:
     run.mesh.wire("world").wait_for_first()
     if run.mesh.is_first:  # it may ask the hub
         run.screen.banner("Running training", _facts(run))
-    stop.hold(lambda: run.sync.members.wish())
+    pulse = run.mesh.pulse
+    stop.hold(lambda: run.sync.members.wish(), pulse.stuck if pulse else str)
     metrics = train(run, stop)
     with run.sync.shared_model(run.replica):
         if run.mesh.is_first:

@@ -15,6 +15,7 @@ from shoal.observe.ledger import Ledger
 from shoal.observe.trackers import Tracker, trackers
 from shoal.replica import Replica, Step
 from shoal.training.run import Agreed, Run
+from shoal.wire.waits import WAITS
 
 
 class Recorder:
@@ -32,7 +33,7 @@ class Recorder:
 
     def __enter__(self) -> Self:
         self.run.screen.start_bar(self.run.total_steps, self.run.progress.step)
-        self.started = time.perf_counter()
+        self.started, self.waited = time.perf_counter(), WAITS.stalled
         self.sent = self.run.bytes_sent
         return self
 
@@ -62,7 +63,8 @@ class Recorder:
             scale = f"; the loss scale is now {replica.scaler.scale:g}" if replica.scaler.dynamic else ""
             run.screen.say(f"step: {done} the gradient is not finite: nothing was updated{scale}")
         if done % run.config.log.logging_steps == 0 or done in (self.first_step + 1, run.total_steps):
-            each = (time.perf_counter() - self.started) / (done - self.first_step)
+            trained = time.perf_counter() - self.started - (WAITS.stalled - self.waited)
+            each = trained / (done - self.first_step)
             run.screen.say(step_line(record, each * (run.total_steps - done)))
 
     def evaluation(self, metrics: dict[str, float] | None) -> dict[str, float] | None:

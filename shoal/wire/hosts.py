@@ -75,9 +75,13 @@ def this_host(store_address: str, port: int) -> Host:
 def way_to_others(hosts: Sequence[Host], rank: int, store_address: str) -> Interface | None:
     """The interface by which this rank reaches those of other machines; where there is one machine, the store.
 
+    One that the environment names for gloo is taken as it is.
     A host's own name often means its loopback (Debian's 127.0.1.1), and rank 0 is asked for by that name: it takes
     the interface that reaches the first rank elsewhere.
     """
+    if named := os.environ.get(GLOO, "").partition(",")[0]:
+        own = [each.address for each in psutil.net_if_addrs().get(named, []) if each.family == socket.AF_INET]
+        return Interface(named, own[0]) if own else None
     others = [each.address for each in hosts if each.machine != hosts[rank].machine]
     if not others:
         return towards(store_address)

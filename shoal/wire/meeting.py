@@ -18,6 +18,7 @@ from shoal.wire.alike import Difference, differences
 from shoal.wire.cards import TOKEN, Card, check_first, own_card, read_card, shows_token
 from shoal.wire.hosts import Host
 from shoal.wire.rendezvous import Rendezvous
+from shoal.wire.waits import WAITS
 
 TIMEOUT = timedelta(minutes=10)  # how long a collective waits for the slowest rank
 FOREVER = timedelta(days=365)
@@ -223,4 +224,5 @@ def shared_store() -> Any:
 
 def new_group(ranks: list[int]) -> dist.ProcessGroup:
     """A process group of these ranks. They alone call it: its name follows from their ranks."""
-    return dist.new_group(ranks, timeout=TIMEOUT, use_local_synchronization=True)
+    with WAITS.on("making a group", tuple(ranks)):
+        return dist.new_group(ranks, timeout=TIMEOUT, use_local_synchronization=True)

@@ -15,7 +15,10 @@ from shoal.system import devices
 from shoal.wire import meeting
 from shoal.wire.alike import Difference
 from shoal.wire.hosts import Host, Interface, bound_to, way_to_others
+from shoal.wire.lost import peer_lost
+from shoal.wire.pulse import Pulse, pulsing
 from shoal.wire.rendezvous import Rendezvous
+from shoal.wire.waits import WAITS
 from shoal.wire.wire import Wire
 
 # The outermost first: the ranks of an island, which hold one replica, are neighbours, and among them those of a team,
@@ -48,6 +51,7 @@ class Mesh:
     axes: Mapping[str, Axis]
     hosts: tuple[Host, ...] = ()  # by rank
     interface: Interface | None = None  # by which this rank reaches the others
+    pulse: Pulse | None = None  # of a world of several ranks
     epoch: int = 0  # of the membership: a mesh of other ranks has a higher one, and wires of its own
     _wires: dict[str, Wire] = field(default_factory=dict, repr=False)
 
@@ -147,8 +151,24 @@ def join(
     store = dist.PrefixStore(f"attempt{rendezvous.attempt}", meeting.open_store(rendezvous))
     met = meeting.meet(store, rendezvous, facts or {})
     way = way_to_others(met.hosts, rendezvous.rank, rendezvous.address)
+    WAITS.begin()
     with _parting(store, rendezvous), bound_to(way):
         judge(met.differences)
+        with (
+            pulsing(rendezvous, met.hosts, store, way) as pulse,
+            _group(store, rendezvous, cuda=cuda) as group,
+        ):
+            if cuda:
+                check_own(devices.identity(str(device)), rendezvous.world_size)
+            rank, world_size = rendezvous.rank, rendezvous.world_size
+            axes = {"replicate": Axis(world_size, rank, group)}
+            yield Mesh(rank, world_size, device, group, axes, tuple(met.hosts), way, pulse)
+
+
+@contextmanager
+def _group(store: dist.Store, rendezvous: Rendezvous, *, cuda: bool) -> Iterator[dist.ProcessGroup]:
+    """The process group of all ranks."""
+    with WAITS.on("the first connection"), peer_lost("the first connection"):
         dist.init_process_group(
             "cuda:nccl,cpu:gloo" if cuda else "gloo",
             store=store,
@@ -156,14 +176,10 @@ def join(
             world_size=rendezvous.world_size,
             timeout=meeting.TIMEOUT,
         )
-        try:
-            group = dist.distributed_c10d._get_default_group()
-            axes = {"replicate": Axis(rendezvous.world_size, rendezvous.rank, group)}
-            if cuda:
-                check_own(devices.identity(str(device)), rendezvous.world_size)
-            yield Mesh(rendezvous.rank, rendezvous.world_size, device, group, axes, tuple(met.hosts), way)
-        finally:
-            dist.destroy_process_group()
+    try:
+        yield dist.distributed_c10d._get_default_group()
+    finally:
+        dist.destroy_process_group()
 
 
 @contextmanager

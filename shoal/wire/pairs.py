@@ -14,6 +14,7 @@ from torch import Tensor
 from shoal.errors import PeerLost
 from shoal.wire import meeting
 from shoal.wire.lost import peer_lost
+from shoal.wire.waits import WAITS
 
 Work = dist.Work  # what was started on a pair: done after `Pair.finish`
 MEET = timedelta(seconds=20)  # the longest wait at a door for a guest that has knocked
@@ -28,7 +29,7 @@ class Pair:
 
     def __init__(self, store: dist.Store, name: str, number: int, patience: timedelta) -> None:
         """Meet the other, which gives the same `name`. Raises PeerLost when it has not come after `patience`."""
-        with peer_lost("a meeting of two"):
+        with WAITS.on("a meeting of two"), peer_lost("a meeting of two"):
             self._group: Any = dist.ProcessGroupGloo(dist.PrefixStore(name, store), number, 2, patience)
         self._other = 1 - number
 
@@ -40,7 +41,7 @@ class Pair:
 
     def finish(self, work: Work) -> None:
         """Wait until it has been sent, or received."""
-        with peer_lost("send or receive"):
+        with WAITS.on("send or receive"), peer_lost("send or receive"):
             work.wait(meeting.TIMEOUT)
 
     def send(self, tensor: Tensor, channel: int = 0) -> None:

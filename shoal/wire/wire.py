@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shoal.wire import meeting
 from shoal.wire.lost import peer_lost
+from shoal.wire.waits import WAITS
 
 # Renamed in torch 2.13.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -34,6 +35,7 @@ class Exchange:
     ) -> None:
         self.what = what
         self.rank = rank
+        self._ranks = wire.ranks if rank is None else (wire.ranks[rank],)
         self._wire = wire.counter
         self._wire.bytes_sent += nbytes  # that this rank sends
         with peer_lost(what, rank):
@@ -46,7 +48,7 @@ class Exchange:
             return
         started = time.perf_counter()
         try:
-            with peer_lost(self.what, self.rank):
+            with WAITS.on(self.what, self._ranks), peer_lost(self.what, self.rank):
                 for work in self._works:
                     work.wait()
         finally:
@@ -65,6 +67,7 @@ class Wire:
         self.counter = counter or self  # the wire whose counts and list the exchanges stand in
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
+        self.ranks = tuple(dist.get_process_group_ranks(group))  # of the world
         self.pending: dict[Exchange, None] = {}  # those that are open, the oldest first
         self.bytes_sent = 0
         self.seconds_waited = 0.0
@@ -75,9 +78,8 @@ class Wire:
 
     def neighbours(self, size: int) -> "Wire":
         """A wire to the ranks in the same run of `size` ranks. This one counts for it. Every rank must call it."""
-        ranks = dist.get_process_group_ranks(self.group)
         first = self.rank // size * size
-        return Wire(meeting.new_group(ranks[first : first + size]), self.counter)
+        return Wire(meeting.new_group(list(self.ranks[first : first + size])), self.counter)
 
     def start_all_reduce(self, tensor: Tensor, what: str = "all-reduce") -> Exchange:
         """Begin to sum `tensor` in place over the ranks."""
@@ -152,7 +154,8 @@ class Wire:
         """
         _texts[self.group.group_name] += 1
         key = f"text/{self.group.group_name}/{_texts[self.group.group_name]}"
-        with peer_lost("a text of rank 0", 0):
+        what = "what rank 0 does alone"
+        with WAITS.on(what, self.ranks[:1]), peer_lost(what, 0):
             store = meeting.shared_store()
             if self.rank == 0:
                 store.set(key, text)

@@ -49,6 +49,13 @@ def network(count: int, mbit: float | None) -> Iterator[list[Host]]:
         signal.signal(signal.SIGINT, interrupt)
 
 
+def set_link(host: Host, *, up: bool) -> None:
+    """Pull the host's cable out of the switch, or plug it in again."""
+    switch = host.namespace.rpartition("-")[0] + "-switch"
+    port = "port" + host.namespace.rpartition("-")[2]
+    _run("ip", "-n", switch, "link", "set", port, "up" if up else "down")
+
+
 def bytes_moved(pid: int) -> int:
     """What the host of process `pid` has sent or received so far, whichever is more, headers included.
 

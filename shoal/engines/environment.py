@@ -3,7 +3,7 @@
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 from shoal.config import RunConfig, resolve_threads, wanted_device
 from shoal.errors import UserError
@@ -19,7 +19,7 @@ SLURM_SIZES = "SLURM_TASKS_PER_NODE"  # of all nodes, as in 4(x2),3
 STORE_FD = "SHOAL_STORE_FD"
 SERVED = "TORCHELASTIC_USE_AGENT_STORE"
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
-INTERFACES = "GLOO_SOCKET_IFNAME"
+INTERFACES, NCCL_INTERFACES = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 PORTS = range(1, 1 << 16)
 
 
@@ -53,6 +53,7 @@ def placement(environ: Mapping[str, str] = os.environ) -> Rendezvous:
         store_fd=_number(environ, STORE_FD),
         served=environ.get(SERVED) == "True",
         attempt=_number(environ, RESTARTS) or 0,
+        interface=environ.get(INTERFACES, "").partition(",")[0],
         token=environ.get(TOKEN, ""),
     )
 
@@ -69,6 +70,12 @@ def machine(config: RunConfig, environ: Mapping[str, str] = os.environ) -> Machi
 def threads_of(config: RunConfig, place: Rendezvous, environ: Mapping[str, str] = os.environ) -> int:
     """The threads of the worker at `place`. Where its engine does not say how many share the machine, all may."""
     return resolve_threads(config, place.local_size or place.world_size, machine(config, environ))
+
+
+def use_interface(name: str, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Have gloo and NCCL use this network interface, unless the environment already names one for them."""
+    environ.setdefault(INTERFACES, name)
+    environ.setdefault(NCCL_INTERFACES, f"={name}")  # else NCCL reads it as a prefix
 
 
 def check_interfaces(names: str) -> None:

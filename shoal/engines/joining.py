@@ -9,12 +9,12 @@ import torch
 
 from shoal.config import RunConfig, wanted_device
 from shoal.config.names import names
-from shoal.engines.environment import is_worker, placement, threads_of
+from shoal.engines.environment import is_worker, placement, threads_of, use_interface
 from shoal.errors import PeerLost, UserError, WorkerLost
 from shoal.system import devices, output
 from shoal.system.run_folder import candidates
 from shoal.tensors import precision
-from shoal.wire.alike import Difference
+from shoal.wire.meeting import Met
 from shoal.wire.mesh import Mesh, join
 from shoal.wire.rendezvous import Rendezvous
 
@@ -39,8 +39,10 @@ def joined(config: RunConfig, data: str = "") -> Iterator[Mesh]:
     torch.set_num_threads(threads_of(config, place))
     device = devices.device_of(wanted_device(config), place.local_rank, place.local_size)
 
-    def judge(differences: list[Difference]) -> None:
-        for found in differences:
+    def met(meeting: Met) -> None:
+        if meeting.way is not None and place.world_size > 1:
+            use_interface(meeting.way.name)
+        for found in meeting.differences:
             if found.name not in WISHED:
                 refused = UserError(found.name, str(found), "give every host the same")
                 refused.of_all = True
@@ -52,7 +54,7 @@ def joined(config: RunConfig, data: str = "") -> Iterator[Mesh]:
 
     facts = _settings(config, device) | {"the prepared data": data} | WISHED
     try:
-        with join(place, device, facts, judge) as mesh:
+        with join(place, device, facts, met) as mesh:
             yield mesh
     except PeerLost as lost:
         raise WorkerLost(_lost(lost, Path(config.checkpoint.output_dir))) from lost
@@ -60,7 +62,7 @@ def joined(config: RunConfig, data: str = "") -> Iterator[Mesh]:
 
 def _lost(lost: PeerLost, folder: Path) -> str:
     """What is said of a rank that is gone, and from where training can go on."""
-    said = f"{lost.who or 'a worker'} is gone: {lost.how}, in {lost.what}"
+    said = f"{lost.who} is gone: {lost.how}, in {lost.what}" if lost.who else str(lost)
     saved = candidates(folder)
     if not saved:
         return f"{said}; there is no checkpoint yet"

@@ -17,7 +17,7 @@ from typing import Any
 from shoal.config import Resolved, check_options, idle_gpus, resolve_grid, resolve_threads, resolve_workers
 from shoal.engines.environment import INTERFACES, STORE_FD, is_worker, machine
 from shoal.engines.signals import NOTHING_TO_SAVE, Stop, heard
-from shoal.engines.worker import ERRORS, FOUND, JOB, began, end, work
+from shoal.engines.worker import AT_ONCE, ERRORS, FOUND, JOB, began, end, work
 from shoal.errors import BAD_INPUT, DONE, LESS_MEMORY, PREEMPTED, Preempted, ShoalError, UserError
 from shoal.system import helpers, output
 from shoal.system.run_folder import RunFolder
@@ -215,8 +215,9 @@ class Workers:
         own = {rank: p.returncode for rank, p in enumerate(self.processes) if p.pid not in self.stuck}
         orderly = all(own[r] in (DONE, PREEMPTED) for r in own.keys() - self.spared)
         left = [record for record in records if record["exit_code"] == PREEMPTED]
-        too_early = -signal.SIGTERM in own.values()  # a worker that had nothing to save; others may miss it
-        if orderly or too_early or any(record["message"] == NOTHING_TO_SAVE for record in left):
+        # A worker that had nothing to save, or waited in vain; others may miss it.
+        at_once = not {-signal.SIGTERM, AT_ONCE}.isdisjoint(own.values())
+        if orderly or at_once:
             raise Preempted(_first(left)["message"] if left else NOTHING_TO_SAVE)
         failed = [r for r in records if r["exit_code"] != PREEMPTED]  # the others leave while rank 0 saves
         failed = [r for r in failed if not r["lost"]]  # they miss another, which is the cause

@@ -55,6 +55,7 @@ class Stop:
         self._tell: Callable[[], None] | None = None
         self._stuck: Callable[[], str] = str
         self._leave = leave
+        self._ending = threading.Lock()
         if leave is not None and threading.current_thread() is threading.main_thread():
             hear(signal.SIGTERM, self._receive)
             read, write = os.pipe()
@@ -76,26 +77,33 @@ class Stop:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
-        if self._tell is not None:
+        if self._tell is None:
+            self._end(Preempted(NOTHING_TO_SAVE))
+        else:
             self._tell()
 
     def _hear(self, pipe: int) -> None:
-        assert self._leave is not None
         while number := os.read(pipe, 1):
             if number[0] == signal.SIGTERM:
                 self._end_where_nothing_is_lost()
             if number[0] == signal.SIGINT:
                 time.sleep(OWN_WAY)
-                self._leave(KeyboardInterrupt())
+                self._end(KeyboardInterrupt())
 
     def _end_where_nothing_is_lost(self) -> None:
-        assert self._leave is not None
         if self._tell is None:
-            self._leave(Preempted(NOTHING_TO_SAVE))
+            self._end(Preempted(NOTHING_TO_SAVE))
         while not (awaited := self._stuck()):
             time.sleep(LOOK)
         change = "go on with --resume-from-checkpoint latest"
-        self._leave(Preempted(f"stopped while waiting for {awaited}, without saving; {change}"))
+        self._end(Preempted(f"stopped while waiting for {awaited}, without saving; {change}"))
+
+    def _end(self, error: ShoalError | KeyboardInterrupt) -> None:
+        """End the process, once: the handler and the thread may come to it at the same time."""
+        assert self._leave is not None
+        if self._ending.acquire(blocking=False):
+            self._leave(error)
+        time.sleep(OWN_WAY)
 
 
 def nothing_to_save(number: int, frame: FrameType | None) -> None:

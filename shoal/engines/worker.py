@@ -33,13 +33,14 @@ from shoal.system import output
 ERRORS = "SHOAL_ERRORS"  # names the folder in which a worker leaves its error for the launcher
 JOB = "job.json"  # there: the verb and the configuration
 FOUND = "found.json"  # there: what rank 0 found
+AT_ONCE = 128 + signal.SIGTERM  # the exit code of one that was asked to stop, and left the others alone
 
 
 class Launched(Stop):
     """The wish to stop of a worker that our launcher has started: it hears what happened, and says it."""
 
     def __init__(self) -> None:
-        super().__init__(self._end)
+        super().__init__(self._report_and_leave)
 
     def hold(self, tell: Callable[[], None], stuck: Callable[[], str] = str) -> None:
         """From now on there is something to save, and the launcher hears of it."""
@@ -47,10 +48,10 @@ class Launched(Stop):
         Path(os.environ[ERRORS], began(int(os.environ["RANK"]))).touch()
 
     @staticmethod
-    def _end(error: ShoalError | KeyboardInterrupt) -> NoReturn:
+    def _report_and_leave(error: ShoalError | KeyboardInterrupt) -> NoReturn:
         assert isinstance(error, ShoalError)  # Ctrl-C comes as SIGTERM
         _report(error, error)
-        leave(error.exit_code)
+        leave(AT_ONCE)
 
 
 def began(rank: int) -> str:

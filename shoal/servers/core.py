@@ -14,11 +14,15 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from shoal.errors import PeerLost
 from shoal.optim.optimizers import NamedParams, NamedState
 
 
-class Halted(RuntimeError):
-    """Too few workers are left for the server to go on."""
+class Halted(PeerLost):
+    """Too few workers are left for the server to go on, or the server itself is gone: `why`, in words."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(None, "training by servers", why)
 
 
 END = 2**62  # the clock of a worker that has taken its last step

@@ -158,7 +158,7 @@ class Host:
             self._changed.wait_for(lambda: not self.connections)
 
     def _stop_all(self, bell: Bell, more: int) -> None:
-        with suppress(PeerLost, Halted):  # the run has ended
+        with suppress(PeerLost):  # the run has ended
             bell.wait()
             with self._changed:
                 self._wait(lambda: self._begun)
@@ -266,8 +266,8 @@ class Host:
                 reply, others = self.pushed(request, waiting)
                 connection.finish([*signals, *connection.send(reply.pack(), others)])
         except Halted as halted:
-            connection.finish(connection.send(replace(EMPTY, text=-len(str(halted).encode())).pack()))
-            connection.send_text(str(halted))
+            connection.finish(connection.send(replace(EMPTY, text=-len(halted.how.encode())).pack()))
+            connection.send_text(halted.how)
 
     def _note_served(self, request: Request) -> None:
         with self._changed:

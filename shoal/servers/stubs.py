@@ -133,6 +133,8 @@ class RemoteStub(ServerStub):
     def answer(self) -> tuple[Reply, Tensor]:
         try:
             return self._receive()
+        except Halted:
+            raise
         except PeerLost as error:
             try:
                 self._reconnect()

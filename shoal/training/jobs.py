@@ -27,8 +27,10 @@ from shoal.training.model import BuiltModel, build_model
 from shoal.training.recorder import peak_rss_gib
 from shoal.training.run import Run
 from shoal.wire.mesh import Mesh
+from shoal.wire.waits import WAITS
 
 MIB = 2**20
+SHOWN_HOSTS = 8
 
 
 class Stop(Protocol):
@@ -66,6 +68,7 @@ def train_run(run: Run, resolved: Resolved, stop: Stop) -> None:
     run.mesh.wire("world").wait_for_first()
     if run.mesh.is_first:  # it may ask the hub
         run.screen.banner("Running training", _facts(run))
+    WAITS.step = run.progress.step + 1
     pulse = run.mesh.pulse
     stop.hold(lambda: run.sync.members.wish(), pulse.stuck if pulse else str)
     metrics = train(run, stop)
@@ -150,11 +153,21 @@ def _facts(run: Run) -> dict[str, Any]:
         "Gradient accumulation steps": accumulation,
         "Total optimization steps": run.total_steps,
         "Workers": f"{run.mesh.world_size} x {torch.get_num_threads()} threads on {run.mesh.device.type}",
+        **_network(run.mesh),
         "Layout": _layout(run),
         "Strategy": _strategy(run),
         "Precision": str(replica.policy),
         "Output": str(run.folder),
     }
+
+
+def _network(mesh: Mesh) -> dict[str, str]:
+    """The interface by which this rank reaches those on other hosts, where there are any."""
+    if len({host.machine for host in mesh.hosts}) < 2:
+        return {}
+    names = list(dict.fromkeys(host.name for host in mesh.hosts))
+    shown = ", ".join(names[:SHOWN_HOSTS]) + (" ..." if len(names) > SHOWN_HOSTS else "")
+    return {"Network": f"{mesh.interface or 'chosen by torch'}, {len(names)} hosts: {shown}"}
 
 
 def _layout(run: Run) -> str:

@@ -6,7 +6,6 @@ from shoal.errors import Preempted, ShoalError
 from shoal.training.evaluate import validate
 from shoal.training.recorder import Recorder
 from shoal.training.run import Run
-from shoal.wire.waits import WAITS
 
 
 def train(run: Run, stop: Callable[[], bool]) -> dict[str, float]:
@@ -21,7 +20,6 @@ def train(run: Run, stop: Callable[[], bool]) -> dict[str, float]:
         run.lap()
         for number in range(run.progress.step, run.total_steps):
             batch = run.batches.at(number)
-            WAITS.step = number + 1
             with run.memory.watching(number):
                 step = run.replica.gradients(batch)
                 run.saver.wait_until_read()  # a save under way reads the parameters until here

@@ -21,6 +21,7 @@ from shoal.training.balance import Balancer
 from shoal.training.model import BuiltModel
 from shoal.training.saving import Saver
 from shoal.wire.mesh import Mesh
+from shoal.wire.waits import WAITS
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Run:
         """Count a step as done, tell who watches its loss, and balance the next one."""
         replica, progress = self.replica, self.progress
         progress.step = batch.step + 1
+        WAITS.step = progress.step + 1
         progress.position = batch.next_position
         progress.tokens += batch.labels
         progress.seconds += agreed.wall

@@ -3,16 +3,13 @@
 import hashlib
 import os
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
 import psutil
-
-# Who takes an interface from the environment. NCCL reads a name as a prefix unless "=" stands before it.
-GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 
 
 @dataclass(frozen=True)
@@ -72,33 +69,22 @@ def this_host(store_address: str, port: int) -> Host:
     return Host(socket.gethostname(), machine_id() or socket.gethostname(), reached)
 
 
+def named(interface: str) -> Interface | None:
+    """The interface of this name, by its first IPv4 address; None where it has none."""
+    own = [each.address for each in psutil.net_if_addrs().get(interface, []) if each.family == socket.AF_INET]
+    return Interface(interface, own[0]) if own else None
+
+
 def way_to_others(hosts: Sequence[Host], rank: int, store_address: str) -> Interface | None:
     """The interface by which this rank reaches those of other machines; where there is one machine, the store.
 
-    One that the environment names for gloo is taken as it is.
     A host's own name often means its loopback (Debian's 127.0.1.1), and rank 0 is asked for by that name: it takes
     the interface that reaches the first rank elsewhere.
     """
-    if named := os.environ.get(GLOO, "").partition(",")[0]:
-        own = [each.address for each in psutil.net_if_addrs().get(named, []) if each.family == socket.AF_INET]
-        return Interface(named, own[0]) if own else None
     others = [each.address for each in hosts if each.machine != hosts[rank].machine]
     if not others:
         return towards(store_address)
     return next(filter(None, map(towards, filter(None, others))), None)
-
-
-@contextmanager
-def bound_to(interface: Interface | None) -> Iterator[None]:
-    """Within it gloo and NCCL use this interface, unless the environment names another."""
-    given = {} if interface is None else {GLOO: interface.name, NCCL: f"={interface.name}"}
-    given = {name: value for name, value in given.items() if name not in os.environ}
-    os.environ.update(given)
-    try:
-        yield
-    finally:
-        for name in given:
-            os.environ.pop(name, None)
 
 
 def _interface_at(address: str) -> Interface | None:

@@ -22,6 +22,7 @@ class Line:
         self._read, self._unsent = b"", b""
 
     def fileno(self) -> int:
+        """For `select`."""
         return self.socket.fileno()
 
     def send(self, message: Mapping[str, Any]) -> None:

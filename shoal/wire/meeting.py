@@ -16,7 +16,7 @@ from shoal.errors import ShoalError, UserError
 from shoal.system import output
 from shoal.wire.alike import Difference, differences
 from shoal.wire.cards import TOKEN, Card, check_first, own_card, read_card, shows_token
-from shoal.wire.hosts import Host
+from shoal.wire.hosts import Host, Interface, named, way_to_others
 from shoal.wire.rendezvous import Rendezvous
 from shoal.wire.waits import WAITS
 
@@ -33,10 +33,11 @@ PARTING = 5.0  # seconds that the rank which keeps the store stays for the other
 
 @dataclass(frozen=True)
 class Met:
-    """What every rank knows once all have met: their hosts, by rank, and what is not alike among them."""
+    """What a rank knows once all have met: their hosts, by rank, what is not alike, and the way to the others."""
 
     hosts: list[Host]
     differences: list[Difference]
+    way: Interface | None
 
 
 def open_store(rendezvous: Rendezvous) -> dist.Store:
@@ -123,9 +124,9 @@ def meet(store: dist.Store, rendezvous: Rendezvous, facts: Mapping[str, str]) ->
     if rendezvous.rank == 0:
         store.set("here/0", card.as_text())
         cards = _let_in(store, rendezvous, card)
-        met = Met([each.host for each in cards], differences(cards))
-        store.set(ALL_HERE, json.dumps(asdict(met)))
-        return met
+        hosts, different = [each.host for each in cards], differences(cards)
+        store.set(ALL_HERE, json.dumps([list(map(asdict, hosts)), list(map(asdict, different))]))
+        return Met(hosts, different, _way(rendezvous, hosts))
     _await(lambda: store.check(["here/0"]), rendezvous, lambda: f"worker 0 at {_place(rendezvous)}")
     check_first(read_card(store.get("here/0")), rendezvous)
     own = card.as_text()
@@ -137,7 +138,14 @@ def meet(store: dist.Store, rendezvous: Rendezvous, facts: Mapping[str, str]) ->
         raise UserError(f"worker {rendezvous.rank} on {card.host.name}", found, change)
     _await(lambda: store.check([ALL_HERE]), rendezvous, lambda: _missing(store, rendezvous))
     said = json.loads(store.get(ALL_HERE))
-    return Met([Host(**each) for each in said["hosts"]], [Difference(**each) for each in said["differences"]])
+    hosts, different = [Host(**each) for each in said[0]], [Difference(**each) for each in said[1]]
+    return Met(hosts, different, _way(rendezvous, hosts))
+
+
+def _way(rendezvous: Rendezvous, hosts: list[Host]) -> Interface | None:
+    if rendezvous.interface:
+        return named(rendezvous.interface)
+    return way_to_others(hosts, rendezvous.rank, rendezvous.address)
 
 
 def _let_in(store: dist.Store, rendezvous: Rendezvous, first: Card) -> list[Card]:

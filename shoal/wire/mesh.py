@@ -13,9 +13,9 @@ import torch.distributed as dist
 from shoal.errors import Preempted, UserError
 from shoal.system import devices
 from shoal.wire import meeting
-from shoal.wire.alike import Difference
-from shoal.wire.hosts import Host, Interface, bound_to, way_to_others
+from shoal.wire.hosts import Host, Interface
 from shoal.wire.lost import peer_lost
+from shoal.wire.meeting import Met
 from shoal.wire.pulse import Pulse, pulsing
 from shoal.wire.rendezvous import Rendezvous
 from shoal.wire.waits import WAITS
@@ -137,32 +137,29 @@ def join(
     rendezvous: Rendezvous,
     device_name: str = "cpu",
     facts: Mapping[str, str] | None = None,
-    judge: Callable[[list[Difference]], None] = lambda found: None,
+    met: Callable[[Met], None] = lambda found: None,
 ) -> Iterator[Mesh]:
     """Meet the other ranks, and part from them at the end. One process alone is a world of size 1.
 
-    `judge` hears on every rank which `facts` are not alike, before anything is exchanged, and may raise. Raises
-    UserError where the meeting cannot be, and where several ranks use one GPU.
+    `met` hears on every rank what became known at the meeting, such as which `facts` are not alike, before anything
+    is exchanged; it may raise. Raises UserError where the meeting cannot be, and where several ranks use one GPU.
     """
     device = torch.device(device_name)
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     store = dist.PrefixStore(f"attempt{rendezvous.attempt}", meeting.open_store(rendezvous))
-    met = meeting.meet(store, rendezvous, facts or {})
-    way = way_to_others(met.hosts, rendezvous.rank, rendezvous.address)
+    found = meeting.meet(store, rendezvous, facts or {})
     WAITS.begin()
-    with _parting(store, rendezvous), bound_to(way):
-        judge(met.differences)
-        with (
-            pulsing(rendezvous, met.hosts, store, way) as pulse,
-            _group(store, rendezvous, cuda=cuda) as group,
-        ):
+    with _parting(store, rendezvous):
+        met(found)
+        way, hosts = found.way, tuple(found.hosts)
+        with pulsing(rendezvous, hosts, store, way) as pulse, _group(store, rendezvous, cuda=cuda) as group:
             if cuda:
                 check_own(devices.identity(str(device)), rendezvous.world_size)
             rank, world_size = rendezvous.rank, rendezvous.world_size
             axes = {"replicate": Axis(world_size, rank, group)}
-            yield Mesh(rank, world_size, device, group, axes, tuple(met.hosts), way, pulse)
+            yield Mesh(rank, world_size, device, group, axes, hosts, way, pulse)
 
 
 @contextmanager

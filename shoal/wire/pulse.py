@@ -98,7 +98,7 @@ class Pulse:
             self._told.wait(ASK)
         gone, silent = self.view.gone, self.view.silent
         lost = next(iter(gone or silent), error.rank)
-        who = "a worker" if lost is None else self.name(lost)
+        who = "" if lost is None else self.name(lost)
         how = gone.get(-1 if lost is None else lost, error.how)
         return PeerLost(lost, self._place(error.what), how, who)
 
@@ -114,7 +114,7 @@ class Pulse:
         return f"worker {rank}" + (f" on {self.hosts[rank].name}" if several else "")
 
     def _run(self) -> None:
-        turned = time.monotonic()
+        turned = time.monotonic() - self._beat  # the first sign of life goes out at once
         while True:
             due = turned + self._beat - time.monotonic()
             readers: list[Any] = [

@@ -22,4 +22,5 @@ class Rendezvous:
     served: bool = False
     attempt: int = 0
     local_size: int = 0
+    interface: str = ""  # by which this rank reaches the others, where the environment names one
     token: str = field(default="", repr=False)

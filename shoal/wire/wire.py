@@ -154,7 +154,7 @@ class Wire:
         """
         _texts[self.group.group_name] += 1
         key = f"text/{self.group.group_name}/{_texts[self.group.group_name]}"
-        what = "what rank 0 does alone"
+        what = "rank 0's own work"
         with WAITS.on(what, self.ranks[:1]), peer_lost(what, 0):
             store = meeting.shared_store()
             if self.rank == 0:

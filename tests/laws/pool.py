@@ -59,7 +59,8 @@ class Started:
 
     def output(self) -> str:
         """What it has printed so far."""
-        return self.result.with_suffix(".out").read_text()
+        file = self.result.with_suffix(".out")
+        return file.read_text() if file.exists() else ""  # it makes the file itself
 
 
 class Pool:

@@ -125,7 +125,9 @@ def test_who_reads_late_still_reads_what_rank_0_wrote_last(pool: Pool) -> None:
     assert pool.world(2, hear_late) == ["the last word"] * 2
 
 
-@pytest.mark.parametrize(("late", "awaited"), [(0, "worker 0 at 127.0.0.1"), (1, "worker 1")])
+@pytest.mark.parametrize(
+    ("late", "awaited"), [(0, "worker 0 at 127.0.0.1"), (1, "1 of 2 workers (worker 1)")]
+)
 def test_a_rank_may_come_late_and_it_is_said_who_is_awaited(pool: Pool, late: int, awaited: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]

@@ -166,7 +166,7 @@ class Host:
                 self.last = max(steps, default=0) + more
 
     def _wait(self, predicate: Callable[[], bool], waiting: Signal = no_signal) -> None:
-        with WAITS.on("the server's answer"):
+        with WAITS.on("an answer of the servers"):
             while not self._changed.wait_for(
                 lambda: bool(self.server.failure) or predicate(), SIGNAL_SECONDS
             ):

@@ -26,6 +26,7 @@ from shoal.servers.messages import Reply
 from shoal.servers.update_rules import Arrivals
 from shoal.sync.base import Guardable, State
 from shoal.sync.server_strategy import ServerStrategy, Traffic
+from shoal.wire.waits import WAITS
 from shoal.wire.wire import Wire
 
 
@@ -46,7 +47,8 @@ class BackgroundCall:
 
     def wait(self) -> Reply:
         """Its result; raises what it raised."""
-        done = self._done.get()
+        with WAITS.on("an answer of the servers"):
+            done = self._done.get()
         self.running = False
         if isinstance(done, BaseException):
             raise done

@@ -2,7 +2,6 @@
 
 import json
 import socket
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -18,7 +17,6 @@ class Line:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket = connection
         self.rank: int | None = None  # of the other end, once it is known
-        self.heard = time.monotonic()
         self._read, self._unsent = b"", b""
 
     def fileno(self) -> int:
@@ -39,8 +37,7 @@ class Line:
             if not data:
                 raise ConnectionError("it was closed")
             self._read += data
-            self.heard = time.monotonic()
-        *lines, self._read = self._read.split(b"\n")
+            *lines, self._read = self._read.split(b"\n")
         if len(self._read) > MOST:
             raise ConnectionError("it carries no lines")
         try:

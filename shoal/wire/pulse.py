@@ -74,6 +74,8 @@ class Pulse:
         self._beat = BEAT * max(1.0, len(hosts) / CROWD)
         self._token = token
         self._lines: list[Line] = []  # of rank 0: one of each other rank; of another: the one to rank 0
+        others = range(1, len(hosts)) if rank == 0 else range(1)
+        self._heard = dict.fromkeys(others, time.monotonic())  # when, by rank
         self._left: set[int] = set()
         self._waiting: set[int] = set()
         self._said = 0.0
@@ -103,10 +105,13 @@ class Pulse:
         return PeerLost(lost, self._place(error.what), how, who)
 
     def stuck(self) -> str:
-        """What this rank waits for, in words, if it waits while another is silent; else nothing."""
+        """What this rank waits for, in words, if it waits in vain: another is silent; else nothing."""
         wait = WAITS.current
-        silent = self.view.silent
-        return self._described(wait, silent, "silent") if wait and wait.seconds > BEAT and silent else ""
+        if wait is None or wait.seconds < BEAT:
+            return ""
+        # Who waits long though another is gone waits for it: it was not told, or waits for one that was.
+        absent = self.view.silent or (list(self.view.gone) if wait.seconds > SILENT else [])
+        return self._described(wait, absent, "silent") if absent else ""
 
     def name(self, rank: int) -> str:
         """`worker 3`, with its host where there are several."""
@@ -123,8 +128,7 @@ class Pulse:
             ready, _, _ = select.select(readers, (), (), max(0.0, due))
             now = time.monotonic()
             if now - turned > self._beat + SILENT / 2:  # this process was stopped: it has not listened
-                for line in self._lines:
-                    line.heard = now
+                self._heard = dict.fromkeys(self._heard, now)
             if self._woken in ready:
                 self._take_leave(json.loads(self._woken.recv(1 << 12)))
                 return
@@ -140,33 +144,35 @@ class Pulse:
         if self.rank == 0:
             self._look_around(now)
         else:
-            self._report(wait)
+            self._report(wait, now)
         if wait is not None and wait.seconds > LONG and now - self._said > LONG:
             self._say(wait, now)
 
     def _look_around(self, now: float) -> None:
         """Rank 0: who is silent and who is busy, for itself and for those that wait."""
-        limit = max(SILENT, SILENT * self._beat)
-        known = [line for line in self._lines if line.rank is not None]
-        self.view.silent = [line.rank for line in known if now - line.heard > limit and line.rank is not None]
-        here = {line.rank for line in known} - set(self.view.silent)
-        self.view.busy = sorted(rank for rank in here - self._waiting if rank is not None)
+        self.view.silent = self._unheard(now)
+        absent = {*self.view.silent, *self._left, *self.view.gone}
+        self.view.busy = [rank for rank in self._heard if rank not in absent | self._waiting]
 
-    def _report(self, wait: Wait | None) -> None:
+    def _report(self, wait: Wait | None, now: float) -> None:
         """Another rank: a sign of life to rank 0, over a new connection where there is none."""
         if not self._lines:
             self._connect()
+        self.view.silent = sorted({*self.view.silent} - {0} | {*self._unheard(now)})
         for line in list(self._lines):
-            silent = time.monotonic() - line.heard > max(SILENT, SILENT * self._beat)
-            self.view.silent = sorted({*self.view.silent, 0} if silent else {*self.view.silent} - {0})
             try:
                 line.send({"waits": wait is not None and wait.seconds > self._beat})
             except OSError:
                 self._drop(line)
 
+    def _unheard(self, now: float) -> list[int]:
+        limit = max(SILENT, SILENT * self._beat)
+        present = [rank for rank in self._heard if rank not in self._left and rank not in self.view.gone]
+        return [rank for rank in present if now - self._heard[rank] > limit]
+
     def _connect(self) -> None:
         with suppress(OSError):
-            line = Line(socket.create_connection(tuple(self._at), timeout=self._beat))
+            line = Line(socket.create_connection(tuple(self._at), timeout=SILENT / 2))
             line.rank = 0
             line.send({"rank": self.rank, "proof": self._proof(self.rank)})
             self._lines.append(line)
@@ -181,6 +187,8 @@ class Pulse:
         try:
             for message in line.receive():
                 self._take(line, message)
+                if line.rank is not None:
+                    self._heard[line.rank] = time.monotonic()
         except OSError:
             self._drop(line)
 

@@ -52,6 +52,12 @@ class UserError(ShoalError):
         super().__init__(f"{asked}: {found}; {change}")
 
 
+class NoRoom(ShoalError):
+    """A disk is full. The user can mend that, and the run goes on from its last checkpoint."""
+
+    exit_code = BAD_INPUT
+
+
 class PeerLost(ConnectionError):
     """The other side of the exchange `what` is gone or silent. `rank` is None where all ranks take part.
 
@@ -117,10 +123,10 @@ def described(error: BaseException) -> str:
     return first_line(error) if first is error else f"{first_line(error)} (after {first_line(first)})"
 
 
-def foreseen(error: BaseException, folder: str = "") -> ShoalError | None:
+def foreseen(error: BaseException, folder: str = "", kept: str = "") -> ShoalError | None:
     """An error as one line: a ShoalError, or a lack of memory, disk or permission; None if it needs its traceback.
 
-    `folder` is where this process writes, for errors that do not say where.
+    `folder` is where this process writes, for errors that do not say where; `kept` says what it has saved there.
     """
     if isinstance(error, ShoalError):
         return error
@@ -131,9 +137,8 @@ def foreseen(error: BaseException, folder: str = "") -> ShoalError | None:
             return ShoalError(f"memory ran out ({said}); {LESS_MEMORY}, or free some")
         if number in FULL or any(sign in said for sign in NO_SPACE):
             found = FULL.get(number or 0, FULL[errno.ENOSPC])
-            return ShoalError(
-                f"{place_of(each) or folder}: {found}; free some space; what was saved is intact"
-            )
+            change = f"free some space{'; ' if kept else ''}{kept}"
+            return NoRoom(f"{place_of(each) or folder}: {found}; {change}")
     if isinstance(error, OSError) and error.errno in DENIED and (place_of(error) or folder):
         return ShoalError(f"{place_of(error) or folder}: {error.strerror}; {DENIED[error.errno]}")
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):

@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from laws.launches import BATCH, shoal
 from laws.pool import Pool
 from laws.rows import Net
 from safetensors import SafetensorError
 
 from shoal import checkpoint
 from shoal.checkpoint import Checkpoints, Progress, Tensors, candidates, find, load_tensors
-from shoal.errors import ShoalError, UserError
+from shoal.errors import BAD_INPUT, ShoalError, UserError
 from shoal.layouts.base import whole_model
 from shoal.system import manifest
 from shoal.system.manifest import verify
@@ -360,6 +361,18 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
     (small_disk / "ballast").unlink()
     save(small_disk, saved + 1, keep=2)
     assert step_found(small_disk) == saved + 1
+
+
+def test_room_for_two_checkpoints_is_looked_for_before_the_first_step(
+    pool: Pool, data: list[str], small_disk: Path
+) -> None:
+    (small_disk / "ballast").write_bytes(bytes(150_000))
+    run = small_disk / "run"
+    refused = pool.alone(shoal, ["train", *data, *BATCH, "--max-steps", "2", "--output-dir", str(run)])
+    assert refused.code == BAD_INPUT, refused.output
+    line = refused.output.splitlines()[-1]
+    assert line.startswith(f"shoal: error: --output-dir {run}: two checkpoints take 0.000174 GB, ")
+    assert not list(run.glob("checkpoint-*"))
 
 
 # Models

@@ -23,7 +23,7 @@ from shoal.checkpoint.folder import (
 from shoal.checkpoint.progress import Progress
 from shoal.errors import ShoalError, foreseen
 from shoal.system import manifest
-from shoal.system.run_folder import candidates, step_of
+from shoal.system.run_folder import candidates, step_of, to_go_on
 from shoal.tensors import tensor_files
 from shoal.tensors.tensor_files import Places
 
@@ -252,8 +252,8 @@ def _fill(aside: Path, tensors: Tensors, progress: Progress, describe: Describe 
 
 
 def _explain(error: BaseException, folder: Path) -> BaseException:
-    if line := foreseen(error, f"save a checkpoint in {folder}"):
+    if line := foreseen(error, f"save a checkpoint in {folder}", to_go_on(folder)):
         return line
     if isinstance(error, OSError | SafetensorError):
-        return ShoalError(f"save a checkpoint in {folder}: {error}; earlier checkpoints are intact")
+        return ShoalError(f"save a checkpoint in {folder}: {error}; {to_go_on(folder)}")
     return error

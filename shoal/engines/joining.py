@@ -12,7 +12,7 @@ from shoal.config.names import names
 from shoal.engines.environment import is_worker, placement, threads_of, use_interface
 from shoal.errors import PeerLost, UserError, WorkerLost
 from shoal.system import devices, output
-from shoal.system.run_folder import candidates
+from shoal.system.run_folder import to_go_on
 from shoal.tensors import precision
 from shoal.wire.meeting import Met
 from shoal.wire.mesh import Mesh, join
@@ -63,10 +63,7 @@ def joined(config: RunConfig, data: str = "") -> Iterator[Mesh]:
 def _lost(lost: PeerLost, folder: Path) -> str:
     """What is said of a rank that is gone, and from where training can go on."""
     said = f"{lost.who} is gone: {lost.how}, in {lost.what}" if lost.who else str(lost)
-    saved = candidates(folder)
-    if not saved:
-        return f"{said}; there is no checkpoint yet"
-    return f"{said}; go on from {saved[0]} with --resume-from-checkpoint latest"
+    return f"{said}; {to_go_on(folder)}"
 
 
 def _settings(config: RunConfig, device: str) -> dict[str, str]:

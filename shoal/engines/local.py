@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -18,9 +19,10 @@ from shoal.config import Resolved, check_options, idle_gpus, resolve_grid, resol
 from shoal.engines.environment import INTERFACES, STORE_FD, is_worker, machine
 from shoal.engines.signals import NOTHING_TO_SAVE, Stop, heard
 from shoal.engines.worker import AT_ONCE, ERRORS, FOUND, JOB, began, end, work
-from shoal.errors import BAD_INPUT, DONE, LESS_MEMORY, PREEMPTED, Preempted, ShoalError, UserError
+from shoal.errors import BAD_INPUT, DONE, LESS_MEMORY, PREEMPTED, NoRoom, Preempted, ShoalError, UserError
 from shoal.system import helpers, output
 from shoal.system.run_folder import RunFolder
+from shoal.wire.cards import TOKEN
 
 LOOPBACK = "127.0.0.1"
 GRACE = 10.0  # seconds a worker gets to save and leave before it is killed
@@ -160,6 +162,7 @@ class Workers:
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             ERRORS: str(self.errors),
+            TOKEN: secrets.token_hex(16),
         }
         if sys.platform == "linux":
             given[INTERFACES] = "lo"  # else the interface that the host's name resolves to
@@ -237,7 +240,7 @@ class Workers:
         if root["traceback"]:
             self._show(root)
             raise ShoalError(f"{root['message']} (worker {root['rank']}; its traceback is above)")
-        raise ShoalError(root["message"])
+        raise NoRoom(root["message"]) if root["exit_code"] == BAD_INPUT else ShoalError(root["message"])
 
     def _show(self, root: dict[str, Any]) -> None:
         """Print the traceback of an error, and keep a copy in the run's folder if that can be written."""

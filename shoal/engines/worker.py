@@ -29,6 +29,7 @@ from shoal.errors import (
     foreseen,
 )
 from shoal.system import output
+from shoal.system.run_folder import to_go_on
 
 ERRORS = "SHOAL_ERRORS"  # names the folder in which a worker leaves its error for the launcher
 JOB = "job.json"  # there: the verb and the configuration
@@ -93,7 +94,7 @@ def main() -> int:
         if found is not None:
             Path(os.environ[ERRORS], FOUND).write_text(json.dumps(found))
     except Exception as error:
-        line = foreseen(error, folder)
+        line = foreseen(error, folder, to_go_on(Path(folder)))
         _report(error, line)
         return line.exit_code if line else FAILED
     return DONE

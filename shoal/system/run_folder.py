@@ -272,6 +272,14 @@ def candidates(folder: Path) -> list[Path]:
     return sorted(steps, key=step_of, reverse=True)
 
 
+def to_go_on(folder: Path) -> str:
+    """What a user whose run has ended early does next: the newest checkpoint, and how to go on from it."""
+    saved = candidates(folder)
+    if not saved:
+        return "there is no checkpoint yet"
+    return f"go on from {saved[0]} with --resume-from-checkpoint latest"
+
+
 def step_of(path: Path) -> int:
     """The step of a checkpoint, by its name."""
     return int(path.name.removeprefix("checkpoint-"))

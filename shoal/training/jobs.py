@@ -3,6 +3,7 @@
 import json
 import platform
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,11 +13,12 @@ import transformers
 
 from shoal.checkpoint import load_model
 from shoal.config import Resolved, dump_yaml
-from shoal.errors import described
+from shoal.errors import UserError, described
 from shoal.layouts.base import bytes_sent, shape_of
 from shoal.models.quantize import quantize, weight_bytes
 from shoal.observe.console import GIB, Screen, duration, shown_number
 from shoal.observe.memory import Report
+from shoal.optim.optimizers import state_bytes
 from shoal.sync import cost_of
 from shoal.system.run_folder import CONFIG, ENVIRONMENT, SUMMARY, RunFolder
 from shoal.tasks import Entry
@@ -120,6 +122,7 @@ def _quantized(built: BuiltModel, whole: dict[str, float], stop: Stop) -> dict[s
 
 def _begin_folder(run: Run, resolved: Resolved, place: RunFolder) -> None:
     """Make the folder this run's, now that everything fits. Only here is an earlier run removed."""
+    _check_room(run)
     owner = place.begin(
         anew=run.config.checkpoint.begins_anew,
         overwrite=run.config.checkpoint.overwrite_output_dir,
@@ -135,6 +138,22 @@ def _begin_folder(run: Run, resolved: Resolved, place: RunFolder) -> None:
     }
     machine = {"host": platform.node(), "system": platform.platform(), "workers": run.mesh.world_size}
     (run.folder / ENVIRONMENT).write_text(json.dumps(versions | machine, indent=1))
+
+
+def _check_room(run: Run) -> None:
+    """Raise UserError where the disk has no room for two checkpoints, beside what an earlier run leaves it."""
+    folder, replica = run.folder, run.replica
+    share = sum(piece.local.numel() for piece in replica.placed.pieces)
+    whole = sum(piece.shape.numel() for piece in replica.placed.pieces)
+    weights = sum(piece.shape.numel() * piece.local.element_size() for piece in replica.placed.pieces)
+    wanted = 2 * (weights + state_bytes(replica.optimizers) * whole // max(1, share))
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    room = shutil.disk_usage(there).free
+    if run.config.checkpoint.overwrite_output_dir:
+        room += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if room < wanted:
+        found = f"two checkpoints take {wanted / 1e9:,.3g} GB, {room / 1e9:,.3g} GB are free"
+        raise UserError(f"--output-dir {folder}", found, "free some space, or name a folder elsewhere")
 
 
 def _facts(run: Run) -> dict[str, Any]:

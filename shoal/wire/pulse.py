@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from shoal.errors import PeerLost, Preempted, described
+from shoal.errors import PeerLost, Preempted, ShoalError, described
 from shoal.system import output
 from shoal.wire import meeting
 from shoal.wire.hosts import Host, Interface
@@ -50,7 +50,8 @@ def pulsing(
     except PeerLost as error:
         raise pulse.named(error) from error
     except Exception as error:
-        why = "" if isinstance(error, Preempted) else described(error)
+        if not isinstance(error, Preempted):
+            why = str(error) if isinstance(error, ShoalError) else described(error)
         raise
     finally:
         pulse.stop(why)

@@ -30,7 +30,7 @@ from laws.strategies import each_that_keeps
 from laws.worlds import Record, first_difference, follow
 
 from shoal import checkpoint
-from shoal.errors import DONE, FAILED, INTERRUPTED, PREEMPTED
+from shoal.errors import BAD_INPUT, DONE, FAILED, INTERRUPTED, PREEMPTED
 from shoal.system import manifest
 from shoal.wire.mesh import Mesh
 
@@ -155,9 +155,9 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(
     pool: Pool, data: list[str], tmp_path: Path, undisturbed: Any, phase: str
 ) -> None:
     failed = train(pool, data, tmp_path, "allreduce", 2, fault=Fault("full disk", 0, 5, phase))
-    assert failed.code == FAILED
+    assert failed.code == BAD_INPUT
     (error,) = errors_in(failed)
-    assert f"{tmp_path}: the disk is full" in error
+    assert f"{tmp_path}: the disk is full; free some space; go on from {tmp_path / 'checkpoint-3'} " in error
     assert "Traceback" not in failed.output
     assert manifest.verify(tmp_path / "checkpoint-3") is None
     assert_goes_on(pool, data, tmp_path, "allreduce", 2, undisturbed["allreduce", 2])

@@ -157,14 +157,21 @@ def audit(words: list[str]) -> int:
 
 
 def doctor(words: list[str]) -> int:
-    """Examine hardware, software and the network between workers: shoal doctor [--json]"""
+    """Examine hardware, software and the network between workers: shoal doctor [--peer HOST:PORT] [--json]"""
     parser = _Parser(doctor)
     parser.add_argument("--json", action="store_true", default=False, help="print the findings as JSON")
-    as_json = parser.parse(words).json
+    parser.add_argument(
+        "--peer",
+        metavar="HOST:PORT",
+        default="",
+        help="examine the link between two hosts: run it on both, with an address of one of them",
+    )
+    options = parser.parse(words)
     from shoal.diagnose import doctor as examination
+    from shoal.diagnose import peer
 
-    findings = examination.examine(os.environ)
-    output.result(examination.as_json(findings) if as_json else examination.as_text(findings))
+    findings = peer.examine(options.peer) if options.peer else examination.examine(os.environ)
+    output.result(examination.as_json(findings) if options.json else examination.as_text(findings))
     return FAILED if any(finding.verdict == "fail" for finding in findings) else DONE
 
 

@@ -3,14 +3,16 @@
 import json
 import os
 import shutil
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 
 import pytest
 
 from shoal import cli
-from shoal.diagnose import doctor, link_probe
+from shoal.diagnose import doctor, link_probe, peer
 from shoal.diagnose.doctor import GIB, Finding
-from shoal.errors import ShoalError
+from shoal.errors import ShoalError, UserError
 
 VERDICTS = {"ok", "warn", "fail"}
 
@@ -105,3 +107,51 @@ def test_the_exit_code_says_whether_shoal_will_do(monkeypatch, capsys, verdict, 
     monkeypatch.setattr(doctor, "examine", lambda environ: [Finding("software", "x", "y", verdict)])
     assert cli.main(["doctor", "--json"]) == code
     assert json.loads(capsys.readouterr().out)[0]["verdict"] == verdict
+
+
+def free_place() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def both_ends() -> list[list[Finding]]:
+    with ThreadPoolExecutor(2) as hosts:
+        return list(hosts.map(peer.examine, [free_place()] * 2))
+
+
+def test_two_hosts_measure_each_direction_once(monkeypatch):
+    monkeypatch.setattr(peer, "MOST", peer.FIRST)
+    one, two = ({finding.name: finding for finding in found} for found in both_ends())
+    assert one.keys() == two.keys() == {"hosts", "to it", "from it", "latency"}
+    assert (one["to it"].found, one["from it"].found) == (two["from it"].found, two["to it"].found)
+    assert one["latency"] == two["latency"]
+    assert {finding.verdict for finding in (*one.values(), *two.values())} == {"ok"}
+
+
+def test_a_direction_that_is_blocked_is_found_by_both(monkeypatch):
+    monkeypatch.setattr(peer, "MOST", peer.FIRST)
+    monkeypatch.setattr(peer, "PATIENCE", 1.0)
+    connect, cut = peer._connected, {}
+
+    def blocked(at, listener, outwards):
+        """As if packets to the first port that is asked for were lost."""
+        target = at[1] if outwards else listener.getsockname()[1]
+        return None if target == cut.setdefault("port", target) else connect(at, listener, outwards)
+
+    monkeypatch.setattr(peer, "_connected", blocked)
+    found = [{finding.name: finding.verdict for finding in each} for each in both_ends()]
+    assert sorted((each["to it"], each["from it"]) for each in found) == [("fail", "ok"), ("ok", "fail")]
+
+
+def test_who_is_no_doctor_is_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as hosts:
+        asked = hosts.submit(peer.examine, f"127.0.0.1:{listener.getsockname()[1]}")
+        listener.accept()[0].close()
+        with pytest.raises(ShoalError, match="the other host has left, or is no shoal doctor"):
+            asked.result()
+
+
+@pytest.mark.parametrize("place", ["", "here", "here:", ":1", "here:0", "here:x", "here:70000"])
+def test_what_is_no_place_is_refused(place):
+    with pytest.raises(UserError, match="as in --peer"):
+        peer.examine(place or "x")

@@ -6,32 +6,19 @@ import socket
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
 from shoal.config.resolve import load_config
 from shoal.data import cache
+from shoal.diagnose.finding import Finding, Verdict
 from shoal.errors import ShoalError, UserError
 from shoal.system import devices
 from shoal.system.devices import usable_cores
 
 GIB = 2**30
 BF16 = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512", "bf16": "Arm"}  # processor flags, best first
-
-Verdict = Literal["ok", "warn", "fail"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What was found of one thing, whether it will do, and what to change if not."""
-
-    area: str
-    name: str
-    found: str
-    verdict: Verdict = "ok"
-    remedy: str = ""
 
 
 def examine(environ: Mapping[str, str]) -> list[Finding]:

@@ -62,6 +62,16 @@ def towards(address: str, port: int = 9) -> Interface | None:
     return None
 
 
+def means_loopback(address: str) -> bool:
+    """Whether a host's name, and not an address or `localhost`, means this machine's loopback."""
+    if address == "localhost" or address.replace(".", "").isdecimal() or ":" in address:
+        return False
+    try:
+        return socket.gethostbyname(address).startswith("127.")
+    except OSError:
+        return False
+
+
 def this_host(store_address: str, port: int) -> Host:
     """The machine of this process, by the interface that reaches the store."""
     way = towards(store_address, port or 9)

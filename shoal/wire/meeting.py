@@ -16,7 +16,7 @@ from shoal.errors import ShoalError, UserError
 from shoal.system import output
 from shoal.wire.alike import Difference, differences
 from shoal.wire.cards import TOKEN, Card, check_first, own_card, read_card, shows_token
-from shoal.wire.hosts import Host, Interface, named, way_to_others
+from shoal.wire.hosts import Host, Interface, means_loopback, named, way_to_others
 from shoal.wire.rendezvous import Rendezvous
 from shoal.wire.waits import WAITS
 
@@ -75,7 +75,7 @@ def _listen(rendezvous: Rendezvous) -> socket.socket:
     """The socket of the store, where the address that was named is this machine's."""
     address, port = rendezvous.address, rendezvous.port
     try:
-        if _means_loopback(address) and rendezvous.local_size != rendezvous.world_size:
+        if means_loopback(address) and rendezvous.local_size != rendezvous.world_size:
             # The host's name, which here alone means loopback: the others come by an address that it has for them.
             return socket.create_server(("", port))
         return socket.create_server((address, port))
@@ -86,16 +86,6 @@ def _listen(rendezvous: Rendezvous) -> socket.socket:
         }
         why = change.get(error.errno or 0, "give every worker another address or port")
         raise UserError(_place(rendezvous), error.strerror or str(error), why) from None
-
-
-def _means_loopback(address: str) -> bool:
-    """Whether a host's name, and not an address or `localhost`, means this machine's loopback."""
-    if address == "localhost" or address.replace(".", "").isdecimal() or ":" in address:
-        return False
-    try:
-        return socket.gethostbyname(address).startswith("127.")
-    except OSError:
-        return False
 
 
 def _await_store(rendezvous: Rendezvous) -> None:

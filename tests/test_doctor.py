@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 
 import pytest
+from laws.ports import free_port
 
 from shoal import cli
 from shoal.diagnose import doctor, link_probe, peer
@@ -109,14 +110,9 @@ def test_the_exit_code_says_whether_shoal_will_do(monkeypatch, capsys, verdict, 
     assert json.loads(capsys.readouterr().out)[0]["verdict"] == verdict
 
 
-def free_place() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return f"127.0.0.1:{listener.getsockname()[1]}"
-
-
 def both_ends() -> list[list[Finding]]:
     with ThreadPoolExecutor(2) as hosts:
-        return list(hosts.map(peer.examine, [free_place()] * 2))
+        return list(hosts.map(peer.examine, [f"127.0.0.1:{free_port()}"] * 2))
 
 
 def test_two_hosts_measure_each_direction_once(monkeypatch):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from laws.ports import free_port
 
 from shoal.engines.environment import use_interface
 from shoal.errors import UserError
@@ -27,11 +28,6 @@ Came = list[Met | UserError]
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits for a day."""
     monkeypatch.setattr(meeting, "JOIN", timedelta(seconds=20))
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def come(place: Rendezvous, facts: dict[str, str]) -> Met | UserError:

@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from laws.pool import Pool
+from laws.ports import free_port
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -104,8 +104,7 @@ def by_program(
     folder.mkdir(exist_ok=True)
     program = [sys.executable, str(Path(__file__).with_name("session_loop.py"))]
     words = [str(folder), str(stop_after), json.dumps(settings | {"threads": 1})]
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     common = {**os.environ, "WORLD_SIZE": str(workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     started = [
         subprocess.Popen(

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from laws.ports import free_port
 from trained import SETTINGS, Plain, accuracy, cross_entropy, model_of, rows_of, trainer_of, weights
 from transformers import AutoModelForSequenceClassification
 
@@ -45,8 +45,7 @@ def by_program(folder: Path, kind: str, workers: int, **settings: Any) -> dict[s
         str(folder),
         json.dumps(settings),
     ]
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     shared = {**os.environ, "WORLD_SIZE": str(workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     shared |= {"LOCAL_WORLD_SIZE": str(workers), "GLOO_SOCKET_IFNAME": "lo"}
     started = [

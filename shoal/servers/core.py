@@ -22,7 +22,7 @@ class Halted(PeerLost):
     """Too few workers are left for the server to go on, or the server itself is gone: `why`, in words."""
 
     def __init__(self, why: str) -> None:
-        super().__init__(None, "training by servers", why)
+        super().__init__(None, f"training by servers ({why})", why)
 
 
 END = 2**62  # the clock of a worker that has taken its last step

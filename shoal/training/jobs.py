@@ -214,7 +214,7 @@ def _trainable(run: Run) -> int:
 
 
 def _summary(run: Run, metrics: dict[str, float]) -> dict[str, Any]:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
+    usage, pulse = resource.getrusage(resource.RUSAGE_SELF), run.mesh.pulse
     return {
         "steps": run.progress.step,
         "tokens": run.progress.tokens,
@@ -223,6 +223,11 @@ def _summary(run: Run, metrics: dict[str, float]) -> dict[str, Any]:
         "tokens_per_second": run.progress.tokens / max(run.progress.seconds, 1e-9),
         "workers": run.mesh.world_size,
         "cpu_seconds_per_worker": usage.ru_utime + usage.ru_stime,
+        **(
+            {"cpu_seconds_of_pulse": pulse.processor_seconds, "pulse_longest_gap": pulse.longest_gap}
+            if pulse
+            else {}
+        ),
         "bytes_sent_per_worker": run.bytes_sent,
         "peak_rss_gib_per_worker": peak_rss_gib(),
         "skipped_steps": run.progress.nonfinite_total,

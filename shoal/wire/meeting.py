@@ -4,7 +4,7 @@ import errno
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -28,7 +28,7 @@ WORD = timedelta(seconds=10)  # between two lines that say who is awaited
 ALL_HERE = "all here"
 NAMED = 16  # ranks, in a line
 LOOK = 0.1  # seconds: the longest pause between two looks
-PARTING = 5.0  # seconds that the rank which keeps the store stays for the others, of whom some may have died
+PARTING = 4.0  # seconds that the rank which keeps the store stays for the others, of whom some may have died
 
 
 @dataclass(frozen=True)
@@ -171,14 +171,14 @@ def _place(rendezvous: Rendezvous) -> str:
     return f"{rendezvous.address}:{rendezvous.port}"
 
 
-def part(store: dist.Store, rendezvous: Rendezvous) -> None:
-    """Keep the store until the others have left too: they may still have to read what rank 0 wrote last."""
+def part(store: dist.Store, rendezvous: Rendezvous, gone: Sized = ()) -> None:
+    """Keep the store until all others have left, who may have to read what is in it, but those that are `gone`."""
     with suppress(RuntimeError):  # the store is gone: nobody needs to hear of this rank
         store.add("left", 1)
         if not _serves(rendezvous):
             return
-        end = time.monotonic() + PARTING
-        for _ in looks(lambda: store.add("left", 0) == rendezvous.world_size or time.monotonic() > end):
+        end, everyone = time.monotonic() + PARTING, rendezvous.world_size
+        for _ in looks(lambda: store.add("left", 0) >= everyone - len(gone) or time.monotonic() > end):
             pass
 
 

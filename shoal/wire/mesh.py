@@ -151,10 +151,10 @@ def join(
     store = dist.PrefixStore(f"attempt{rendezvous.attempt}", meeting.open_store(rendezvous))
     found = meeting.meet(store, rendezvous, facts or {})
     WAITS.begin()
-    with _parting(store, rendezvous):
+    way, hosts = found.way, tuple(found.hosts)
+    with pulsing(rendezvous, hosts, store, way) as pulse, _parting(store, rendezvous, pulse):
         met(found)
-        way, hosts = found.way, tuple(found.hosts)
-        with pulsing(rendezvous, hosts, store, way) as pulse, _group(store, rendezvous, cuda=cuda) as group:
+        with _group(store, rendezvous, cuda=cuda) as group:
             if cuda:
                 check_own(devices.identity(str(device)), rendezvous.world_size)
             rank, world_size = rendezvous.rank, rendezvous.world_size
@@ -180,15 +180,16 @@ def _group(store: dist.Store, rendezvous: Rendezvous, *, cuda: bool) -> Iterator
 
 
 @contextmanager
-def _parting(store: dist.Store, rendezvous: Rendezvous) -> Iterator[None]:
+def _parting(store: dist.Store, rendezvous: Rendezvous, pulse: Pulse | None) -> Iterator[None]:
     """Rank 0 keeps the store until the others have left, unless an error that is its own ends it."""
+    gone = pulse.view.gone if pulse else {}
     try:
         yield
     except (Preempted, UserError):
-        meeting.part(store, rendezvous)
+        meeting.part(store, rendezvous, gone)
         raise
     else:
-        meeting.part(store, rendezvous)
+        meeting.part(store, rendezvous, gone)
 
 
 def check_own(identity: str, world_size: int) -> None:

@@ -72,6 +72,7 @@ class Pulse:
     def __init__(self, rank: int, hosts: Sequence[Host], store: dist.Store, token: str, address: str) -> None:
         self.rank, self.hosts, self.view = rank, hosts, View()
         self.processor_seconds = 0.0  # of its thread
+        self.longest_gap = 0.0  # seconds in which nothing was heard of another rank that is there
         self._beat = BEAT * max(1.0, len(hosts) / CROWD)
         self._token = token
         self._lines: list[Line] = []  # of rank 0: one of each other rank; of another: the one to rank 0
@@ -189,7 +190,9 @@ class Pulse:
             for message in line.receive():
                 self._take(line, message)
                 if line.rank is not None:
-                    self._heard[line.rank] = time.monotonic()
+                    now = time.monotonic()
+                    self.longest_gap = max(self.longest_gap, now - self._heard[line.rank])
+                    self._heard[line.rank] = now
         except OSError:
             self._drop(line)
 

@@ -5,7 +5,6 @@ Here a collective's deadline is some seconds, and what is done alone takes longe
 
 import os
 import signal
-import socket
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from laws.pool import Pool
+from laws.ports import free_port
 from laws.rows import RowsTask
 from laws.worlds import follow, run_of
 from torch import Tensor, nn
@@ -129,8 +129,7 @@ def test_who_reads_late_still_reads_what_rank_0_wrote_last(pool: Pool) -> None:
     ("late", "awaited"), [(0, "worker 0 at 127.0.0.1"), (1, "1 of 2 workers (worker 1)")]
 )
 def test_a_rank_may_come_late_and_it_is_said_who_is_awaited(pool: Pool, late: int, awaited: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     started = [pool.start(come, rank, port, late)[0] for rank in range(2)]
     outcomes = pool.wait(started)
     assert [outcome.value for outcome in outcomes] == [3, 3], outcomes

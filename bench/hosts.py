@@ -188,11 +188,13 @@ def pulse(mbit: float | None, strategy: str) -> str:
         workers = [run.start(number, *words) for number in range(2)]
         seconds = max(worker.end() for worker in workers)
         summary = json.loads((run.folder / "run" / "summary.json").read_text())
-        share = summary["cpu_seconds_of_pulse"] / summary["cpu_seconds_per_worker"]
+        spent = summary["cpu_seconds_of_pulse"]
+        of_core = 100 * spent / summary["seconds"]
+        of_worker = 100 * spent / summary["cpu_seconds_per_worker"]
         alarms = sum(worker.said().count("(silent)") for worker in workers)
         link = f"{mbit:g} Mbit/s" if mbit else "as fast as it goes"
         gap = summary["pulse_longest_gap"]
-        return f"| {strategy}, {link} | {100 * share:.3f} % | {gap:.2f} s | {alarms} | {seconds:.0f} s |"
+        return f"| {strategy}, {link} | {of_core:.3f} % | {of_worker:.3f} % | {gap:.2f} s | {alarms} | {seconds:.0f} s |"
 
 
 def main() -> None:
@@ -214,8 +216,8 @@ def main() -> None:
                         worker.process.wait()
             cells = cells if len(cells) == 4 else ["", *cells]
             print(f"| {name} | {strategy} | {' | '.join(cells)} |", flush=True)
-    print("\n| pulse | of a worker's processor time | longest gap | false alarms | run |")
-    print("|---|---|---|---|---|")
+    print("\n| pulse | of a core | of its worker's processor time | longest gap | false alarms | run |")
+    print("|---|---|---|---|---|---|")
     for strategy, mbit in (("allreduce", None), ("allreduce", 1), ("diloco", 1)):
         print(pulse(mbit, strategy), flush=True)
 

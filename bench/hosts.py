@@ -194,7 +194,8 @@ def pulse(mbit: float | None, strategy: str) -> str:
         alarms = sum(worker.said().count("(silent)") for worker in workers)
         link = f"{mbit:g} Mbit/s" if mbit else "as fast as it goes"
         gap = summary["pulse_longest_gap"]
-        return f"| {strategy}, {link} | {of_core:.3f} % | {of_worker:.3f} % | {gap:.2f} s | {alarms} | {seconds:.0f} s |"
+        shares = f"{of_core:.3f} % | {of_worker:.3f} %"
+        return f"| {strategy}, {link} | {shares} | {gap:.2f} s | {alarms} | {seconds:.0f} s |"
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import pwd
+import re
 from itertools import product
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from shoal.config import RunConfig, dump_yaml, load_config, reference, resolve_batch
+from shoal.config.foreign import INSTEAD
 from shoal.config.names import facts, names, sections
 from shoal.data import cache
 from shoal.errors import UserError
@@ -37,7 +39,7 @@ def refusal(*flags: str, **sources) -> str:
 
 def test_about_40_facts_beside_the_options_of_single_mechanisms():
     every_run = [fact for fact in facts() if not fact.readers and fact.section != "layout"]
-    assert len(every_run) <= 46
+    assert len(every_run) <= 49
 
 
 def test_every_name_means_one_setting():
@@ -53,6 +55,9 @@ def another(fact) -> tuple[str, object]:
         "data.eval_path": ("c", ["c"]),
         "log.report_to": ("tensorboard", ["tensorboard"]),
         "train.lr_scheduler_type": ("linear", "linear"),
+        "train.learning_rate": ("1k", 1000.0),
+        "train.adam_beta1": ("0.5", 0.5),
+        "train.adam_beta2": ("0.5", 0.5),
         "train.optim": ("muon", "muon"),
         "train.precision": ("bf16", "bf16-mixed"),
         "eval.quantize": ("int8", "int8"),
@@ -316,6 +321,10 @@ def test_a_section_may_be_written_as_its_primary_setting(tmp_path):
         (["--exact=maybe"], "--exact"),
         (["stray"], "stray: it belongs to no flag"),
         (["--no-seed"], "--no-seed: there is no such flag"),
+        (["--deepspeed", "x"], "--strategy zero3"),
+        (["--betas", "0.9"], "--adam-beta1 and --adam-beta2 do it"),
+        (["--sample_packing", "true"], "--packing does it, and is on"),
+        (["--frobnicate", "1"], "`shoal train --help` lists the flags"),
     ],
 )
 def test_bad_flags_are_refused_in_one_line(words, expected):
@@ -327,7 +336,9 @@ def test_bad_flags_are_refused_in_one_line(words, expected):
     [
         ("train:\n  sede: 1\n", 2, "train.sede: there is no such setting; did you mean seed"),
         ("train:\n  max-steps: 1\n  lerning_rate: 1\n", 3, "did you mean learning_rate"),
-        ("seed: 1\n", 1, "did you mean seed in train"),
+        ("sede: 1\n", 1, "did you mean seed"),
+        ("train:\n  deepspeed: x\n", 2, "--strategy zero3"),
+        ("train:\n  evaluation_strategy: steps\n", 2, "give the number of steps: --eval-steps"),
         ("data:\n  max_steps: 4\n", 2, "did you mean max_steps in train"),
         ("\ntrian: {seed: 1}\n", 2, "did you mean train"),
         ("train:\n  seed: x\n", 2, "train.seed: 'x' does not fit; it should be a whole number"),
@@ -564,3 +575,72 @@ def test_a_contradiction_prints_the_equation(arguments, equation):
     with pytest.raises(UserError) as caught:
         batch_of(*arguments)
     assert equation in str(caught.value)
+
+
+def test_a_recipe_may_be_flat(tmp_path):
+    resolved = load(file=recipe(tmp_path, "learning_rate: 1e-4\nbf16: true\nstrategy: diloco\nmodel: gpt2\n"))
+    config = resolved.config
+    assert (config.train.learning_rate, config.train.precision) == (1e-4, "bf16-mixed")
+    assert (config.strategy.name, config.model.name) == ("diloco", "gpt2")
+
+
+def test_all_that_is_wrong_with_a_recipe_is_said_at_once(tmp_path):
+    file = recipe(tmp_path, "train:\n  sede: 1\n  steps: 2\nbetas: 3\n")
+    message = refusal(file=file)
+    assert "3 problems" in message
+    for line, change in ((2, "did you mean seed"), (3, "--max-steps does it"), (4, "--adam-beta1")):
+        assert f"{file}:{line} " in message
+        assert change in message
+
+
+EXCLUSIONS = [
+    ("train:\n  max_steps: 9\n", ["--num-train-epochs", "2"], {"max_steps": 0, "num_train_epochs": 2.0}),
+    ("train:\n  num_train_epochs: 2\n", ["--max-steps", "9"], {"max_steps": 9}),
+    ("train:\n  max_steps: 9\n", ["--epochs", "2", "--max-steps", "3"], {"max_steps": 3}),
+    (
+        "train: {global_batch_size: 16, per_device_train_batch_size: 4}\n",
+        ["--gradient-accumulation-steps", "2"],
+        {"global_batch_size": None, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+    ),
+    (
+        "train: {global_batch_size: 16, gradient_accumulation_steps: 4}\n",
+        ["--per-device-train-batch-size", "2"],
+        {"global_batch_size": 16, "per_device_train_batch_size": 2, "gradient_accumulation_steps": None},
+    ),
+    (
+        "train: {global_batch_size: 16}\n",
+        ["--per-device-train-batch-size", "2"],
+        {"global_batch_size": 16, "per_device_train_batch_size": 2},
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "words", "expected"), EXCLUSIONS)
+def test_a_flag_wins_over_a_file_also_where_it_excludes_another_setting(tmp_path, text, words, expected):
+    train = load(*words, file=recipe(tmp_path, text)).config.train
+    assert {name: getattr(train, name) for name in expected} == expected
+
+
+def test_a_strategy_of_a_flag_takes_the_place_of_the_files_layout(tmp_path):
+    whole = load("--strategy", "allreduce", file=recipe(tmp_path, "strategy: zero3\n")).config
+    assert whole.layout.zero_stage is None
+    cut = load("--strategy", "allreduce", file=recipe(tmp_path, "layout: {zero_stage: 3}\n")).config
+    assert cut.layout.zero_stage == 3
+
+
+def test_python_gives_sections_as_dicts_and_hears_what_it_meant():
+    config = load_config(None, [], {}, model={"name": "gpt2", "hidden_size": 64}, train={"seed": 3}).config
+    assert (config.model.name, config.model.overrides, config.train.seed) == ("gpt2", {"hidden_size": 64}, 3)
+    for arguments, said in (
+        ({"sede": 1}, "did you mean seed"),
+        ({"train": {"steps": 1}}, "--max-steps does it"),
+    ):
+        with pytest.raises(UserError, match=said):
+            load_config(None, [], {}, **arguments)
+
+
+def test_no_name_of_elsewhere_is_a_name_of_ours():
+    assert not INSTEAD.keys() & {name.rpartition(".")[2] for name in names()}
+    named = {word for text in INSTEAD.values() for word in re.findall(r"--([a-z0-9-]+)", text)}
+    beside = {"best", "no-packing"}
+    assert named - beside <= {name.replace("_", "-") for name in names()}

@@ -20,7 +20,7 @@ from shoal.config.options import check_options
 from shoal.errors import UserError
 from shoal.layouts.base import whole_model
 from shoal.optim.eight_bit import AdamW8bit, block_size
-from shoal.optim.optimizers import NamedState, build
+from shoal.optim.optimizers import Hyperparameters, NamedState, build
 
 
 class WideNet(nn.Module):
@@ -62,7 +62,7 @@ def draw_gradients(params: list[tuple[str, nn.Parameter]], seed: int) -> None:
 def test_the_update_is_that_of_torchao() -> None:
     torch.manual_seed(0)
     ours, theirs = (nn.Parameter(p.clone()) for p in [torch.randn(64, 256)] * 2)
-    (mine,) = build("adamw-8bit", [("w", ours)], learning_rate=0.05, weight_decay=0.1)
+    (mine,) = build("adamw-8bit", [("w", ours)], Hyperparameters(0.05, 0.1))
     other = Theirs([theirs], lr=0.05, betas=(0.9, 0.95), weight_decay=0.1)
     for seed in range(5):
         draw_gradients([("w", ours), ("w", theirs)][:1], seed)
@@ -88,7 +88,7 @@ def test_state_goes_in_and_out_of_codes() -> None:
     """To the bit as codes; into other blocks within a step of the code, 2 % of a block's largest; and to AdamW."""
     torch.manual_seed(1)
     first = [("w", nn.Parameter(torch.randn(64, 256))), ("b", nn.Parameter(torch.randn(9)))]
-    (one,) = build("adamw-8bit", first, learning_rate=0.05, weight_decay=0.1)
+    (one,) = build("adamw-8bit", first, Hyperparameters(0.05, 0.1))
     for seed in range(3):
         draw_gradients(first, seed)
         one.step()
@@ -99,8 +99,8 @@ def test_state_goes_in_and_out_of_codes() -> None:
     assert {t.dtype for parts in kept.values() for t in parts.values()} == {torch.uint8, torch.float32}
 
     second = [(name, nn.Parameter(p.detach().clone())) for name, p in first]
-    (two,) = build("adamw-8bit", second, learning_rate=0.05, weight_decay=0.1)
-    (plain,) = build("adamw", second, learning_rate=0.05, weight_decay=0.1)
+    (two,) = build("adamw-8bit", second, Hyperparameters(0.05, 0.1))
+    (plain,) = build("adamw", second, Hyperparameters(0.05, 0.1))
     NamedState([two], second).load(lambda name: kept[name])
     NamedState([plain], second).load(lambda name: kept[name])
     widened = plain.state[second[0][1]]["exp_avg"]
@@ -178,7 +178,7 @@ DAMAGES: dict[str, Callable[[dict[str, Tensor]], object]] = {
 def test_codes_that_do_not_fit_are_refused(tmp_path: Path, damage: str) -> None:
     model = nn.Linear(256, 64)
     params = list(model.named_parameters())
-    (optimizer,) = build("adamw-8bit", params, learning_rate=0.05, weight_decay=0.1)
+    (optimizer,) = build("adamw-8bit", params, Hyperparameters(0.05, 0.1))
     draw_gradients(params, 0)
     optimizer.step()
     state, folder = NamedState([optimizer], params), tmp_path / "checkpoint-1"

@@ -8,7 +8,7 @@ import torch
 from laws.rows import Net
 from torch import nn
 
-from shoal.optim.optimizers import NamedState, build, learning_rate
+from shoal.optim.optimizers import Hyperparameters, NamedState, build, learning_rate
 
 
 def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -27,9 +27,7 @@ def take_steps(model: nn.Module, optimizers: list[torch.optim.Optimizer], seeds:
 @pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
 def test_every_parameter_has_one_optimizer_and_only_matrices_decay(name: str) -> None:
     model = Net("plain", 0.0)
-    groups = [
-        g for o in build(name, named(model), learning_rate=0.1, weight_decay=0.3) for g in o.param_groups
-    ]
+    groups = [g for o in build(name, named(model), Hyperparameters(0.1, 0.3)) for g in o.param_groups]
     owned = [id(p) for group in groups for p in group["params"]]
     assert sorted(owned) == sorted(id(p) for p in model.parameters())
     for group in groups:
@@ -40,7 +38,7 @@ def test_every_parameter_has_one_optimizer_and_only_matrices_decay(name: str) ->
 def test_muon_takes_hidden_matrices_and_leaves_the_embeddings() -> None:
     model = Net("plain", 0.0)
     muon, adamw = build("muon", [(n.replace("head", "lm_head"), p) for n, p in named(model)],
-                        learning_rate=0.1, weight_decay=0.0)  # fmt: skip
+                        Hyperparameters(0.1, 0.0))  # fmt: skip
     assert isinstance(muon, torch.optim.Muon)
     assert isinstance(adamw, torch.optim.AdamW)
     hidden = {id(p) for group in muon.param_groups for p in group["params"]}
@@ -50,7 +48,7 @@ def test_muon_takes_hidden_matrices_and_leaves_the_embeddings() -> None:
 @pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
 def test_state_that_was_taken_and_put_back_goes_on_bit_for_bit(name: str) -> None:
     first = Net("tied", 0.0)
-    optimizers = build(name, named(first), learning_rate=0.05, weight_decay=0.1)
+    optimizers = build(name, named(first), Hyperparameters(0.05, 0.1))
     take_steps(first, optimizers, range(5))
     kept: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in NamedState(optimizers, named(first)).tensors():
@@ -58,7 +56,7 @@ def test_state_that_was_taken_and_put_back_goes_on_bit_for_bit(name: str) -> Non
         assert param in dict(named(first))
         kept.setdefault(param, {})[part] = tensor.clone()
     second = copy.deepcopy(first)
-    others = build(name, named(second), learning_rate=0.05, weight_decay=0.1)
+    others = build(name, named(second), Hyperparameters(0.05, 0.1))
     NamedState(others, named(second)).load(lambda param: kept.get(param, {}))
     take_steps(first, optimizers, range(5, 9))
     take_steps(second, others, range(5, 9))

@@ -26,7 +26,8 @@ class Progress:
     nonfinite_steps: Count = 0  # in a row
     nonfinite_total: Count = 0
     scaler: dict[str, float] = field(default_factory=dict)  # of the loss, where there is one
-    best: float | None = None  # the lowest eval/loss so far
+    best: float | None = None  # the best value so far of the metric that the task names
+    worse: Count = 0  # evaluations since then
     data: str = ""  # the key of the prepared data
     order: Order = field(default_factory=dict)  # the settings that decide it
     strategy: str = DEFAULT

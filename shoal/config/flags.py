@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from shoal.config.names import Fact, Setting, names, nearest, setting
+from shoal.config.names import Fact, Setting, names, setting, unknown
 from shoal.errors import UserError
 
 _TRUTH = {"true", "false", "yes", "no", "on", "off", "1", "0"}
@@ -78,6 +78,5 @@ def _joined(settings: list[Setting], found: Setting, fact: Fact) -> Setting:
 
 
 def _unknown(flag: str, name: str) -> UserError:
-    meant = nearest(name, names())
-    change = f"did you mean --{meant.replace('_', '-')}" if meant else "`shoal train --help` lists the flags"
-    return UserError(flag, "there is no such flag", change)
+    show = lambda meant: f"--{meant.replace('_', '-')}"  # noqa: E731
+    return unknown(flag, name, names(), show, "`shoal train --help` lists the flags")

@@ -1,6 +1,6 @@
 """The names that settings go by: `--seed`, `--train.seed`, `--lr`, `--bf16`, `SHOAL_SEED`, `train: seed`."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -9,10 +9,13 @@ from typing import Any
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from shoal.config.foreign import instead
 from shoal.config.record import RunConfig
 from shoal.config.section import Section
 from shoal.config.strategies import readers
 from shoal.errors import UserError, quoted
+
+SLIP = 0.75  # difflib's ratio from which a name was meant to be another
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,19 @@ def yes_or_no(given: Any, origin: str) -> bool:
         raise UserError(asked, f"{quoted(given)} does not fit", "it should be true or false") from None
 
 
-def nearest(name: str, known: Iterable[str], likeness: float = 0.6) -> str | None:
-    """The known name that `name` was most likely meant to be, if any is that alike (1 is the same)."""
-    close = get_close_matches(name, list(known), n=1, cutoff=likeness)
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name of which `name` is a slip, if it is one: a letter or two of it (1 is the same)."""
+    close = get_close_matches(name, list(known), n=1, cutoff=SLIP)
     return close[0] if close else None
+
+
+def unknown(
+    asked: str, name: str, known: Iterable[str], show: Callable[[str], str], otherwise: str
+) -> UserError:
+    """The error of a name that is no setting: what takes its place, else of which of the `known` it is a slip."""
+    change = instead(name)
+    if not change:
+        meant = nearest(name, known)
+        change = f"did you mean {show(meant)}" if meant else otherwise
+    found = "there is no such flag" if asked.startswith("--") else "there is no such setting"
+    return UserError(asked, found, change)

@@ -21,17 +21,19 @@ def check_options(resolved: Resolved) -> None:
 
 def _unread(resolved: Resolved) -> Iterator[Refusal]:
     """Options of other strategies and codecs than the chosen: whoever gave one expects it to matter."""
-    strategy = resolved.config.strategy
+    strategy, train = resolved.config.strategy, resolved.config.train
+    chosen = {"strategy": {strategy.name, strategy.codec}, "train": {train.optim}}
+    words = {
+        "strategy": f"strategy {strategy.name} with codec {strategy.codec}",
+        "train": f"optimizer {train.optim}",
+    }
     for fact in facts():
-        read = (
-            fact.section != "strategy"
-            or not fact.readers
-            or {strategy.name, strategy.codec} & set(fact.readers)
-        )
-        if not read and getattr(strategy, fact.field) != fact.info.default:
+        if fact.section not in chosen or not fact.readers or chosen[fact.section] & set(fact.readers):
+            continue
+        if getattr(getattr(resolved.config, fact.section), fact.field) != fact.info.default:
             origin = resolved.origins[fact.key]
             asked = fact.flag if origin.startswith("flag") else f"{fact.flag} ({origin})"
-            found = f"strategy {strategy.name} with codec {strategy.codec} does not read it"
+            found = f"{words[fact.section]} does not read it"
             yield asked, found, f"leave it out; it belongs to {', '.join(fact.readers)}"
     if strategy.traits.is_optimizer and resolved.origins["train.optim"] != "default":
         yield (
@@ -48,6 +50,12 @@ def _contradictions(config: RunConfig) -> Iterator[Refusal]:
     if "tensorboard" in config.log.report_to and find_spec("tensorboard") is None:
         yield "--report-to tensorboard", "the package tensorboard is missing", "pip install tensorboard"
     yield from _bfloat16(config)
+    spares = options.traits.spares
+    if config.eval.early_stopping_patience and not config.eval.eval_steps:
+        yield "--early-stopping-patience", "there is no evaluation but the last", "give --eval-steps too"
+    if config.eval.early_stopping_patience and (spares == "beside no server" or options.quorum is not None):
+        found = "rank 0 evaluates while the others train on, and they do not hear what it finds"
+        yield "--early-stopping-patience", found, "leave it out, or take another --strategy"
     if config.train.exact and (not options.traits.sums_gradients or options.codec != "none"):
         found = f"strategy {options.name} with codec {options.codec} does not add up gradients as they are"
         yield "--exact", found, f"take --strategy {SUMMING} without a codec, or leave --exact out"

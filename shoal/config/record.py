@@ -114,7 +114,13 @@ class TrainConfig(Section):
         ge=1,
         le=MOST,
     )
-    learning_rate: Number = fact(3e-3, "the highest rate, reached after warm-up", "lr", ge=0)
+    learning_rate: Number | None = fact(
+        None,
+        "the highest rate, reached after warm-up; empty = 3e-3 from random weights, 2e-5 from trained ones",
+        "lr",
+        ge=0,
+    )
+    min_lr: Number = fact(0.0, "the rate that the schedule falls to at the end", "min_learning_rate", ge=0)
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = fact(
         "cosine", "how the rate falls after warm-up", "lr_scheduler"
     )
@@ -128,6 +134,13 @@ class TrainConfig(Section):
         ge=0,
     )
     optim: Optimizer = fact("adamw", "the optimizer", "optimizer")
+    adam_beta1: Number = fact(0.9, "decay of Adam's first moment", of="adamw adamw-8bit muon", ge=0, lt=1)
+    adam_beta2: Number = fact(
+        0.95, "decay of Adam's second moment", of="adamw adamw-8bit muon onebit-adam", ge=0, lt=1
+    )
+    adam_epsilon: Number = fact(
+        1e-8, "what Adam adds to the root of the second moment", of="adamw adamw-8bit muon onebit-adam", gt=0
+    )
     precision: Precision = fact(
         "auto",
         "arithmetic; auto = bf16-mixed where the processor has the instructions",
@@ -160,6 +173,10 @@ class EvalConfig(Section):
     """When the model is validated."""
 
     eval_steps: Whole = fact(0, "validate every so many steps; 0 = only at the end", ge=0)
+    eval_on_start: bool = fact(False, "validate before the first step too")
+    early_stopping_patience: Whole = fact(
+        0, "end after so many evaluations in a row without a better one; 0 = never", "early_stopping", ge=0
+    )
     quantize: Literal["none", "int8", "int4"] = fact(
         "none",
         "of `shoal evaluate`: hold the weights in so few bits, and tell what it costs",
@@ -191,6 +208,7 @@ class LogConfig(Section):
     """What a run reports, and where."""
 
     logging_steps: Whole = fact(10, "print every so many steps", ge=1)
+    run_name: str = fact("", "what the banner and summary.json call the run")
     report_to: Trackers = fact([], "trackers that also get the metrics: tensorboard")
     memory_report: bool = fact(False, "tell at the end what held how many bytes when a step held the most")
     ledger: bool = fact(False, "record which rank computed which sample, for `shoal audit`")

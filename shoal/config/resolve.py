@@ -1,7 +1,7 @@
 """File, environment and flags to one record, with the origin of every value."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import inf
@@ -12,12 +12,22 @@ from pydantic import ValidationError
 
 from shoal.config.flags import flag_settings
 from shoal.config.layout import STAGES
-from shoal.config.names import Setting, sections, setting
+from shoal.config.names import Setting, names, sections, setting, unknown
 from shoal.config.record import RunConfig
 from shoal.config.sources import environment_settings, file_settings
 from shoal.config.strategies import SUMMING
 from shoal.config.values import at_home
 from shoal.errors import UserError, quoted
+
+# A setting that another one excludes: given by a stronger source, it sets the other of a weaker one aside.
+EXCLUDES = {"train.num_train_epochs": "train.max_steps", "data.eval_fraction": "data.eval_path"}
+# Any two of them give the third; which one follows first, where a stronger source gives another.
+FOLLOWS = (
+    "train.gradient_accumulation_steps",
+    "train.global_batch_size",
+    "train.per_device_train_batch_size",
+)
+BATCH = frozenset(FOLLOWS)
 
 
 @dataclass(frozen=True)
@@ -40,11 +50,16 @@ def load_config(
     Raises UserError, naming the origin, for whatever is no setting or does not fit its type.
     """
     environ = os.environ if environ is None else environ
-    given = file_settings(Path(at_home(str(file)))) if file else []
-    given += environment_settings(environ)
-    given += flag_settings(flags or [])
-    given += [_argument(name, value) for name, value in arguments.items()]
-    last = {each.key: each for entry in given for each in _spelled_out(entry)}
+    given = [
+        file_settings(Path(at_home(str(file)))) if file else [],
+        environment_settings(environ),
+        flag_settings(flags or []),
+        [each for name, value in arguments.items() for each in _arguments(name, value)],
+    ]
+    last: dict[str, Setting] = {}
+    for source in given:
+        own = {each.key: each for entry in source for each in _spelled_out(entry)}
+        last = {key: each for key, each in last.items() if key not in _excluded(own, last)} | own
     config = _validated(last)
     origins = {key: last[key].origin if key in last else "default" for key in _keys(config)}
     return _with_folders(Resolved(config, origins), environ)
@@ -67,6 +82,18 @@ def _yaml_entry(field: str, value: Any) -> str:
     return yaml.safe_dump({field: value}, default_flow_style=True, width=inf).strip()[1:-1]
 
 
+def _excluded(own: Mapping[str, Setting], before: Mapping[str, Setting]) -> set[str]:
+    """What a stronger source sets aside of a weaker one without naming it: it excludes that, or that follows."""
+    excluded = {other for key, other in EXCLUDES.items() if key in own and other not in own}
+    stage, strategy = before.get("layout.zero_stage"), before.get("strategy.name")
+    if stage and strategy and stage.origin == strategy.origin and "strategy.name" in own:
+        excluded.add(stage.key)  # both were one word, as in --strategy zero3
+    if batch := BATCH & own.keys():
+        weaker = [key for key in FOLLOWS if key in before and key not in batch]
+        excluded |= set(weaker[: max(0, len(weaker) + len(batch) - 2)])
+    return excluded
+
+
 def _spelled_out(entry: Setting) -> list[Setting]:
     """`strategy: zero3` is all-reduce between replicas that are each cut over workers."""
     named = entry.key == "strategy.name" and isinstance(entry.value, str)
@@ -79,11 +106,16 @@ def _spelled_out(entry: Setting) -> list[Setting]:
     ]
 
 
-def _argument(name: str, value: Any) -> Setting:
+def _arguments(name: str, value: Any) -> Iterator[Setting]:
+    """The settings of one argument of a Python call; a section may be a dict, as in `model={"name": "gpt2"}`."""
+    if name in sections() and isinstance(value, Mapping):
+        for field, each in value.items():
+            yield from _arguments(f"{name}.{field}", each)
+        return
     found = setting(name, value, f"argument {name}")
     if found is None:
-        raise UserError(f"argument {name}", "there is no such setting", "see `shoal config show`")
-    return found
+        raise unknown(f"argument {name}", name, names(), str, "see `shoal config show`")
+    yield found
 
 
 def _validated(last: Mapping[str, Setting]) -> RunConfig:

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from shoal.config.names import Setting, names, nearest, sections, setting
+from shoal.config.names import Setting, names, nearest, sections, setting, unknown
 from shoal.errors import UserError
 
 PREFIX = "SHOAL_"
@@ -29,7 +29,7 @@ def environment_settings(environ: Mapping[str, str]) -> list[Setting]:
             settings.append(found)
         elif SERVICE.search(variable):
             continue
-        elif meant := nearest(name, (known for known in names() if "." not in known), likeness=0.75):
+        elif meant := nearest(name, (known for known in names() if "." not in known)):
             raise UserError(variable, "there is no such setting", f"did you mean {PREFIX}{meant.upper()}")
     return settings
 
@@ -41,7 +41,8 @@ def file_settings(file: Path) -> list[Setting]:
     try:
         loader = _as_written()(file.read_text(encoding="utf-8-sig"))
         root = loader.get_single_node()
-        return list(_settings(file, loader, root)) if root else []
+        refused: list[UserError] = []
+        settings = list(_settings(file, loader, root, refused)) if root else []
     except OSError as error:
         raise UserError(str(file), error.strerror or str(error), "give the path of a YAML file") from None
     except UnicodeDecodeError as error:
@@ -56,6 +57,12 @@ def file_settings(file: Path) -> list[Setting]:
         ) from None
     except yaml.YAMLError as error:
         raise UserError(str(file), f"not YAML, {error}".replace("\n", " "), "give a YAML file") from None
+    if len(refused) == 1:
+        raise refused[0]
+    if refused:
+        listed = " | ".join(map(str, refused))
+        raise UserError(str(file), f"{len(refused)} problems: {listed}", "correct them")
+    return settings
 
 
 @cache
@@ -79,18 +86,32 @@ def _text(loader: Any, node: Any) -> Any:
     return loader.construct_scalar(node)
 
 
-def _settings(file: Path, loader: Any, root: Any) -> Iterator[Setting]:
-    for section, node, where in _items(file, loader, root):
-        if section not in sections():
-            raise _unknown(where, section)
-        if node.id != "mapping":
-            yield from _shorthand(loader, section, node, where)
+def _settings(file: Path, loader: Any, root: Any, refused: list[UserError]) -> Iterator[Setting]:
+    """The settings of a file, in sections or flat. What is none is added to `refused`."""
+    for name, node, where in _items(file, loader, root):
+        try:
+            if name not in sections():
+                yield _flat(loader, name, node, where)
+            elif node.id != "mapping":
+                yield from _shorthand(loader, name, node, where)
+        except UserError as error:
+            refused.append(error)
+        if name not in sections() or node.id != "mapping":
             continue
         for field, value, line in _items(file, loader, node):
-            found = _in_section(section, field, loader.construct_object(value, deep=True), line)
+            found = _in_section(name, field, loader.construct_object(value, deep=True), line)
             if found is None:
-                raise _unknown(line, field, section)
-            yield found
+                refused.append(_unknown(line, field, name))
+            else:
+                yield found
+
+
+def _flat(loader: Any, name: str, node: Any, where: str) -> Setting:
+    """A setting that stands in no section, as in `learning_rate: 1e-3`."""
+    found = setting(name, loader.construct_object(node, deep=True), where)
+    if found is None:
+        raise _unknown(where, name)
+    return found
 
 
 def _items(file: Path, loader: Any, node: Any) -> Iterator[tuple[str, Any, str]]:
@@ -129,11 +150,11 @@ def _in_section(section: str, field: str, value: Any, origin: str) -> Setting | 
 
 
 def _unknown(where: str, key: str, section: str = "") -> UserError:
-    name = key.replace("-", "_")
-    meant = nearest(name, [*sections(), *names()] if not section else names())
-    if meant in names() and meant not in sections():
-        fact = names()[meant]
-        meant = f"{meant} in {fact.section}" if fact.section != section and "." not in meant else meant
+    def show(meant: str) -> str:
+        if meant in sections() or "." in meant or not section or names()[meant].section == section:
+            return meant
+        return f"{meant} in {names()[meant].section}"
+
     asked = f"{where} {section}.{key}" if section else f"{where} {key}"
-    change = f"did you mean {meant}" if meant else "`shoal config show` lists the settings"
-    return UserError(asked, "there is no such setting", change)
+    known = names() if section else [*sections(), *names()]
+    return unknown(asked, key.replace("-", "_"), known, show, "`shoal config show` lists the settings")

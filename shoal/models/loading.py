@@ -44,8 +44,7 @@ def load(
     """
     asked = f"--model {model.name}"
     check_name(model.name)
-    overrides = dict(model.overrides)
-    is_random = model.name in PRESETS or bool(overrides.pop(FROM_CONFIG, False))
+    overrides = {name: value for name, value in model.overrides.items() if name != FROM_CONFIG}
     if model.name in PRESETS:
         config = _preset_config(model.name, overrides, vocab_size, tokenizer)
     else:
@@ -53,13 +52,18 @@ def load(
         config = stored_config(source, overrides)
     _check_window(model.name, text_part(config), sequence_length)
 
-    if is_random:
+    if is_random(model):
         torch.manual_seed(seed)
         loaded = at_random(text_part(config), asked)
     else:
         loaded = pretrained(source, config)
     _check_vocabulary(model.name, loaded, vocab_size)
     return _prepared(loaded).train()
+
+
+def is_random(model: "ModelConfig") -> bool:
+    """Whether the weights of `--model` are drawn at random, rather than loaded."""
+    return model.name in PRESETS or bool(model.overrides.get(FROM_CONFIG))
 
 
 def check_name(name: str) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,7 +14,8 @@ from shoal.config.optimizers import OPTIMIZERS
 from shoal.tensors.tensor_files import CODES
 
 MOMENTUM = 0.9  # of SGD
-ADAM: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
+RANDOM_RATE, TRAINED_RATE = 3e-3, 2e-5  # where none is given, by the weights that training begins with
+BETAS, EPS = (0.9, 0.95), 1e-8  # of Adam
 LIKE_PARAMETER = {
     "exp_avg",
     "exp_avg_sq",
@@ -52,79 +54,85 @@ class OneBitAdam(torch.optim.AdamW):
                 p.addcdiv_(p.grad, spread, value=-group["lr"] / (1 - beta1**steps))
 
 
-def from_config(config: RunConfig, params: NamedParams) -> list[torch.optim.Optimizer]:
-    """The optimizers of a run: as `build` makes them, but never with a momentum that the codec takes already."""
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Of any optimizer: each takes what it has. `momentum` is that of `sgd`, and the first beta of `onebit-adam`."""
+
+    learning_rate: float
+    weight_decay: float
+    momentum: float = MOMENTUM
+    betas: tuple[float, float] = BETAS
+    eps: float = EPS
+
+    @property
+    def adam(self) -> dict[str, Any]:
+        """What torch's AdamW takes."""
+        return {"lr": self.learning_rate, "betas": self.betas, "eps": self.eps, "fused": True}
+
+
+def with_rate(config: RunConfig, *, trained: bool) -> RunConfig:
+    """The configuration with the default learning rate of a model whose weights are `trained`, or random."""
+    if config.train.learning_rate is not None:
+        return config
+    train = config.train.model_copy(update={"learning_rate": TRAINED_RATE if trained else RANDOM_RATE})
+    return config.model_copy(update={"train": train})
+
+
+def of_config(config: RunConfig) -> Hyperparameters:
+    """Those of a run, but never a momentum that the codec takes already."""
     train, in_codec = config.train, config.strategy.codec_momentum
     own = {"own": MOMENTUM, "own or the codec's": 0.0 if in_codec else MOMENTUM, "the codec's": in_codec}
-    return build(
-        train.optim,
-        params,
-        learning_rate=train.learning_rate,
-        weight_decay=train.weight_decay,
-        momentum=own[train.optimizer.momentum],
+    assert train.learning_rate is not None, "the rate of a run is known once its weights are"
+    return Hyperparameters(
+        train.learning_rate,
+        train.weight_decay,
+        own[train.optimizer.momentum],
+        (train.adam_beta1, train.adam_beta2),
+        train.adam_epsilon,
     )
 
 
-def build(
-    name: str,
-    params: NamedParams,
-    *,
-    learning_rate: float,
-    weight_decay: float,
-    momentum: float = MOMENTUM,
-) -> list[torch.optim.Optimizer]:
-    """The optimizers that together own `params`. Only matrices decay.
-
-    `momentum` is that of `sgd`, and the first one of `onebit-adam`.
-    """
-    return MAKERS[name](params, learning_rate, weight_decay, momentum)
+def build(name: str, params: NamedParams, options: Hyperparameters) -> list[torch.optim.Optimizer]:
+    """The optimizers that together own `params`. Only matrices decay."""
+    return MAKERS[name](params, options)
 
 
-def _adamw(
-    params: NamedParams, rate: float, weight_decay: float, momentum: float
-) -> list[torch.optim.Optimizer]:
-    return [torch.optim.AdamW(decay_groups(params, weight_decay), lr=rate, **ADAM)]
+def _adamw(params: NamedParams, options: Hyperparameters) -> list[torch.optim.Optimizer]:
+    return [torch.optim.AdamW(decay_groups(params, options.weight_decay), **options.adam)]
 
 
-def _adamw_8bit(
-    params: NamedParams, rate: float, weight_decay: float, momentum: float
-) -> list[torch.optim.Optimizer]:
+def _adamw_8bit(params: NamedParams, options: Hyperparameters) -> list[torch.optim.Optimizer]:
     from shoal.optim.eight_bit import AdamW8bit  # torchao takes seconds to import
 
-    groups = decay_groups(params, weight_decay)
-    return [AdamW8bit(groups, lr=rate, betas=ADAM["betas"], eps=ADAM["eps"])]
+    groups = decay_groups(params, options.weight_decay)
+    return [AdamW8bit(groups, lr=options.learning_rate, betas=options.betas, eps=options.eps)]
 
 
-def _muon(
-    params: NamedParams, rate: float, weight_decay: float, momentum: float
-) -> list[torch.optim.Optimizer]:
+def _muon(params: NamedParams, options: Hyperparameters) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al., 2024; torch.optim.Muon) for the hidden matrices, AdamW for the rest.
 
     Scaled to the root mean square of AdamW's updates, so that the same learning rate fits both.
     """
     hidden = [(n, p) for n, p in params if _is_hidden_matrix(n, p)]
     rest = [(n, p) for n, p in params if not _is_hidden_matrix(n, p)]
-    muon = partial(torch.optim.Muon, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-    optimizers: list[torch.optim.Optimizer] = [muon(hidden, lr=rate)] if hidden else []
-    return optimizers + (_adamw(rest, rate, weight_decay, momentum) if rest else [])
+    muon = partial(torch.optim.Muon, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw")
+    optimizers: list[torch.optim.Optimizer] = [muon(hidden, lr=options.learning_rate)] if hidden else []
+    return optimizers + (_adamw(rest, options) if rest else [])
 
 
-def _sgd(
-    params: NamedParams, rate: float, weight_decay: float, momentum: float
-) -> list[torch.optim.Optimizer]:
-    return [torch.optim.SGD(decay_groups(params, weight_decay), lr=rate, momentum=momentum)]
+def _sgd(params: NamedParams, options: Hyperparameters) -> list[torch.optim.Optimizer]:
+    groups = decay_groups(params, options.weight_decay)
+    return [torch.optim.SGD(groups, lr=options.learning_rate, momentum=options.momentum)]
 
 
-def _onebit_adam(
-    params: NamedParams, rate: float, weight_decay: float, momentum: float
-) -> list[torch.optim.Optimizer]:
-    options = ADAM | {"betas": (momentum, ADAM["betas"][1])}
-    return [OneBitAdam(decay_groups(params, weight_decay), lr=rate, **options)]
+def _onebit_adam(params: NamedParams, options: Hyperparameters) -> list[torch.optim.Optimizer]:
+    groups = decay_groups(params, options.weight_decay)
+    return [OneBitAdam(groups, **options.adam | {"betas": (options.momentum, options.betas[1])})]
 
 
 # An optimizer is one row here, and its traits in `shoal.config.optimizers`:
-# (parameters by name, learning rate, weight decay, momentum) -> the optimizers that together own them.
-MAKERS: dict[str, Callable[[NamedParams, float, float, float], list[torch.optim.Optimizer]]] = {
+# (parameters by name, hyperparameters) -> the optimizers that together own them.
+MAKERS: dict[str, Callable[[NamedParams, Hyperparameters], list[torch.optim.Optimizer]]] = {
     "adamw": _adamw,
     "adamw-8bit": _adamw_8bit,
     "muon": _muon,
@@ -186,16 +194,22 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def learning_rate(
-    step: int, *, peak: float, total_steps: int, warmup_steps: float, kind: str = "cosine"
+    step: int,
+    *,
+    peak: float,
+    total_steps: int,
+    warmup_steps: float,
+    kind: str = "cosine",
+    lowest: float = 0.0,
 ) -> float:
-    """The rate of `step` (from 0): linear warm-up to `peak`, then as the schedule `kind` has it.
+    """The rate of `step` (from 0): linear warm-up to `peak`, then as the schedule `kind` has it, down to `lowest`.
 
     `warmup_steps` below 1 is a share of `total_steps`.
     """
     warmup = round(warmup_steps * total_steps) if warmup_steps < 1 else int(warmup_steps)
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * SCHEDULES[kind]((step - warmup) / max(1, total_steps - warmup))
+    return lowest + (peak - lowest) * SCHEDULES[kind]((step - warmup) / max(1, total_steps - warmup))
 
 
 @runtime_checkable

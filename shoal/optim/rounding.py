@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from shoal.data.order import derive_seed
-from shoal.optim.optimizers import ADAM, decay_groups
+from shoal.optim.optimizers import Hyperparameters, decay_groups
 from shoal.tensors.piece import Piece, named
 
 BELOW = 16  # bits of a float32 that a bfloat16 has not
@@ -31,11 +31,9 @@ class RoundedAdamW(torch.optim.AdamW):
     whole would be, and a resumed run goes on alike. Costs four float32 tensors of the largest piece meanwhile.
     """
 
-    def __init__(
-        self, pieces: Sequence[Piece], *, seed: int, learning_rate: float, weight_decay: float
-    ) -> None:
-        options: dict[str, Any] = {"betas": ADAM["betas"], "eps": ADAM["eps"]}
-        super().__init__(decay_groups(named(pieces), weight_decay), lr=learning_rate, **options)
+    def __init__(self, pieces: Sequence[Piece], options: Hyperparameters, *, seed: int) -> None:
+        groups = decay_groups(named(pieces), options.weight_decay)
+        super().__init__(groups, lr=options.learning_rate, betas=options.betas, eps=options.eps)
         self.seed = seed
         self.pieces = {piece.local: piece for piece in pieces}
 

@@ -74,7 +74,7 @@ class ServerStrategy(Sync):
 
     def build(self, params: NamedParams) -> list[Optimizer]:
         """New optimizers for a server. Parameters are updated and decayed on servers only."""
-        return optimizers.from_config(self.config, params)
+        return optimizers.build(self.config.train.optim, params, optimizers.of_config(self.config))
 
     def attach(self, replica: Replica) -> None:
         ranges = cut(replica.params, self.count)

@@ -142,6 +142,9 @@ class CallersSurroundings(Surroundings):
             except KeyError:
                 pass
 
+    def weights(self) -> str:
+        return "the caller's"
+
     def describe(self, model: Any, folder: Path) -> None:
         if self._of_family:
             describe(model, self._tokenizer, folder)

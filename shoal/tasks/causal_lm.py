@@ -17,7 +17,7 @@ from shoal.errors import UserError
 from shoal.models import proof
 from shoal.models.export import check_same_logits, describe, export
 from shoal.models.isolation import PADDING, packed_inputs, padded_inputs, real_tokens
-from shoal.models.loading import check_name, load
+from shoal.models.loading import check_name, is_random, load
 from shoal.models.loss import IGNORED, own_loss, summed_cross_entropy
 from shoal.models.presets import PRESETS
 from shoal.models.pretrained import remarks
@@ -128,6 +128,9 @@ class CausalSurroundings(Surroundings):
                 proof.check_hidden(model, _asked(self._config), data.sequence_length, data.packing, dtype)
             else:
                 proof.check_loss(loss, model, _asked(self._config), data.sequence_length, data.packing, dtype)
+
+    def weights(self) -> str:
+        return "" if is_random(self._config.model) else f"from {self._config.model.name}"
 
     def remarks(self) -> list[str]:
         return remarks(self._config.model.name)

@@ -39,6 +39,10 @@ class Surroundings:
         folder.mkdir(parents=True)
         save_file({name: weights.read(name) for name in weights.shapes}, folder / "model.safetensors")
 
+    def weights(self) -> str:
+        """Where the model's weights come from, as the banner says it; empty: they are drawn at random."""
+        return ""
+
     def remarks(self) -> list[str]:
         """How the model that is trained differs from the one that was named: one line for each difference."""
         return []

@@ -122,12 +122,14 @@ def _predicted_memory(config: RunConfig, replica: Replica) -> dict[str, int]:
 def _replica(built: BuiltModel) -> Replica:
     """The model with its buckets and optimizers."""
     config, mesh, policy = built.config, built.mesh, built.policy
+    assert config.train.learning_rate is not None
     schedule = partial(
         optimizing.learning_rate,
         peak=config.train.learning_rate,
         total_steps=built.total_steps,
         warmup_steps=config.train.warmup_steps,
         kind=config.train.lr_scheduler_type,
+        lowest=config.train.min_lr,
     )
     optimizers, updated = _optimizers(config, trained(built.placed.pieces), policy)
     first = _first_shares(config.strategy.balance, built.micro_batches, mesh.teams)
@@ -174,18 +176,15 @@ def _optimizers(
     """The optimizers of these pieces, and the tensors they update: the pieces, or copies on the host."""
     moved = config.layout.offload == "optimizer"
     updated = offload.on_host(pieces) if moved else pieces
-    rounds = policy.rounds_by_chance
-    optimizers = [_rounded(config, updated)] if rounds else optimizing.from_config(config, named(updated))
+    options = optimizing.of_config(config)
+    optimizers: list[torch.optim.Optimizer]
+    if policy.rounds_by_chance:
+        optimizers = [RoundedAdamW(updated, options, seed=config.train.seed)]
+    else:
+        optimizers = optimizing.build(config.train.optim, named(updated), options)
     if moved:
         offload.step_there(optimizers, pieces, updated)
     return optimizers, updated
-
-
-def _rounded(config: RunConfig, pieces: list[Piece]) -> torch.optim.Optimizer:
-    train = config.train
-    return RoundedAdamW(
-        pieces, seed=train.seed, learning_rate=train.learning_rate, weight_decay=train.weight_decay
-    )
 
 
 def _bucket_bytes(config: RunConfig, params: optimizing.NamedParams) -> int:

@@ -69,7 +69,8 @@ def train_run(run: Run, resolved: Resolved, stop: Stop) -> None:
         _begin_folder(run, resolved, place)
     run.mesh.wire("world").wait_for_first()
     if run.mesh.is_first:  # it may ask the hub
-        run.screen.banner("Running training", _facts(run))
+        name = run.config.log.run_name
+        run.screen.banner(f"Running training{': ' if name else ''}{name}", _facts(run))
     WAITS.step = run.progress.step + 1
     pulse = run.mesh.pulse
     stop.hold(lambda: run.sync.members.wish(), pulse.stuck if pulse else str)
@@ -158,6 +159,7 @@ def _check_room(run: Run) -> None:
 
 def _facts(run: Run) -> dict[str, Any]:
     config, replica = run.config, run.replica
+    weights = run.built.surroundings.weights() or f"random, from seed {config.train.seed}"
     accumulation = max(replica.shares.counts)
     return {
         "Model": "; ".join(
@@ -166,6 +168,8 @@ def _facts(run: Run) -> dict[str, Any]:
                 *run.built.surroundings.remarks(),
             ]
         ),
+        "Weights": weights,
+        "Learning rate": f"{config.train.learning_rate:g}, {config.train.lr_scheduler_type}",
         "Num examples": len(run.batches.samples),
         "Instantaneous batch size per device": run.batches.shape[1],
         "Total train batch size (w. parallel, distributed & accumulation)": run.batches.global_batch_size,
@@ -232,6 +236,7 @@ def _summary(run: Run, metrics: dict[str, float]) -> dict[str, Any]:
         "peak_rss_gib_per_worker": peak_rss_gib(),
         "skipped_steps": run.progress.nonfinite_total,
         "parameters": _trainable(run),
+        **({"run_name": run.config.log.run_name} if run.config.log.run_name else {}),
         "strategy": run.config.strategy.name,
         "precision": run.replica.policy.name,
         "seed": run.config.train.seed,

@@ -17,6 +17,8 @@ def train(run: Run, stop: Callable[[], bool]) -> dict[str, float]:
     """
     stopping = False
     with Recorder(run) as recorder:
+        if run.config.eval.eval_on_start and not run.progress.step:
+            _improves(run, recorder.evaluation(validate(run, stop)))
         run.lap()
         for number in range(run.progress.step, run.total_steps):
             batch = run.batches.at(number)
@@ -34,7 +36,7 @@ def train(run: Run, stop: Callable[[], bool]) -> dict[str, float]:
             if improved or (run.saver.checkpoints.due(number + 1) and not stopping):
                 run.saver.save(run.progress, best=improved)
             _give_up_if_not_finite(run)
-            if stopping:
+            if stopping or _is_over_early(run):
                 break
         run.leave()
         run.saver.save(run.progress)
@@ -63,7 +65,19 @@ def _improves(run: Run, metrics: dict[str, float] | None) -> bool:
     improves = best is None or (found < best if direction == "min" else found > best)
     if improves and found == found:
         run.progress.best = found
+    run.progress.worse = 0 if run.progress.best == found else run.progress.worse + 1
     return improves and found == found
+
+
+def _is_over_early(run: Run) -> bool:
+    """Whether so many evaluations in a row were no better than the best that the user has had enough."""
+    patience = run.config.eval.early_stopping_patience
+    if not patience or run.progress.worse < patience:
+        return False
+    run.screen.say(
+        f"step: {run.progress.step} no better {run.task.best[0]} in {patience} evaluations: the run ends"
+    )
+    return True
 
 
 def _give_up_if_not_finite(run: Run) -> None:

@@ -63,6 +63,7 @@ def build_model(
     if mesh.size("context") > 1 and predicts(task):
         found = f"task {config.train.task} predicts of whole rows, of which each worker would have a part"
         raise UserError(f"--cp {mesh.size('context')}", found, "leave it out")
+    config = optimizers.with_rate(config, trained=bool(surroundings.weights()))
     checkpoint = checkpoint_of(config, everyone, screen)
     standing = load_standing(checkpoint, config, data.name, screen) if checkpoint else Progress(position=0)
     batches, total_steps, micro_batches = _batches(config, task, mesh.teams, standing)

@@ -39,7 +39,7 @@ class World:
         self.order = Batches(self.samples, seed=SEED, global_batch_size=rows, micro_batch_size=EACH)
         self.models = [task.model().double() for _ in range(ranks)]
         self.optimizers = [
-            optimizing.build(optimizer, list(model.named_parameters()), learning_rate=RATE, weight_decay=0.1)
+            optimizing.build(optimizer, list(model.named_parameters()), optimizing.Hyperparameters(RATE, 0.1))
             for model in self.models
         ]
         self.labels = 0  # of the last step, of all replicas

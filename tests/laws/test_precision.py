@@ -15,6 +15,7 @@ from torch import nn
 
 from shoal.errors import ShoalError
 from shoal.layouts.base import bytes_sent, reduced_dtypes, shape_of
+from shoal.optim.optimizers import Hyperparameters
 from shoal.optim.rounding import RoundedAdamW, draws, places, round_by_chance
 from shoal.tensors.piece import Piece, trained
 from shoal.training.loop import train
@@ -190,7 +191,7 @@ def updated(parts: list[tuple[int, ...]], shape: torch.Size, steps: int, rate: f
     for piece, (row, column, rows, columns) in zip(pieces, parts, strict=True):
         piece.local.grad = gradient[row : row + rows, column : column + columns].clone()
     for piece in pieces:
-        optimizer = RoundedAdamW([piece], seed=3, learning_rate=rate, weight_decay=0.0)
+        optimizer = RoundedAdamW([piece], Hyperparameters(rate, 0.0), seed=3)
         for _ in range(steps):
             optimizer.step()
     return [piece.local.detach() for piece in pieces]

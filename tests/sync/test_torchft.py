@@ -59,8 +59,7 @@ def by_torchft(mesh: Mesh, task: RowsTask, optimizer: str) -> list[Arrays]:
     (inner,) = optimizers.build(
         optimizer,
         list(model.named_parameters()),
-        learning_rate=SETTINGS["learning_rate"],
-        weight_decay=SETTINGS["weight_decay"],
+        optimizers.Hyperparameters(SETTINGS["learning_rate"], SETTINGS["weight_decay"]),
     )
     outer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM, nesterov=True)
     history = []

@@ -47,9 +47,8 @@ class Job:
         self.share = equal(batch.micro_batches, self.world_size).of(self.rank)
         self.policy = precision.resolve(config.train.precision, torch.device("cpu"))
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        (self.optimizer,) = optimizers.build(
-            "adamw", named, learning_rate=config.train.learning_rate, weight_decay=config.train.weight_decay
-        )
+        options = optimizers.of_config(config)
+        (self.optimizer,) = optimizers.build("adamw", named, options)
         self._loss = torch.compile(self.task.loss, dynamic=False) if self.train.compile else self.task.loss
         self.record = Record(Path(config.checkpoint.output_dir), speaks=self.rank == 0)
 
@@ -67,7 +66,7 @@ class Job:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train.max_grad_norm)
         rate = optimizers.learning_rate(
             step,
-            peak=self.train.learning_rate,
+            peak=self.optimizer.defaults["lr"],
             total_steps=self.train.max_steps,
             warmup_steps=self.train.warmup_steps,
             kind=self.train.lr_scheduler_type,

@@ -4,7 +4,7 @@ import json
 import platform
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,6 +71,8 @@ def train_run(run: Run, resolved: Resolved, stop: Stop) -> None:
     if run.mesh.is_first:  # it may ask the hub
         name = run.config.log.run_name
         run.screen.banner(f"Running training{': ' if name else ''}{name}", _facts(run))
+        for remark in _remarks(run):
+            run.screen.say(f"shoal: {remark}")
     WAITS.step = run.progress.step + 1
     pulse = run.mesh.pulse
     stop.hold(lambda: run.sync.members.wish(), pulse.stuck if pulse else str)
@@ -171,6 +173,8 @@ def _facts(run: Run) -> dict[str, Any]:
         "Weights": weights,
         "Learning rate": f"{config.train.learning_rate:g}, {config.train.lr_scheduler_type}",
         "Num examples": len(run.batches.samples),
+        "Num eval examples": len(run.task.samples("eval"))
+        or "0: nothing is held out, so nothing is evaluated",
         "Instantaneous batch size per device": run.batches.shape[1],
         "Total train batch size (w. parallel, distributed & accumulation)": run.batches.global_batch_size,
         "Gradient accumulation steps": accumulation,
@@ -182,6 +186,18 @@ def _facts(run: Run) -> dict[str, Any]:
         "Precision": str(replica.policy),
         "Output": str(run.folder),
     }
+
+
+def _remarks(run: Run) -> Iterator[str]:
+    """What a user may not have meant."""
+    train = run.config.train
+    if train.warmup_steps >= max(1, run.total_steps):
+        found = (
+            f"all {run.total_steps:,} steps are warm-up: the rate never falls, and may not reach its highest"
+        )
+        yield f"--warmup-steps {train.warmup_steps:g}: {found}"
+    if run.config.eval.eval_steps >= run.total_steps > 0:
+        yield f"--eval-steps {run.config.eval.eval_steps}: the only evaluation is the one after the last step"
 
 
 def _network(mesh: Mesh) -> dict[str, str]:

@@ -62,7 +62,7 @@ def main(words: list[str] | None = None) -> int:
 def train(words: list[str]) -> int:
     """Train a model: shoal train [RECIPE.yaml] [--flag value ...]"""
     if _asks_help(words):
-        return _print_settings(train)
+        return _print_settings(train, words)
     resolved = _resolve(words)
     from shoal.engines.local import launch
 
@@ -73,7 +73,7 @@ def train(words: list[str]) -> int:
 def prepare(words: list[str]) -> int:
     """Turn text into token shards and stop: shoal prepare [RECIPE.yaml] [--flag value ...]"""
     if _asks_help(words):
-        return _print_settings(prepare)
+        return _print_settings(prepare, words)
     config = _resolve(words).config
     from shoal.tasks import TASKS
 
@@ -84,7 +84,7 @@ def prepare(words: list[str]) -> int:
 def evaluate(words: list[str]) -> int:
     """Measure a run, a checkpoint or a model on held-out data: shoal evaluate FOLDER [--flag value ...]"""
     if _asks_help(words):
-        return _print_settings(evaluate)
+        return _print_settings(evaluate, words)
     folder, flags = _first_word(words, "the folder of a run, a checkpoint or a model")
     from shoal.checkpoint.model_folder import settings_of
     from shoal.engines.local import launch
@@ -178,7 +178,7 @@ def doctor(words: list[str]) -> int:
 def config(words: list[str]) -> int:
     """See and check settings: shoal config show|validate|schema|docs [RECIPE.yaml] [--flag value ...]"""
     if not words or _asks_help(words):
-        return _print_settings(config)
+        return _print_settings(config, words)
     what, rest = words[0], words[1:]
     from shoal.config import (
         check_options,
@@ -266,10 +266,11 @@ def _asks_help(words: list[str]) -> bool:
     return "-h" in words or "--help" in words
 
 
-def _print_settings(verb: Callable[[list[str]], int]) -> int:
+def _print_settings(verb: Callable[[list[str]], int], words: list[str]) -> int:
     from shoal.config.reference import help_text
 
-    output.result(f"{verb.__doc__}\n{help_text()}")
+    word = next((word for word in words if word not in ("-h", "--help")), "")
+    output.result(f"{verb.__doc__}\n{help_text(verb.__name__, word)}")
     return DONE
 
 

@@ -497,7 +497,8 @@ def test_the_page_and_the_help_are_the_definition():
     assert page == reference.markdown(), "run: shoal config docs > docs/configuration.md"
     for fact in facts():
         assert f"`{fact.flag}`" in page
-        assert f"{fact.flag} " in reference.help_text()
+        verb = "evaluate" if "evaluate" in fact.readers else "train"
+        assert re.search(rf"^  {fact.flag}( |$)", reference.help_text(verb), re.MULTILINE)
     assert all(definition.__doc__ for definition in sections().values())
 
 
@@ -644,3 +645,32 @@ def test_no_name_of_elsewhere_is_a_name_of_ours():
     named = {word for text in INSTEAD.values() for word in re.findall(r"--([a-z0-9-]+)", text)}
     beside = {"best", "no-packing"}
     assert named - beside <= {name.replace("_", "-") for name in names()}
+
+
+@pytest.mark.parametrize("verb", ["train", "prepare", "evaluate", "config"])
+def test_the_help_fits_80_columns_and_a_verb_shows_what_it_reads(verb):
+    text = reference.help_text(verb)
+    assert max(map(len, text.splitlines())) <= 80
+    assert ("--learning-rate" in text) == (verb in ("train", "config"))
+    assert ("--quantize" in text) == (verb == "evaluate")
+
+
+@pytest.mark.parametrize(
+    ("word", "shown", "left_out"),
+    [
+        ("lr", ["--learning-rate", "--outer-lr"], "--data"),
+        ("--lr", ["--learning-rate"], "--data"),
+        ("diloco", ["--sync-every", "--fragments", "--strategy takes"], "--learning-rate"),
+        ("gpt2", ["--model takes"], "--data"),
+        ("checkpoint", ["--resume-from-checkpoint"], "--data"),
+    ],
+)
+def test_the_help_answers_a_word(word, shown, left_out):
+    text = reference.help_text("train", word)
+    assert all(flag in text for flag in shown)
+    assert f"{left_out} " not in text
+
+
+def test_the_help_of_a_word_that_nothing_is_about_is_refused():
+    with pytest.raises(UserError, match="no flag is about it"):
+        reference.help_text("train", "frobnicate")

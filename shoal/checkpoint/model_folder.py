@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from shoal.config import ModelConfig, Resolved, load_config
+from shoal.config.presets import PRESETS
 from shoal.errors import UserError
-from shoal.models.presets import PRESETS
 from shoal.system import manifest
 from shoal.system.run_folder import CONFIG
 

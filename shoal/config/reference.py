@@ -1,10 +1,36 @@
 """The settings in words, from their one definition: `--help`, docs/configuration.md, the JSON schema."""
 
+import re
+import textwrap
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from shoal.config.codecs import CODECS
+from shoal.config.layout import STAGES
 from shoal.config.names import Fact, facts, sections
+from shoal.config.presets import PRESETS
 from shoal.config.record import RunConfig
+from shoal.config.strategies import STRATEGIES
+from shoal.errors import UserError
+
+WIDTH, COLUMN = 80, 28  # of the help, and of the meanings in it
+# The sections and settings that a verb reads, where it is not all of them.
+READ = {
+    "prepare": ("model.name", "data", "train.task"),
+    "evaluate": (
+        *(
+            "model",
+            "data",
+            "layout",
+            "launch",
+            "train.task",
+            "train.precision",
+            "train.compile",
+            "train.threads",
+        ),
+        *("train.per_device_train_batch_size", "eval.quantize"),
+    ),
+}
 
 _FORMS = {int: "N", float: "X", str: "TEXT", bool: "true|false", list[str]: "A,B"}
 
@@ -28,22 +54,76 @@ Written by `shoal config docs` from the one definition in `shoal/config/record.p
 """
 
 
-def help_text() -> str:
-    """The flags by section, one line each with its default."""
+def help_text(verb: str = "train", word: str = "") -> str:
+    """The flags that `verb` reads, by section, in WIDTH columns; only those that `word` is about, if one is given.
+
+    Raises UserError where nothing is about that word.
+    """
     lines = []
     for section, definition in sections().items():
-        lines.append(f"\n{section}: {definition.__doc__}")
-        for fact in _of(section):
-            flag = fact.flag if fact.is_yes_or_no else f"{fact.flag} {form(fact)}"
-            switches = "".join(f"; --{name}" for name in fact.switches)
-            default = (
-                "" if fact.info.default in (None, "", False, []) else f" [{_written(fact.info.default)}]"
-            )
-            gap = " " if len(flag) < 40 else "\n" + " " * 43
-            lines.append(f"  {flag:<40}{gap}{fact.info.description}{switches}{default}")
-        if section == "model":
-            lines.append(f"  {'--model.DIMENSION VALUE':<40} any dimension, as in --model.hidden-size 64")
-    return "\n".join(lines)
+        told = [fact for fact in _of(section) if _is_read(verb, fact) and _is_about(word, fact)]
+        if told:
+            heading = textwrap.wrap(f"{section}: {definition.__doc__}", WIDTH)
+            lines += ["", *heading] if not word else [""]
+            lines += [line for fact in told for line in _entry(fact)]
+        if section == "model" and not word:
+            lines += _wrapped("--model.DIMENSION VALUE", "any dimension, as in --model.hidden-size 64")
+    tables = _tables(word)
+    if word and not lines + tables:
+        raise UserError(f"--help {word}", "no flag is about it", "`shoal train --help` lists the flags")
+    return "\n".join(lines + tables)
+
+
+def _is_read(verb: str, fact: Fact) -> bool:
+    if verb in fact.readers:
+        return True
+    keys = READ.get(verb)
+    return "evaluate" not in fact.readers and (keys is None or fact.section in keys or fact.key in keys)
+
+
+def _is_about(word: str, fact: Fact) -> bool:
+    word = word.lstrip("-").replace("-", "_").lower()
+    names = (fact.key, *fact.aliases, *fact.switches, *fact.readers)
+    described = re.split(r"\W+", str(fact.info.description).lower())
+    return not word or any(word in name.lower() for name in names) or word in described
+
+
+def _entry(fact: Fact) -> list[str]:
+    """A flag in lines: its value, its meaning, the values that it may have, its other names, its default."""
+    value, choices = form(fact), ""
+    if "|" in value and not fact.is_yes_or_no:
+        value, choices = fact.field.rpartition("_")[2].upper(), f" ({value.replace('|', ', ')})"
+    flag = fact.flag if fact.is_yes_or_no else f"{fact.flag} {value}"
+    also = [f"--{name.replace('_', '-')}" for name in (*fact.switches, *fact.aliases)]
+    named = f"; also {', '.join(also)}" if also else ""
+    has_default = fact.info.default not in (None, "", False, [])
+    default = f" [{_written(fact.info.default)}]" if has_default else ""
+    return _wrapped(flag, f"{fact.info.description}{choices}{named}{default}")
+
+
+def _wrapped(flag: str, text: str) -> list[str]:
+    first, indent = f"  {flag:<{COLUMN - 3}} ", " " * COLUMN
+    own_line = len(first) > COLUMN
+    begin = indent if own_line else first
+    rows = textwrap.wrap(text, WIDTH, initial_indent=begin, subsequent_indent=indent, break_on_hyphens=False)
+    return [f"  {flag}", *rows] if own_line else rows
+
+
+def _tables(word: str) -> list[str]:
+    """The names that some flags take."""
+    tables = {
+        "--strategy": [
+            *STRATEGIES,
+            *STAGES,
+            *(alias for each in STRATEGIES.values() for alias in each.aliases),
+        ],
+        "--codec": [*CODECS],
+        "--model": [*PRESETS],
+    }
+    shown = {flag: names for flag, names in tables.items() if word in ("", *names, flag.lstrip("-"))}
+    return [
+        line for flag, names in shown.items() for line in ("", *_wrapped(f"{flag} takes", ", ".join(names)))
+    ]
 
 
 def markdown() -> str:

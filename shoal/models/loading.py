@@ -9,9 +9,9 @@ import transformers
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 
+from shoal.config.presets import PRESETS
 from shoal.errors import UserError
 from shoal.models import attention, folder, lstm, norm  # noqa: F401  (the LSTM registers itself with the Auto classes)
-from shoal.models.presets import PRESETS
 from shoal.models.pretrained import (
     at_random,
     bad_dimensions,

@@ -10,11 +10,11 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from shoal.config.presets import PRESETS
 from shoal.errors import UserError
 from shoal.models import folder
 from shoal.models.families import CAUSAL
 from shoal.models.folder import Folder
-from shoal.models.presets import PRESETS
 
 QUANTIZATION = "quantization_config"
 FITS = "name a model that writes text token by token (llama, gpt2, qwen3, ...)"

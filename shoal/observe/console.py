@@ -56,13 +56,20 @@ class Screen:
 
 
 def step_line(record: dict[str, Any], eta_seconds: float) -> str:
-    """One step as a line, from its record in metrics.jsonl."""
+    """One step as a line of at most 80 columns, from its record in metrics.jsonl. `wait`: for data and for others."""
+    waited = record["perf/data_wait_pct"] + record["perf/comm_pct"]
     return (
-        f"step: {record['step']} loss: {record['train/loss']:.5f} grad_norm: {record['train/grad_norm']:.4f} "
-        f"lr: {record['train/learning_rate']:.1e} memory: {record['mem/peak_rss_gib']:.2f}GiB "
-        f"tps: {record['perf/tokens_per_second']:,.0f} data: {record['perf/data_wait_pct']:.1f}% "
-        f"comm: {record['perf/comm_pct']:.1f}% eta: {duration(eta_seconds)}"
+        f"step: {record['step']} loss: {record['train/loss']:.4f} grad: {record['train/grad_norm']:.3g} "
+        f"lr: {record['train/learning_rate']:.1e} tps: {_short(record['perf/tokens_per_second'])} "
+        f"wait: {waited:.0f}% eta: {duration(eta_seconds)}"
     )
+
+
+def _short(number: float) -> str:
+    """In at most six characters: 7,597, 123k, 1.23M."""
+    if number < 1e4:
+        return f"{number:,.0f}"
+    return f"{number / 1e3:.0f}k" if number < 1e6 else f"{number / 1e6:.2f}M"
 
 
 def shown_number(value: float) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shoal.config import RunConfig
+from shoal.config.presets import PRESETS
 from shoal.data import prepare, tokenizer
 from shoal.data.shards import Split, TokenStream
 from shoal.errors import UserError
@@ -19,7 +20,6 @@ from shoal.models.export import check_same_logits, describe, export
 from shoal.models.isolation import PADDING, packed_inputs, padded_inputs, real_tokens
 from shoal.models.loading import check_name, is_random, load
 from shoal.models.loss import IGNORED, own_loss, summed_cross_entropy
-from shoal.models.presets import PRESETS
 from shoal.models.pretrained import remarks
 from shoal.tasks.base import Task
 from shoal.tasks.surroundings import Surroundings

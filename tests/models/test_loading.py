@@ -10,11 +10,11 @@ import torch
 from saved import saved
 from transformers import AutoModelForCausalLM
 
+from shoal.config.presets import PRESETS
 from shoal.config.record import ModelConfig
 from shoal.errors import UserError
 from shoal.models.export import export
 from shoal.models.loading import check_name, load
-from shoal.models.presets import PRESETS
 
 Named = Callable[..., ModelConfig]
 

@@ -177,7 +177,9 @@ def _facts(run: Run) -> dict[str, Any]:
         or "0: nothing is held out, so nothing is evaluated",
         "Instantaneous batch size per device": run.batches.shape[1],
         "Total train batch size (w. parallel, distributed & accumulation)": run.batches.global_batch_size,
-        "Gradient accumulation steps": accumulation,
+        "Gradient accumulation steps": accumulation
+        if run.balancer.off
+        else f"{accumulation}, until --balance moves them",
         "Total optimization steps": run.total_steps,
         "Workers": f"{run.mesh.world_size} x {torch.get_num_threads()} threads on {run.mesh.device.type}",
         **_network(run.mesh),

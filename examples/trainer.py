@@ -5,10 +5,9 @@
 
 import random
 
+import shoal  # isort: skip  (first: it keeps quiet what transformers imports)
 import torch
 from transformers import BertConfig, BertForSequenceClassification
-
-import shoal
 
 
 def rows(count: int, seed: int) -> list[dict]:

@@ -1,9 +1,15 @@
 """Data-parallel training of language models: many replicas, one model."""
 
+import logging
 from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
+
+# What torchao says when it is imported, by transformers for example: of parts for other machines that it cannot load,
+# and of its own use of torch. Nobody can do anything about it.
+logging.getLogger("torchao").setLevel(logging.ERROR)
+logging.getLogger("torch.utils._pytree").addFilter(lambda record: "register_constant" not in str(record.msg))
 
 _HOMES = {
     "train": "shoal.api",

@@ -13,7 +13,7 @@ import transformers
 
 from shoal.checkpoint import load_model
 from shoal.config import Resolved, dump_yaml
-from shoal.errors import UserError, described
+from shoal.errors import UserError, described, printable
 from shoal.layouts.base import bytes_sent, shape_of
 from shoal.models.quantize import quantize, weight_bytes
 from shoal.observe.console import GIB, Screen, duration, shown_number
@@ -301,8 +301,9 @@ def _show_sample(run: Run, model: Any) -> None:
     except Exception as error:  # of whatever kind: the run is done, and well
         run.screen.say(f"there is no sample of text: {described(error)}")
         return
-    if sample:
-        run.screen.say(f"***** A sample of generated text *****\n{sample}\n*****")
+    if sample:  # of a model that has learnt little it may hold what moves a terminal's cursor
+        shown = "\n".join(printable(line.expandtabs()) for line in sample.splitlines())
+        run.screen.say(f"***** A sample of generated text *****\n{shown}\n*****")
 
 
 def _shown_memory(memory: Report, device: torch.device) -> dict[str, str]:

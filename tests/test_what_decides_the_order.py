@@ -19,7 +19,7 @@ NOTHING = {
     "model", "strategy", "layout", "eval", "checkpoint", "log", "launch", "data.cache_dir",
     "train.learning_rate", "train.lr_scheduler_type", "train.warmup_steps", "train.weight_decay",
     "train.min_lr", "train.adam_beta1", "train.adam_beta2", "train.adam_epsilon", "train.max_grad_norm",
-    "train.optim", "train.precision", "train.gradient_checkpointing", "train.compile",
+    "train.label_smoothing", "train.optim", "train.precision", "train.gradient_checkpointing", "train.compile",
     "train.exact", "train.threads", "train.max_nonfinite_steps",
 }  # fmt: skip
 # Where a step or the run ends: from a position any value goes on exactly.

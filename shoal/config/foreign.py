@@ -60,8 +60,6 @@ INSTEAD: dict[str, str] = {
     "beta1": "--adam-beta1 does it",
     "beta2": "--adam-beta2 does it",
     "eps": "--adam-epsilon does it",
-    "label_smoothing": "not supported yet",
-    "label_smoothing_factor": "not supported yet",
     "neftune_noise_alpha": "not supported",
     "steps": "--max-steps does it",
     "local_batch_size": "--per-device-train-batch-size does it",

@@ -125,6 +125,13 @@ class TrainConfig(Section):
         "cosine", "how the rate falls after warm-up", "lr_scheduler"
     )
     warmup_steps: Warmup = fact(0.1, "steps of warm-up; below 1 = share of all steps", "warmup_ratio", ge=0)
+    label_smoothing: Number = fact(
+        0.0,
+        "share of each label that is spread over the vocabulary, in training",
+        "label_smoothing_factor",
+        ge=0,
+        lt=1,
+    )
     weight_decay: Number = fact(0.1, "decoupled decay of the matrices", ge=0)
     max_grad_norm: Number = fact(
         1.0,

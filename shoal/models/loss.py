@@ -19,16 +19,23 @@ FLOAT16_SCALE = 2.0**15
 
 
 def summed_cross_entropy(
-    model: "PreTrainedModel", inputs: dict[str, Any], labels: Tensor, chunked: bool = True
+    model: "PreTrainedModel",
+    inputs: dict[str, Any],
+    labels: Tensor,
+    chunked: bool = True,
+    smoothing: float = 0.0,
 ) -> Tensor:
     """The cross entropy (nats) summed over labels [B, T]: a scalar in float32 (float64 for a float64 model).
+
+    `smoothing` is the share of a label that is spread over the vocabulary (Szegedy et al. 2016, section 7).
 
     Labels stand where they are predicted (already shifted); -100 is ignored. `inputs` are those of
     `isolation.packed_inputs`. `chunked` needs a model with `heads.has_plain_head`.
     """
     if chunked:
-        return linear_cross_entropy(final_hidden(model, inputs), *head(model), labels, vocabulary(model))
-    return cross_entropy(logits(model, inputs), labels)
+        hidden, weights = final_hidden(model, inputs), head(model)
+        return linear_cross_entropy(hidden, *weights, labels, vocabulary(model), smoothing)
+    return cross_entropy(logits(model, inputs), labels, smoothing)
 
 
 def own_loss(model: "PreTrainedModel", inputs: dict[str, Any], labels: Tensor) -> Tensor:
@@ -42,16 +49,22 @@ def own_loss(model: "PreTrainedModel", inputs: dict[str, Any], labels: Tensor) -
     return forward(model, inputs, labels=labels, **more).loss * count
 
 
-def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(scores: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """The sum over labels [...] of the cross entropy (nats) of whole logits [..., V], in at least float32."""
     wide = scores.to(_wide(scores.dtype)).flatten(0, -2)
-    return F.cross_entropy(wide, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    labels = labels.flatten()
+    return F.cross_entropy(wide, labels, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cut: Vocabulary | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    cut: Vocabulary | None = None,
+    smoothing: float = 0.0,
 ) -> Tensor:
-    """`cross_entropy(F.linear(hidden, weight, bias), labels)` without the logits whole in memory.
+    """`cross_entropy(F.linear(hidden, weight, bias), labels, smoothing)` without the logits whole in memory.
 
     hidden [..., H], weight [V, H], bias [V] or None, labels [...]. Matrix products run in the autocast dtype
     where autocast is on, sums over tokens in at least float32. Their gradients stay in that until a loss scale has
@@ -64,7 +77,7 @@ def linear_cross_entropy(
     kind = hidden.device.type
     compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     with torch.autocast(kind, enabled=False):
-        return _LinearCrossEntropy.apply(hidden, weight, bias, labels, compute, cut)
+        return _LinearCrossEntropy.apply(hidden, weight, bias, labels, compute, cut, smoothing)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -79,7 +92,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         compute: torch.dtype,
         cut: Vocabulary | None,
+        smoothing: float,
     ) -> Tensor:
+        assert cut is None or not smoothing, "refused by the task"
         wide = _wide(hidden.dtype)
         low_hidden, low_weight = hidden.to(compute), weight.to(compute)
         scale = FLOAT16_SCALE if compute == torch.float16 else 1.0
@@ -93,7 +108,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if bias is not None:
                 scores = scores + bias
             if cut is None:
-                loss, error = _loss_and_error(scores, labels[part], wide)
+                loss, error = _loss_and_error(scores, labels[part], wide, smoothing)
             else:
                 loss, error = _loss_and_error_of_part(scores, labels[part], wide, cut)
             total += loss
@@ -115,7 +130,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # Autograd rounds them to the dtype that each leaf asks for.
         scaled = [saved * grad for saved in ctx.saved_tensors]
-        return (*scaled, None, None, None) if ctx.has_bias else (*scaled, None, None, None, None)
+        return (*scaled, *(None,) * (4 if ctx.has_bias else 5))
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -127,14 +142,23 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return left.float() @ right.float()
 
 
-def _loss_and_error(scores: Tensor, labels: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Of a chunk of logits [N, V]: the summed loss, and its gradient softmax - onehot (ignored rows 0)."""
+def _loss_and_error(
+    scores: Tensor, labels: Tensor, wide: torch.dtype, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Of a chunk of logits [N, V]: the summed loss, and its gradient softmax - target (ignored rows 0).
+
+    The target has 1 - `smoothing` at the label, and `smoothing` / V everywhere.
+    """
     used = labels != IGNORED
     at = labels.where(used, 0)[:, None]
     log_probability = torch.log_softmax(scores, dim=-1, dtype=wide)
     loss = -(log_probability.gather(1, at)[:, 0] * used).sum()
+    if smoothing:
+        loss = (1 - smoothing) * loss - smoothing * (log_probability.mean(1) * used).sum()
     error = log_probability.exp_()
-    error.scatter_add_(1, at, torch.full_like(at, -1, dtype=wide))
+    error.scatter_add_(1, at, torch.full_like(at, smoothing - 1, dtype=wide))
+    if smoothing:
+        error.sub_(smoothing / error.shape[1])
     return loss, error.mul_(used[:, None])
 
 

@@ -68,6 +68,12 @@ class CallersTask(Task):
             if size > 1:
                 found = "the loss is computed of the whole model and of whole rows"
                 raise UserError(f"{ASKED}, {flag}={size}", found, 'leave it out, or take strategy="zero3"')
+        if config.train.label_smoothing:
+            found, change = (
+                "the loss is the model's own or the caller's",
+                "smooth labels in compute_loss_func",
+            )
+            raise UserError(f"{ASKED}, label_smoothing={config.train.label_smoothing:g}", found, change)
         own = given.loss is None
         self._loss, self._shifts = (
             own_loss(given.model, self._first_row()) if own else (self._callers_loss, False)

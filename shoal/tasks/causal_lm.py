@@ -79,7 +79,14 @@ class CausalLM(Task):
 
     def _check_layout(self) -> None:
         """A loss that the model adds to cross entropy is one of all its layers and all tokens of a micro-batch."""
-        layout = self._config.layout
+        layout, smoothing = self._config.layout, self._config.train.label_smoothing
+        if smoothing and (self._how == "own" or layout.tp > 1):
+            found = (
+                "--tp cuts the vocabulary"
+                if layout.tp > 1
+                else f"{self._config.model.name} computes its own loss"
+            )
+            raise UserError(f"--label-smoothing {smoothing:g}", found, "leave it out")
         for flag, size in {"--tp": layout.tp, "--pp": layout.pp, "--cp": layout.cp}.items():
             if self._how == "own" and size > 1:
                 found = f"{self._config.model.name} adds a loss of its own, which no part of it can compute"
@@ -99,7 +106,9 @@ class CausalLM(Task):
             given = padded_inputs(ids, documents)
         if self._how == "own" and model.training:
             return own_loss(model, given | {"attention_mask": real_tokens(documents)}, inputs["labels"])
-        return summed_cross_entropy(model, given, inputs["labels"], chunked=self._how == "chunked")
+        smoothing = self._config.train.label_smoothing if model.training else 0.0
+        chunked = self._how == "chunked"
+        return summed_cross_entropy(model, given, inputs["labels"], chunked=chunked, smoothing=smoothing)
 
     def metrics(self, sums: Sequence[float], labels: int, predictions: Sequence[Any]) -> dict[str, float]:
         """Loss in nats per token, perplexity, and bits per byte of the documents' UTF-8."""

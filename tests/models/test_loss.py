@@ -25,13 +25,15 @@ def parts(dtype: torch.dtype, bias: bool) -> tuple[list[torch.Tensor], torch.Ten
 
 
 def reference(
-    tensors: list[torch.Tensor], labels: torch.Tensor
+    tensors: list[torch.Tensor], labels: torch.Tensor, smoothing: float = 0.0
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     wide = [each.detach().double().requires_grad_() for each in tensors]
-    total = F.cross_entropy(F.linear(*wide), labels, ignore_index=IGNORED, reduction="sum")
+    scores = F.linear(*wide)
+    total = F.cross_entropy(scores, labels, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
     return total, torch.autograd.grad(total * 0.25, wide)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "autocast", "tolerance"),
@@ -42,13 +44,16 @@ def reference(
         (torch.bfloat16, False, 2e-2),
     ],
 )
-def test_equals_plain_cross_entropy(dtype: torch.dtype, autocast: bool, tolerance: float, bias: bool) -> None:
+def test_equals_plain_cross_entropy(
+    dtype: torch.dtype, autocast: bool, tolerance: float, bias: bool, smoothing: float
+) -> None:
     tensors, labels = parts(dtype, bias)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        total = linear_cross_entropy(tensors[0], tensors[1], tensors[2] if bias else None, labels)
+        weights = tensors[1], tensors[2] if bias else None
+        total = linear_cross_entropy(tensors[0], *weights, labels, smoothing=smoothing)
     grads = torch.autograd.grad(total * 0.25, tensors)
 
-    expected, expected_grads = reference(tensors, labels)
+    expected, expected_grads = reference(tensors, labels, smoothing)
     assert total.dtype == torch.promote_types(dtype, torch.float32)
     assert total.item() == pytest.approx(expected.item(), rel=min(tolerance, 2e-3))
     for ours, theirs in zip(grads, expected_grads, strict=True):

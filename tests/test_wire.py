@@ -1,6 +1,7 @@
 """Every exchange is listed by name while it is open, counts its bytes once, and names a peer that is gone."""
 
 import os
+import queue
 import re
 import signal
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 from laws.pool import Pool
 
 from shoal.errors import PeerLost
+from shoal.wire import pulse
 from shoal.wire.mesh import AXES, MERGED, Mesh
+from shoal.wire.waits import WAITS
 from shoal.wire.wire import Wire
 
 ROOT = Path(__file__).parent.parent
@@ -110,3 +113,21 @@ def test_only_the_mesh_makes_wires() -> None:
         if any(made.search(line) and "class " not in line for line in path.read_text().splitlines())
     ]
     assert sorted(set(found) - {"tests/test_wire.py"}) == ["shoal/wire/mesh.py", "shoal/wire/wire.py"]
+
+
+def wait_unnoticed(mesh: Mesh) -> tuple[int | None, str]:
+    """What rank 1 hears that waits for rank 0, which dies, and whose transport says nothing."""
+    pulse.UNNOTICED = 1.0
+    if mesh.rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert mesh.pulse is not None
+    heard: queue.Queue[PeerLost] = queue.Queue()
+    mesh.pulse.give_up = heard.put
+    with WAITS.on("an exchange", (0,)):
+        lost = heard.get(timeout=30)
+    return lost.rank, str(lost)
+
+
+def test_who_waits_for_the_dead_is_told_where_the_transport_does_not_notice(pool: Pool) -> None:
+    _, left = pool.wait(pool.start(wait_unnoticed, ranks=2))
+    assert left.value == (0, "an exchange with worker 0: its process has ended"), left

@@ -57,13 +57,13 @@ def joined(config: RunConfig, data: str = "") -> Iterator[Mesh]:
         with join(place, device, facts, met) as mesh:
             yield mesh
     except PeerLost as lost:
-        raise WorkerLost(_lost(lost, Path(config.checkpoint.output_dir))) from lost
+        raise worker_lost(lost, config) from lost
 
 
-def _lost(lost: PeerLost, folder: Path) -> str:
-    """What is said of a rank that is gone, and from where training can go on."""
+def worker_lost(lost: PeerLost, config: RunConfig) -> WorkerLost:
+    """The error of a run that a rank is gone from, and from where training can go on."""
     said = f"{lost.who} is gone: {lost.how}, in {lost.what}" if lost.who else str(lost)
-    return f"{said}; {to_go_on(folder)}"
+    return WorkerLost(f"{said}; {to_go_on(Path(config.checkpoint.output_dir))}")
 
 
 def _settings(config: RunConfig, device: str) -> dict[str, str]:

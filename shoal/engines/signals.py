@@ -78,7 +78,7 @@ class Stop:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         if self._tell is None:
-            self._end(Preempted(NOTHING_TO_SAVE))
+            self.end(Preempted(NOTHING_TO_SAVE))
         else:
             self._tell()
 
@@ -88,19 +88,20 @@ class Stop:
                 self._end_where_nothing_is_lost()
             if number[0] == signal.SIGINT:
                 time.sleep(OWN_WAY)
-                self._end(KeyboardInterrupt())
+                self.end(KeyboardInterrupt())
 
     def _end_where_nothing_is_lost(self) -> None:
         if self._tell is None:
-            self._end(Preempted(NOTHING_TO_SAVE))
+            self.end(Preempted(NOTHING_TO_SAVE))
         while not (awaited := self._stuck()):
             time.sleep(LOOK)
         change = "go on with --resume-from-checkpoint latest"
-        self._end(Preempted(f"stopped while waiting for {awaited}, without saving; {change}"))
+        self.end(Preempted(f"stopped while waiting for {awaited}, without saving; {change}"))
 
-    def _end(self, error: ShoalError | KeyboardInterrupt) -> None:
-        """End the process, once: the handler and the thread may come to it at the same time."""
-        assert self._leave is not None
+    def end(self, error: ShoalError | KeyboardInterrupt) -> None:
+        """End the process by `leave`, once, if that was given: several threads may come to it at the same time."""
+        if self._leave is None:
+            return
         if self._ending.acquire(blocking=False):
             self._leave(error)
         time.sleep(OWN_WAY)

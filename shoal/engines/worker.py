@@ -21,6 +21,7 @@ from shoal.errors import (
     DONE,
     FAILED,
     INTERRUPTED,
+    Preempted,
     ShoalError,
     UserError,
     WorkerLost,
@@ -52,7 +53,7 @@ class Launched(Stop):
     def _report_and_leave(error: ShoalError | KeyboardInterrupt) -> NoReturn:
         assert isinstance(error, ShoalError)  # Ctrl-C comes as SIGTERM
         _report(error, error)
-        leave(AT_ONCE)
+        leave(AT_ONCE if isinstance(error, Preempted) else error.exit_code)
 
 
 def began(rank: int) -> str:
@@ -65,7 +66,7 @@ def work(verb: str, resolved: Resolved, stop: Stop) -> Any:
 
     Raises WorkerLost where another rank is gone that this one needs.
     """
-    from shoal.engines.joining import joined
+    from shoal.engines.joining import joined, worker_lost
     from shoal.sync import SYNCS
     from shoal.tasks import TASKS
     from shoal.training.jobs import JOBS
@@ -74,6 +75,8 @@ def work(verb: str, resolved: Resolved, stop: Stop) -> Any:
     choose("--strategy", config.strategy.name, {**SYNCS, **STAGES})  # before the work of preparing
     data = choose("--task", config.train.task, TASKS).prepare(config, False)
     with joined(config, data.name) as mesh:
+        if mesh.pulse and config.strategy.traits.spares == "none":
+            mesh.pulse.give_up = lambda lost: stop.end(worker_lost(lost, config))
         found = JOBS[verb](resolved, mesh, data, stop)
         hear(signal.SIGTERM, signal.SIG_IGN)  # all is done: there is nothing left to stop
     return found

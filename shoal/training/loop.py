@@ -63,10 +63,11 @@ def _improves(run: Run, metrics: dict[str, float] | None) -> bool:
     name, direction = run.task.best
     found, best = metrics[name], run.progress.best
     improves = best is None or (found < best if direction == "min" else found > best)
-    if improves and found == found:
+    improves = improves and found == found
+    if improves:
         run.progress.best = found
-    run.progress.worse = 0 if run.progress.best == found else run.progress.worse + 1
-    return improves and found == found
+    run.progress.worse = 0 if improves else run.progress.worse + 1
+    return improves
 
 
 def _is_over_early(run: Run) -> bool:

@@ -12,7 +12,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +30,7 @@ from shoal.wire.waits import LONG, WAITS, Wait
 BEAT = 1.0  # seconds between two signs of life; more ranks than CROWD beat less often, which bounds rank 0's work
 CROWD = 100
 SILENT = 4.0  # seconds, and as many beats, without a sign of life
+UNNOTICED = 8.0  # seconds of waiting for a rank that is gone
 ASK = 2.0  # seconds that a rank waits to hear who is gone
 DIED = "its process has ended"
 LOOPBACK = "127.0.0.1"
@@ -73,6 +74,8 @@ class Pulse:
         self.rank, self.hosts, self.view = rank, hosts, View()
         self.processor_seconds = 0.0  # of its thread
         self.longest_gap = 0.0  # seconds in which nothing was heard of another rank that is there
+        # Called where this rank waits for one that is gone, and gloo has not noticed, which happens under load.
+        self.give_up: Callable[[PeerLost], object] = lambda lost: None
         self._beat = BEAT * max(1.0, len(hosts) / CROWD)
         self._token = token
         self._lines: list[Line] = []  # of rank 0: one of each other rank; of another: the one to rank 0
@@ -149,6 +152,9 @@ class Pulse:
             self._report(wait, now)
         if wait is not None and wait.seconds > LONG and now - self._said > LONG:
             self._say(wait, now)
+        if wait is not None and wait.seconds > UNNOTICED:
+            for rank in self.view.gone.keys() & {*wait.ranks}:
+                self.give_up(self.named(PeerLost(rank, wait.what, self.view.gone[rank])))
 
     def _look_around(self, now: float) -> None:
         """Rank 0: who is silent and who is busy, for itself and for those that wait."""

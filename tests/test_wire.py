@@ -14,6 +14,7 @@ from laws.pool import Pool
 from shoal.errors import PeerLost
 from shoal.wire import pulse
 from shoal.wire.mesh import AXES, MERGED, Mesh
+from shoal.wire.pairs import Bell
 from shoal.wire.waits import WAITS
 from shoal.wire.wire import Wire
 
@@ -118,12 +119,15 @@ def test_only_the_mesh_makes_wires() -> None:
 def wait_unnoticed(mesh: Mesh) -> tuple[int | None, str]:
     """What rank 1 hears that waits for rank 0, which dies, and whose transport says nothing."""
     pulse.UNNOTICED = 1.0
+    ready = Bell("ready")
     if mesh.rank == 0:
+        ready.wait()
         os.kill(os.getpid(), signal.SIGKILL)
     assert mesh.pulse is not None
     heard: queue.Queue[PeerLost] = queue.Queue()
     mesh.pulse.give_up = heard.put
     with WAITS.on("an exchange", (0,)):
+        ready.ring()
         lost = heard.get(timeout=30)
     return lost.rank, str(lost)
 

@@ -199,7 +199,7 @@ class Pulse:
                     now = time.monotonic()
                     self.longest_gap = max(self.longest_gap, now - self._heard[line.rank])
                     self._heard[line.rank] = now
-        except OSError:
+        except (OSError, KeyError, TypeError, ValueError):  # it has ended, or carries what no rank would send
             self._drop(line)
 
     def _take(self, line: Line, message: dict[str, Any]) -> None:

@@ -4,6 +4,8 @@ import os
 import queue
 import re
 import signal
+import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +137,26 @@ def wait_unnoticed(mesh: Mesh) -> tuple[int | None, str]:
 def test_who_waits_for_the_dead_is_told_where_the_transport_does_not_notice(pool: Pool) -> None:
     _, left = pool.wait(pool.start(wait_unnoticed, ranks=2))
     assert left.value == (0, "an exchange with worker 0: its process has ended"), left
+
+
+def disturbed(mesh: Mesh) -> tuple[bool, dict[int, str]]:
+    """Whether the pulse goes on, and who is gone, after strangers have spoken to it."""
+    assert mesh.pulse is not None
+    if mesh.rank:
+        for said in (
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"[]\n",
+            b"7\n",
+            '{"rank": 0, "proof": "é"}\n'.encode(),
+            b"{}\n",
+        ):
+            with socket.create_connection(tuple(mesh.pulse._at)) as stranger:
+                stranger.sendall(said)
+                with suppress(ConnectionError):
+                    assert stranger.recv(1) == b"", said  # turned away
+    mesh.wire("world").barrier()
+    return mesh.pulse._thread.is_alive(), mesh.pulse.view.gone
+
+
+def test_who_sends_nonsense_to_the_pulse_is_turned_away(pool: Pool) -> None:
+    assert pool.world(2, disturbed) == [(True, {})] * 2

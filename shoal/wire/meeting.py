@@ -163,8 +163,8 @@ def _let_in(store: dist.Store, rendezvous: Rendezvous, first: Card) -> list[Card
 def _missing(store: dist.Store, rendezvous: Rendezvous) -> str:
     ranks = range(rendezvous.world_size)
     missing = [str(rank) for rank in ranks if not store.check([f"here/{rank}"])]
-    named = ", ".join(missing[:NAMED]) + (" ..." if len(missing) > NAMED else "")
-    return f"{len(missing)} of {len(ranks)} workers (worker {named}) at {_place(rendezvous)}"
+    shown = ", ".join(missing[:NAMED]) + (" ..." if len(missing) > NAMED else "")
+    return f"{len(missing)} of {len(ranks)} workers (worker {shown}) at {_place(rendezvous)}"
 
 
 def _place(rendezvous: Rendezvous) -> str:

@@ -29,7 +29,7 @@ from shoal.wire.waits import LONG, WAITS, Wait
 
 BEAT = 1.0  # seconds between two signs of life; more ranks than CROWD beat less often, which bounds rank 0's work
 CROWD = 100
-SILENT = 4.0  # seconds, and as many beats, without a sign of life
+SILENT = 4.0  # beats without a sign of life: seconds, where there are no more ranks than CROWD
 UNNOTICED = 8.0  # seconds of waiting for a rank that is gone
 ASK = 2.0  # seconds that a rank waits to hear who is gone
 DIED = "its process has ended"
@@ -174,7 +174,7 @@ class Pulse:
                 self._drop(line)
 
     def _unheard(self, now: float) -> list[int]:
-        limit = max(SILENT, SILENT * self._beat)
+        limit = SILENT * self._beat  # which is at least a second
         present = [rank for rank in self._heard if rank not in self._left and rank not in self.view.gone]
         return [rank for rank in present if now - self._heard[rank] > limit]
 

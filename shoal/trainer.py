@@ -158,9 +158,10 @@ class Trainer:
             lambda config, folder: kind(config, folder, self._given),
             lambda config, folder: CallersSurroundings(config, folder, self._given),
         )
-        mesh = self._open.enter_context(joined(self._resolved.config))
+        key = _key(self._given)
+        mesh = self._open.enter_context(joined(self._resolved.config, key))
         atexit.register(self.close)
-        run = begin_run(self._resolved, mesh, Path(_key(self._given)), entry)
+        run = begin_run(self._resolved, mesh, Path(key), entry)
         run.trackers.append(self._callbacks)
         return run
 

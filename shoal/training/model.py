@@ -25,7 +25,6 @@ from shoal.tensors.precision import Policy
 from shoal.training.standing import checkpoint_of, load_standing
 from shoal.wire.island import Island
 from shoal.wire.mesh import Mesh
-from shoal.wire.wire import Wire
 
 BUILTIN_EPOCHS = 0.5
 
@@ -57,7 +56,6 @@ def build_model(
     offload.check(config.layout.offload, mesh.device)
     mesh = mesh.cut(resolve_grid(config, mesh.world_size))
     everyone = mesh.wire("world")
-    _check_same_data(everyone, data)
     entry = entry or choose("--task", config.train.task, TASKS)
     task, surroundings = entry.task(config, data), entry.surroundings(config, data)
     if mesh.size("context") > 1 and predicts(task):
@@ -147,16 +145,6 @@ def _batches(config: RunConfig, task: Task, teams: int, standing: Progress) -> t
         at=(standing.step, position),
     )
     return batches, config.train.max_steps or batches.steps or 0, batch.micro_batches
-
-
-def _check_same_data(wire: Wire, data: Path) -> None:
-    """Check that all ranks prepared the same data: the folder's name is the hash of its content."""
-    first = wire.share_text(data.name)
-    if data.name != first:
-        found = f"rank {wire.rank} prepared {data.name}, rank 0 {first}"
-        raise UserError(
-            "--data", found, "give every machine the same files (and the same Python for builtin)"
-        )
 
 
 def _compiled(loss: Function) -> Function:

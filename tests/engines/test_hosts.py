@@ -121,6 +121,14 @@ def test_a_setting_that_differs_is_named_with_its_values_and_hosts(
         assert said in last_line(ended.output)
 
 
+def test_other_data_is_named(launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "more.txt").write_text("the moon comes up")
+    first, second = launch.start(on=0), launch.start("--data", str(tmp_path / "more.txt"), on=1)
+    for ended in (first.wait(), second.wait()):
+        assert ended.code == BAD_INPUT, ended.output
+        assert "the prepared data: worker 1 on host1 has " in last_line(ended.output)
+
+
 def test_another_shoal_is_named(launch: Launch) -> None:
     first, second = launch.start(on=0), launch.start(on=1, patches={"shoal.wire.cards.__version__": "0.0"})
     for ended in (first.wait(), second.wait()):
